@@ -1,0 +1,68 @@
+"""Checkpoints: exact state to continue a run, and a Hugging Face folder to use the model.
+
+    checkpoints/step_000100/state/   masters and optimizer, sharded, by torch.distributed.checkpoint
+    checkpoints/step_000100/hf/      the replica: from_pretrained, lm-eval and vLLM load it as it is
+    checkpoints/latest               a link to the newest complete one
+
+Data order, learning rate and noise are functions of (seed, step), so the step is all else that a run must remember.
+A checkpoint is written beside and renamed when whole; `latest` moves last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from config import Config
+from evidence import write_whole
+from model import Ranks, refresh
+
+
+def save_checkpoint(policy: nn.Module, optimizer, replica, tokenizer, config: Config, ranks: Ranks, step: int) -> Path:
+    """Save after `step` updates; every rank calls it. Older checkpoints beyond keep_last are deleted afterwards."""
+    folder = Path(config.run_dir) / "checkpoints"
+    final, part = folder / f"step_{step:06d}", folder / f"step_{step:06d}.part"
+    if ranks.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(part / "state"))
+    if ranks.rank == 0:
+        replica.save_pretrained(part / "hf")
+        tokenizer.save_pretrained(part / "hf")
+        facts = {"step": step, "world_size": ranks.world, "seed": config.seed}
+        write_whole(part / "checkpoint.json", json.dumps(facts))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        link = folder / "latest.part"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, folder / "latest")
+        if config.keep_last:
+            for old in sorted(folder.glob("step_??????"))[: -config.keep_last]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(config: Config) -> Path | None:
+    """The newest complete checkpoint of the run, or None."""
+    link = Path(config.run_dir) / "checkpoints" / "latest"
+    return link.resolve() if (link / "checkpoint.json").exists() else None
+
+
+def load_checkpoint(path: Path, policy: nn.Module, optimizer, replica) -> int:
+    """Restore masters, optimizer and replica; every rank calls it. Returns the number of updates made so far."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(path / "state"))
+    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    refresh(policy, replica)
+    return json.loads((path / "checkpoint.json").read_text())["step"]

@@ -1,0 +1,322 @@
+"""Configuration: one flat dataclass, filled from a YAML file and `key=value` words, checked before anything is loaded.
+
+    config = read_config(["configs/tiny.yaml", "steps=20", "learning_rate=1e-4"])
+
+Every key has one default, here, with its unit and the paper's value (PretrainZero, arXiv 2512.03442; "silent" where the
+paper does not say). A bad key, type or value raises ConfigError, one line that names the key, the value and what is
+allowed. Knows nothing of models, so that a typo costs no minutes.
+
+There is no top_p and no top_k: both change the distribution that is sampled from, and with it the ratio between the
+policy that is trained and the one that sampled, so the gradient would be biased.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """One line: the key, its value, what is allowed."""
+
+
+@dataclass
+class Config:
+    # ---- what is trained, on what, where it goes
+    model: str = "HuggingFaceTB/SmolLM3-3B-Base"
+    """Hugging Face hub name or local folder of a causal language model. Paper: SmolLM3-3B-Base, Qwen3 bases."""
+    data: str = "wikimedia/wikipedia"
+    """Hub name of a dataset, or a local parquet file, jsonl, jsonl.gz, text file, or a folder of them."""
+    data_config: str = "20231101.en"
+    """The hub dataset's configuration (for Wikipedia: dump and language); unused for local files. Paper: Wikipedia."""
+    text_field: str = "text"
+    """Column or JSON field that holds the text."""
+    method: str = "active"
+    """Where the tasks come from: `active`, the generator's masks."""
+    steps: int = 2000
+    """Rollout batches, each followed by its updates. 0 is a dry run: load, one rollout of both roles, probe, exit.
+    Paper: 2000."""
+    seed: int = 0
+    """Decides data order, sampling noise and probe masks."""
+    run_dir: str = ""
+    """Folder that gets all evidence of the run; default runs/NAME of the config file."""
+    resume: str = "auto"
+    """`auto`: continue from the latest checkpoint in run_dir, else start. `never`: start afresh; an earlier run in
+    run_dir is moved aside, not deleted."""
+
+    # ---- one step
+    passages_per_step: int = 32
+    """Passages that the generator reads in a step. Paper: 32."""
+    masks_per_passage: int = 8
+    """Generator responses per passage, one mask each: the generator's GRPO group. Paper: 8."""
+    predictions_per_mask: int = 8
+    """Predictor responses per valid mask: the predictor's GRPO group. Moving it moves the difficulty that the
+    generator aims at (see rewards.py). Paper: 8."""
+    max_passages: int = 100_000
+    """Passages kept in the index, read in seeded order. Paper: 2000 steps of 32 need 64,000."""
+    min_passage_tokens: int = 80
+    """Shortest passage, tokens. Paper: 80-1024 words-or-tokens of text; ours are tokens."""
+    max_passage_tokens: int = 1024
+    """Longest passage, tokens."""
+    max_prompt_tokens: int = 1536
+    """Longest prompt, tokens; a prediction prompt that outgrows it makes its mask invalid. Paper: 1536."""
+    max_mask_tokens: int = 4096
+    """Longest response of the generator, tokens. Paper: 4096."""
+    max_prediction_tokens: int = 4096
+    """Longest response of the predictor, tokens. Paper: 4096."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer's log-probs use the same. Paper's lineage: 1.0."""
+    stop_at_answer: bool = True
+    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}. Only where there is no chat
+    template: base models otherwise ramble on and answer questions that they invent. Paper: silent."""
+
+    # ---- prompts
+    chat_template: str = "none"
+    """`none`: plain text. `auto`: the tokenizer's own template if it has one. Else the path of a Jinja file."""
+    mask_prompt: str = ""
+    """The generator's prompt with {passage}; empty: the one of prompts.py, in our words."""
+    predict_prompt: str = ""
+    """The predictor's prompt with {passage}; empty: the one of prompts.py."""
+    predict_prefix: str = ""
+    """Text that opens a prediction when the probe wants the answer without a thought; empty: that of prompts.py."""
+
+    # ---- masks and rewards
+    mask_rule: str = "main"
+    """`main`: every occurrence is replaced, parts of words count. `one_mask`: one random occurrence. `words`: whole
+    words only. `one_mask_words`: both. Paper: the first is its main rule, the next two its variants."""
+    max_occurrences: int = 7
+    """A span that occurs more often in its passage is an invalid mask. Paper: fewer than eight."""
+    max_span_words: int = 10
+    """Longest mask, words; 0 is off. Paper: silent."""
+    max_span_chars: int = 64
+    """Longest mask, characters; 0 is off. Paper: silent."""
+    train_generator: bool = True
+    """False: the generator is prompted for masks but not trained on them (control)."""
+    shuffle_rewards: bool = False
+    """True: permute the rewards inside each group (control: a run that learns anyway learns from something else)."""
+
+    # ---- GRPO
+    advantage_std: bool = True
+    """Divide the advantage by the group's standard deviation (GRPO) or not (Dr.GRPO). Paper: divides."""
+    loss_mean: str = "token"
+    """`token`: every kept token of the batch weighs the same (DAPO). `sequence`: every kept response does (GRPO).
+    Paper: silent."""
+    updates_per_batch: int = 1
+    """Optimizer steps on one rollout batch. At 1 the ratio is 1 and the clip is inert. Paper: silent."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low. DAPO: 0.2."""
+    clip_high: float = 0.28
+    """The ratio is clipped above 1 + clip_high. DAPO's clip-higher: 0.28."""
+    max_importance: float = 2.0
+    """Cap of the importance weight trainer/sampler that corrects for their numerical mismatch."""
+    mask_truncated: bool = False
+    """Leave responses that hit the length limit out of the loss, numerator and denominator. Paper: silent."""
+
+    # ---- optimizer
+    learning_rate: float = 5e-7
+    """Peak learning rate of AdamW. Paper: 5e-7."""
+    lr_schedule: str = "cosine"
+    """`cosine` to 0 over all steps, or `constant`. Paper: cosine."""
+    warmup_steps: int = 10
+    """Steps of linear learning-rate warm-up. Paper: silent."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on all parameters."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+
+    # ---- engine
+    dtype: str = "bfloat16"
+    """Compute type of trainer and sampler; the master weights are float32 always."""
+    tokens_per_micro_batch: int = 32768
+    """Tokens packed into one forward and backward on one GPU; bounds training memory, changes no result."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of storing it."""
+    attention: str = "auto"
+    """`auto`: flash-attn if installed, else `varlen`. Or `flash_attention_2`, `flash_attention_3`, `varlen`: torch's
+    own variable-length kernels on a GPU, padded SDPA on a CPU."""
+    liger: bool = True
+    """Liger's fused rotary, RMSNorm and SwiGLU kernels; on CUDA only."""
+    use_cuda_graph: bool = True
+    """CUDA graphs in the rollouts; only with flash-attn. Switch off if capture fails."""
+    cache_memory: float = 0.85
+    """Share of the free GPU memory that a rollout phase takes for its paged cache."""
+    max_requests: int = 0
+    """Requests decoded at once on one rank; 0: 512 on a GPU, 64 on a CPU."""
+
+    # ---- evidence
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved; 0 is off."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are deleted. 0 keeps all."""
+    probe_every: int = 100
+    """Steps between probes on held-out passages; step 0 and the last are always probed; 0 is off."""
+    probe_passages: int = 128
+    """Held-out passages in the probe."""
+    probe_samples: int = 4
+    """Sampled predictions per probe mask, beside one greedy one."""
+    heldout: float = 0.01
+    """Share of articles, by a hash of their id, that is never trained on."""
+    samples_per_step: int = 2
+    """Passages per step whose rollouts go to samples.jsonl."""
+
+
+POSITIVE_INTS = (
+    "passages_per_step max_passages min_passage_tokens max_passage_tokens max_prompt_tokens max_mask_tokens "
+    "max_prediction_tokens max_occurrences updates_per_batch tokens_per_micro_batch probe_passages probe_samples"
+).split()
+COUNTS = (
+    "steps seed max_span_words max_span_chars warmup_steps max_requests save_every keep_last probe_every "
+    "samples_per_step"
+).split()
+CHOICES = {
+    "method": ("active",),
+    "resume": ("auto", "never"),
+    "mask_rule": ("main", "one_mask", "words", "one_mask_words"),
+    "loss_mean": ("token", "sequence"),
+    "lr_schedule": ("cosine", "constant"),
+    "dtype": ("bfloat16", "float32"),
+    "attention": ("auto", "varlen", "flash_attention_2", "flash_attention_3"),
+}
+# key: (what is allowed, in words; the test)
+RANGES = {
+    "masks_per_passage": ("2 or more, a group of one has no advantage", lambda v: v >= 2),
+    "predictions_per_mask": ("2 or more, a group of one has no advantage", lambda v: v >= 2),
+    "temperature": ("a number above 0", lambda v: v > 0),
+    "learning_rate": ("0 or more", lambda v: v >= 0),
+    "weight_decay": ("0 or more", lambda v: v >= 0),
+    "max_grad_norm": ("a number above 0", lambda v: v > 0),
+    "max_importance": ("1 or more", lambda v: v >= 1),
+    "clip_low": ("between 0 and 1", lambda v: 0 <= v <= 1),
+    "clip_high": ("0 or more", lambda v: v >= 0),
+    "adam_beta1": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "adam_beta2": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "cache_memory": ("between 0 and 0.95", lambda v: 0 < v <= 0.95),
+    "heldout": ("above 0 and below 0.5", lambda v: 0 < v < 0.5),
+    **{key: ("1 or more", lambda v: v >= 1) for key in POSITIVE_INTS},
+    **{key: ("0 or more", lambda v: v >= 0) for key in COUNTS},
+    **{key: (f"one of {', '.join(names)}", lambda v, names=names: v in names) for key, names in CHOICES.items()},
+}
+
+
+def read_config(words: list[str]) -> Config:
+    """Command-line words -> a checked Config: at most one YAML file, then `key=value` words, later ones winning.
+
+    Raises ConfigError; `read_config(["no_such.yaml"])`, `["steps=-1"]` and `["stepz=1"]` each say what is wrong.
+    """
+    values: dict = {}
+    name = "run"
+    for number, word in enumerate(words):
+        if "=" in word:
+            key, _, text = word.partition("=")
+            values[key] = _parse_yaml(text, f"{key}={text}")
+        elif number == 0:
+            values, name = _read_file(Path(word)), Path(word).stem
+        else:
+            raise ConfigError(f"{word!r}: expected key=value after the config file")
+    known = {field.name: field for field in fields(Config)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{key}={value!r}: unknown key; known are {', '.join(sorted(known))}")
+        values[key] = _typed(key, value, known[key].type)
+    config = Config(**values)
+    config.run_dir = config.run_dir or f"runs/{name}"
+    check(config)
+    return config
+
+
+def _read_file(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r}: cannot be read ({type(error).__name__})") from None
+    values = _parse_yaml(text, f"config file {str(path)!r}")
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"config file {str(path)!r}: expected lines of `key: value`")
+    return values
+
+
+def _parse_yaml(text: str, where: str):
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: not valid YAML ({reason})") from None
+
+
+def _typed(key: str, value, kind: str):
+    """The value as the field's type. YAML 1.1 reads 5e-7 as text (no dot), so text that is a number counts as one."""
+    if kind == "float" and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind == "bool" and isinstance(value, bool):
+        return value
+    elif kind == "str" and (isinstance(value, str) or value is None):
+        return value or ""
+    allowed = {"float": "a finite number", "int": "a whole number", "bool": "true or false", "str": "text"}[kind]
+    raise ConfigError(f"{key}={value!r}: expected {allowed}")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError at the first impossible value. Looks at files only to see that they are there."""
+    for key, (allowed, test) in RANGES.items():
+        value = getattr(config, key)
+        if not test(value):
+            raise ConfigError(f"{key}={value!r}: must be {allowed}")
+    if config.min_passage_tokens > config.max_passage_tokens:
+        raise ConfigError(
+            f"min_passage_tokens={config.min_passage_tokens}: must not exceed "
+            f"max_passage_tokens={config.max_passage_tokens}"
+        )
+    longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
+    if config.tokens_per_micro_batch < longest:
+        raise ConfigError(
+            f"tokens_per_micro_batch={config.tokens_per_micro_batch}: must be at least {longest}, "
+            "the longest prompt plus the longest response, or one sequence would not fit"
+        )
+    for key in ("mask_prompt", "predict_prompt"):
+        if getattr(config, key) and getattr(config, key).count("{passage}") != 1:
+            raise ConfigError(f"{key}={getattr(config, key)!r}: must contain {{passage}} once")
+    for key in ("model", "data"):
+        name = getattr(config, key)
+        # owner/name may be on the hub; anything else that looks like a path must be there
+        path_like = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).suffix in (
+            ".parquet", ".jsonl", ".gz", ".txt", ".json")  # fmt: skip
+        if not name or (path_like and not Path(name).expanduser().exists()):
+            raise ConfigError(f"{key}={name!r}: no such file or folder, and not a hub name (owner/name)")
+    if config.chat_template not in ("none", "auto") and not Path(config.chat_template).is_file():
+        raise ConfigError(f"chat_template={config.chat_template!r}: must be none, auto or the path of a Jinja file")
+
+
+def parse_command_line(usage: str) -> Config:
+    """sys.argv -> Config; a ConfigError becomes one line on stderr and exit status 2."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(usage.strip())
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    try:
+        return read_config(sys.argv[1:])
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
+            print(f"config error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, in the order of the dataclass; reading it back gives an equal Config."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,166 @@
+"""The run directory: everything needed to believe, continue or repeat a run. Written by rank 0.
+
+    config.yaml  environment.txt  prompts.txt  cache/  metrics.jsonl  samples.jsonl  checkpoints/
+
+metrics.jsonl has one JSON object per step; row 0 is before training. samples.jsonl has whole rollouts of a few passages
+per step, with title and url, as Wikipedia's licence asks. Leaves out what the numbers mean (metrics.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from config import Config, dump_config
+
+PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy".split()
+
+
+def open_run(config: Config) -> Path:
+    """Make the run directory and write what defines the run. With resume=never an earlier run is moved aside.
+
+    Called by rank 0 alone, before the others look. Raises OSError where the folder cannot be written.
+    """
+    run = Path(config.run_dir)
+    if config.resume == "never" and (run / "metrics.jsonl").exists():
+        number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.{n}").exists())
+        run.rename(run.with_name(f"{run.name}.{number}"))
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "config.yaml", dump_config(config))
+    with (run / "environment.txt").open("a", encoding="utf-8") as file:
+        file.write(environment() + "\n")
+    return run
+
+
+def environment() -> str:
+    """Command, versions, git revision and hardware, one per line."""
+    lines = [f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}", f"command: {' '.join(sys.argv)}"]
+    lines.append(f"python: {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package}: {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package}: not installed")
+    root = Path(__file__).resolve().parent
+    for name, words in (("git", ["rev-parse", "HEAD"]), ("git changes", ["status", "--porcelain", "-uno"])):
+        answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        lines.append(f"{name}: {' '.join(answer.stdout.split()) or 'none'}")
+    lines.append(f"world size: {os.environ.get('WORLD_SIZE', '1')}")
+    lines.append(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
+    return "\n".join(lines) + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader, or a killed run, sees the old file or the new one, never half of it."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def append_row(path: Path, *rows: dict) -> None:
+    """Append JSON lines and hand them to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a jsonl file; none if it is not there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Forget rows after `last_step`: the resumed run will make those steps again, and each step stands once.
+
+    A last line cut short by a kill is forgotten too.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= last_step:
+            kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+
+
+@contextmanager
+def clock(times: dict, phase: str) -> Iterator[None]:
+    """Adds the seconds spent inside to times["time/PHASE"], with the GPU's queue drained."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times[f"time/{phase}"] = times.get(f"time/{phase}", 0.0) + time.perf_counter() - start
+
+
+def peak_memory_gb() -> float:
+    """Largest memory so far in 1e9 bytes: the GPU's allocator on CUDA, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak * (1 if platform.system() == "Darwin" else 1024) / 1e9
+
+
+def describe(config: Config, ranks, sampler, corpus, probe) -> str:
+    """What runs, on what, in the lines that a user would ask for first."""
+    parameters = sum(parameter.numel() for parameter in sampler.replica.parameters())
+    end = ", ".join(f"{token} {sampler.piece(token)!r}" for token in sorted(sampler.eos_ids))
+    early = config.stop_at_answer and not sampler.tokenizer.chat_template
+    return "\n".join(
+        (
+            f"model {config.model}: {parameters:,} parameters, {config.dtype}, {ranks.world} x {ranks.device.type}",
+            f"attention {sampler.replica.config._attn_implementation}; a response ends at {end}"
+            + (" or when its answer closes" if early else ""),
+            f"data {config.data}: {len(corpus.train):,} passages to train on, {len(corpus.heldout):,} held out, "
+            f"{len(probe.masks)} probe masks on {len(probe.passages)} of them",
+            "counts: " + ", ".join(f"{name} {count:,}" for name, count in corpus.counts.items()),
+            f"a step: {config.passages_per_step} passages x {config.masks_per_passage} masks x "
+            f"{config.predictions_per_mask} predictions; seed {config.seed}; everything goes to {config.run_dir}",
+        )
+    )
+
+
+def save_prompts(path: Path, sampler, corpus) -> None:
+    """Both prompts as the model sees them, special tokens included, for the first passage."""
+    from rollout import mask_prompt, predict_prompt
+
+    text = corpus.train[0].text
+    word = text.split()[0]
+    prompts = (mask_prompt(sampler, text), predict_prompt(sampler, text.replace(word, "[mask]", 1)))
+    write_whole(path, "\n\n=====\n\n".join(sampler.tokenizer.decode(ids) for ids in prompts) + "\n")
+
+
+def sample_rows(proposals: list[list], step: int) -> Iterator[dict]:
+    """One JSON object per generator response, with its mask and all predictions (train.Task)."""
+    for tasks in proposals:
+        for task in tasks:
+            passage, mask = task.passage, task.mask
+            yield {
+                "step": step,
+                "passage": {"id": passage.id, "title": passage.title, "url": passage.url, "text": passage.text},
+                "proposal": {"text": task.proposal.text, "finish": task.proposal.finish}
+                | {"reward": task.proposal_reward},
+                "mask": {"words": mask.words, "invalid": mask.invalid, "masked": mask.masked, "target": mask.target}
+                | {"occurrences": mask.occurrences, "start": mask.start, "label": mask.label},
+                "predictions": [
+                    {"text": response.text, "finish": response.finish, "reward": reward}
+                    for response, reward in zip(task.predictions, task.rewards, strict=True)
+                ],
+            }

@@ -1,0 +1,229 @@
+"""GRPO: group advantages, token weights, packed micro-batches, the clipped loss, one optimizer step.
+
+With responses o_i of a group, rewards r_i, and the policy pi over their tokens (PretrainZero; GRPO with DAPO's dropped
+groups, clip-higher and token mean, no KL term):
+
+    A_i   = (r_i - mean r) / (std r + 1e-6)                                   group advantage
+    rho_t = pi(o_t) / pi_old(o_t)                                             1 at the first update of a batch
+    L     = - sum_t w_t * c_t * min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)
+    w_t   = 1 / (number of kept tokens, all ranks)                            or per-sequence mean, `loss_mean`
+    c_t   = min(pi_old(o_t) / pi_sampler(o_t), cap)                           corrects for sampler kernels, no gradient
+
+All normalisation sits in the weights w_t, counted once over the whole batch, which every rank knows. The loss is then a
+plain sum, so that micro-batch size and number of ranks change nothing but rounding. Leaves out where rewards come from.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import Config
+from kernels import pack
+from model import Ranks
+from rollout import Rollout
+
+
+@dataclass
+class Group:
+    """The responses to one prompt, and what each earned. Advantages are relative to this group."""
+
+    role: str
+    """`gen` or `pred`."""
+    rollouts: list[Rollout]
+    rewards: list[float]
+
+
+@dataclass
+class Sample:
+    """One response that is trained on."""
+
+    rollout: Rollout
+    advantage: float
+    weight: float = 0.0
+    """Of each of its completion tokens in the loss."""
+
+
+def group_advantages(rewards: list[float], divide_by_std: bool = True) -> list[float]:
+    """A_i = (r_i - mean) / (std + 1e-6), the standard deviation with n - 1 (arXiv 2402.03300; `False`: Dr.GRPO).
+
+    >>> [round(a, 3) for a in group_advantages([1.0, 0.0, 0.0, 0.0])]
+    [1.5, -0.5, -0.5, -0.5]
+    """
+    mean = statistics.fmean(rewards)
+    scale = statistics.stdev(rewards) + 1e-6 if divide_by_std else 1.0
+    return [(reward - mean) / scale for reward in rewards]
+
+
+def keep_group(group: Group) -> bool:
+    """Equal rewards teach nothing (DAPO): a predictor group at accuracy 0 or 1, a generator group without contrast."""
+    return max(group.rewards) > min(group.rewards)
+
+
+def make_samples(groups: list[Group], config: Config) -> list[Sample]:
+    """Kept groups -> responses with advantage and token weight. A dropped group leaves numerator and denominator."""
+    samples = [
+        Sample(rollout, advantage)
+        for group in groups
+        if keep_group(group)
+        for rollout, advantage in zip(
+            group.rollouts, group_advantages(group.rewards, config.advantage_std), strict=True
+        )
+        if not (config.mask_truncated and rollout.finish == "length")
+    ]
+    tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
+    for sample in samples:  # the loss's divisor, over all ranks: every rank holds the whole list
+        own = len(sample.rollout.completion_ids)
+        sample.weight = 1 / tokens if config.loss_mean == "token" else 1 / (len(samples) * own)
+    return samples
+
+
+def plan(lengths: list[int], budget: int, world: int) -> list[list[int]]:
+    """Indices of sequences per micro-batch, the same on every rank; rank r runs plan[r::world].
+
+    As few as fit `budget` tokens each, their number a multiple of `world` so that all ranks run equally many, loads
+    even: the longest sequence goes to the emptiest bin. A bin may stay empty; it still runs, with zero weight.
+
+    >>> plan([5, 4, 3, 2], budget=8, world=2)
+    [[0, 3], [1, 2]]
+    """
+    if not lengths:
+        return []
+    if max(lengths) > budget:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a micro-batch of {budget}")
+    rounds = -(-sum(lengths) // (budget * world))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * world)]
+        heap = [(0, number) for number in range(len(bins))]
+        fits = True
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            load, number = heapq.heappop(heap)
+            bins[number].append(index)
+            fits = fits and load + lengths[index] <= budget
+            heapq.heappush(heap, (load + lengths[index], number))
+        if fits:
+            return bins
+        rounds += 1
+
+
+@dataclass
+class MicroBatch:
+    """Packed inputs of the policy and, per trained token (M of them), what the loss needs."""
+
+    inputs: dict
+    predicts: Tensor
+    """(M,) positions in the row whose next token is trained."""
+    targets: Tensor
+    sampler_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+
+def pack_samples(samples: list[Sample], device: torch.device) -> MicroBatch:
+    """Samples -> one packed row. Only completion tokens are trained: the token at position p is predicted at p - 1."""
+    if not samples:  # nothing to train here, but every rank must run the same collectives: a dummy of weight zero
+        samples = [Sample(Rollout([0], [0], [0.0], "", "length"), 0.0, 0.0)]
+    rows, predicts, per_token, begin = [], [], [], 0
+    for sample in samples:
+        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
+        rows.append(prompt + completion)
+        predicts += range(begin + len(prompt) - 1, begin + len(prompt) + len(completion) - 1)
+        per_token += [(logprob, sample.advantage, sample.weight) for logprob in sample.rollout.sampler_logprobs]
+        begin += len(prompt) + len(completion)
+    inputs = pack(rows, device)
+    predicts = torch.tensor(predicts, device=device)
+    values = torch.tensor(per_token, dtype=torch.float32, device=device)
+    return MicroBatch(inputs, predicts, inputs["input_ids"][0, predicts + 1], values[:, 0], values[:, 1], values[:, 2])
+
+
+def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Tensor]:
+    """The sum over tokens of the equation above, and per token whether the clip took its gradient away."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    correction = torch.exp(old_logprobs - batch.sampler_logprobs).clamp(max=config.max_importance)
+    surrogate = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    loss = -(batch.weights * correction * surrogate).sum()
+    return loss, (clipped * batch.advantages < ratio * batch.advantages).detach()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of the update at `step` (from 0): linear warm-up, then constant or cosine to 0. A function of the step alone."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return config.learning_rate * warmup
+    progress = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW on the float32 masters; its state is sharded as they are."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay, fused=True if torch.cuda.is_available() else None,
+    )  # fmt: skip
+
+
+def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, ranks: Ranks, step: int) -> dict:
+    """`updates_per_batch` optimizer steps on the samples, the same list on every rank. Returns the step's metrics.
+
+    With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
+    Raises FloatingPointError on every rank, before the weights change, if a loss or the gradient is not finite.
+    """
+    lengths = [len(sample.rollout.prompt_ids) + len(sample.rollout.completion_ids) for sample in samples]
+    bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    rate = learning_rate(config, step)
+    metrics = {"lr": rate, "loss": 0.0, "grad_norm": 0.0, "mismatch_kl": 0.0, "mismatch_abs": 0.0, "entropy": 0.0}
+    metrics |= {"clip_fraction": 0.0, "trained_tokens": 0, "trained_responses": len(samples)}
+    if not bins:
+        return metrics
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    batches = [pack_samples([samples[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
+    old_logprobs: list[Tensor] = []  # of the policy as it was before the first update of this batch
+    for number in range(config.updates_per_batch):
+        totals = torch.zeros(6, device=ranks.device)
+        for index, batch in enumerate(batches):
+            logprobs, entropy = policy(
+                predicts=batch.predicts, targets=batch.targets, temperature=config.temperature, **batch.inputs
+            )
+            if number == 0:
+                old_logprobs.append(logprobs.detach())
+            loss, clipped = clipped_loss(logprobs, old_logprobs[index], batch, config)
+            (loss * ranks.world).backward()  # FSDP averages the gradient over ranks; the weights ask for the sum
+            trained = batch.weights > 0
+            drift = torch.where(trained, old_logprobs[index] - batch.sampler_logprobs, 0.0)
+            kl = torch.expm1(drift) - drift  # k3 estimate of KL(sampler || trainer), never negative
+            parts = (loss.detach(), trained.sum(), drift.abs().sum(), kl.sum())
+            totals += torch.stack([*parts, (entropy * trained).sum(), (clipped & trained).sum()]).to(totals.dtype)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+        _require_finite(totals[0], grad_norm, ranks, step)
+        dist.all_reduce(totals)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss, tokens, absolute, kl, entropy, clipped = totals.tolist()
+        metrics["loss"] += loss / config.updates_per_batch
+        metrics["grad_norm"] += grad_norm.item() / config.updates_per_batch
+        metrics["clip_fraction"] += clipped / tokens / config.updates_per_batch
+        if number == 0:
+            metrics |= {"mismatch_kl": kl / tokens, "mismatch_abs": absolute / tokens, "entropy": entropy / tokens}
+            metrics["trained_tokens"] = int(tokens)
+    return metrics
+
+
+def _require_finite(loss: Tensor, grad_norm: Tensor, ranks: Ranks, step: int) -> None:
+    """All ranks learn which ranks hold a bad loss, so that all stop with the same message and none waits."""
+    bad = torch.zeros(ranks.world, device=ranks.device)
+    bad[ranks.rank] = float(not torch.isfinite(loss))
+    dist.all_reduce(bad)
+    culprits = bad.nonzero().flatten().tolist()
+    if culprits:
+        raise FloatingPointError(f"step {step + 1}: loss not finite on rank {culprits}; weights unchanged")
+    if not torch.isfinite(grad_norm):
+        raise FloatingPointError(f"step {step + 1}: gradient not finite, though every loss is; weights unchanged")

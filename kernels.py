@@ -1,0 +1,191 @@
+"""What decides speed and memory: attention over packed tokens, log-probs without a logits tensor, Liger kernels.
+
+One attention serves both sides of the loop. The trainer packs sequences one after the other into a row of N tokens; the
+sampler (transformers' continuous batching) does the same with the queries of all its requests and keeps keys and values
+in a paged cache. Both say where a sequence begins and ends by cumulative lengths, so no mask and no padding exists:
+
+    flash_attention_2/3   the flash-attn package, on CUDA, used by transformers itself
+    flash_varlen          ours: torch's variable-length kernel on CUDA, plain SDPA on the CPU
+
+Leaves out models: what is called here is wired up in model.py and rollout.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Continuous batching builds no attention mask for names with "flash"; a digit would claim flash-attn's decode path.
+VARLEN = "flash_varlen"
+
+
+def choose_attention(wanted: str, device: torch.device) -> str:
+    """config.attention -> a name that transformers knows. Raises RuntimeError where flash-attn is asked for in vain."""
+    packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    usable = {name for name, package in packages.items() if device.type == "cuda" and importlib.util.find_spec(package)}
+    if wanted == "auto":
+        return "flash_attention_2" if "flash_attention_2" in usable else VARLEN
+    if wanted == "varlen":
+        return VARLEN
+    if wanted not in usable:
+        raise RuntimeError(f"attention={wanted}: needs CUDA and the package {packages[wanted]}; try attention=auto")
+    return wanted
+
+
+def varlen_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, scaling: float | None = None, cache=None,
+    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **kwargs,
+):  # fmt: skip
+    """Causal attention inside each sequence of a packed row, in the form that transformers calls.
+
+    query (1, heads, Tq, dim), key and value (1, kv heads, Tk, dim); cu_seq_lens (sequences + 1,) mark the borders.
+    With a paged cache, the new keys and values are written to it and the whole past of each request comes back, so
+    Tk > Tq; the mask is aligned to the end: the last query of a sequence sees all its keys.
+    Returns ((1, Tq, heads, dim), None). Raises NotImplementedError for what it would compute wrongly.
+    """
+    if cu_seq_lens_q is None:
+        raise NotImplementedError(f"attention {VARLEN} needs cu_seq_lens: packed rows and paged generation only")
+    if kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
+        raise NotImplementedError(f"attention {VARLEN} knows no sliding window and no soft cap; install flash-attn")
+    if isinstance(cache, PagedAttentionCache):
+        kwargs.update(cu_seq_lens_k=cu_seq_lens_k, max_length_k=max_length_k)
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        cu_seq_lens_k, max_length_k = kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
+    if q.is_cuda:
+        borders = (cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(max_length_k))
+        out = _torch_varlen(q, k, v, *borders, scaling)
+    else:
+        out = _per_request(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)
+    return out[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
+
+
+def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
+    """torch's own kernel. Its keywords came one release after the other, so they are looked up by signature."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **causal)
+
+
+def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None) -> Tensor:
+    """The CPU path: requests of one query (decoding) in one padded call, longer ones (prefill, training) one by one."""
+    queries, keys = cu_q.diff(), cu_k.diff()
+    if bool((queries == 1).all()):
+        # (requests, longest): index of each request's keys, the surplus clamped to a valid row and masked
+        column = torch.arange(int(keys.max()), device=q.device)
+        rows = (cu_k[:-1, None] + column).clamp(max=len(k) - 1)
+        mask = (column < keys[:, None])[:, None, None, :]
+        k, v = (x[rows].transpose(1, 2) for x in (k, v))  # (requests, kv heads, longest, dim)
+        out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out[:, :, 0]
+    out, begins_q, begins_k = [], cu_q.tolist(), cu_k.tolist()
+    for a, b, c, d in zip(begins_q, begins_q[1:], begins_k, begins_k[1:], strict=False):
+        if a == b:
+            continue
+        one = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]  # (1, heads, tokens, dim)
+        fresh = b - a == d - c  # no past: the kernel's own causal mask is aligned
+        mask = None if fresh else torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        y = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=fresh, scale=scale, enable_gqa=True)
+        out.append(y[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log-softmax of hidden @ weight.T / temperature at the targets, `chunk` tokens at a time, recomputed in backward.
+
+    The plain version stands in tests/test_kernels.py. Per token t with logits z = h W^T / T:
+        logprob_t = z_target - logsumexp(z),   d logprob_t / dz = onehot(target) - softmax(z)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        lse, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for begin in range(0, len(targets), chunk):
+            rows = slice(begin, begin + chunk)
+            logits = (hidden[rows] @ weight.t()).float().div_(temperature)  # (chunk, vocabulary)
+            lse[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
+            entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        # float32: the sum of many chunks, each rounded to bfloat16, would be biased
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for begin in range(0, len(targets), ctx.chunk):
+            rows = slice(begin, begin + ctx.chunk)
+            logits = (hidden[rows] @ weight.t()).float().div_(ctx.temperature)
+            d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
+            d_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
+            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+            d_hidden[rows] = d_logits @ weight
+            if d_logits.is_cuda and d_logits.dtype != torch.float32:
+                d_weight += torch.mm(d_logits.t(), hidden[rows], out_dtype=torch.float32)
+            else:
+                d_weight += d_logits.t().float() @ hidden[rows].float()
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int = 1024):
+    """hidden (N, H), weight (V, H), targets (N,) -> log-probs (N,) with gradient, entropies (N,) without; float32 nats.
+
+    The largest tensor is (chunk, V); the (N, V) logits never exist.
+    """
+    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk)
+
+
+def apply_liger(model) -> bool:
+    """Swap rotary, RMSNorm and SwiGLU of a model for Liger's fused kernels, in place. False if Liger does not know it.
+
+    Must be given to trainer and sampler alike, else their log-probs drift apart. Liger's fused loss is left out: the
+    loss here needs per-token log-probs and entropies.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if apply is None:
+        return False
+    switches = {"rope": True, "rms_norm": True, "swiglu": True}
+    switches |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    known = inspect.signature(apply).parameters
+    apply(**{name: on for name, on in switches.items() if name in known}, model=model)
+    return True
+
+
+def pack(sequences: list[list[int]], device: torch.device) -> dict:
+    """Token lists -> one row (1, N), with positions that restart and the borders that keep sequences apart.
+
+    >>> pack([[5, 6, 7], [8, 9]], torch.device("cpu"))["position_ids"]
+    tensor([[0, 1, 2, 0, 1]])
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return {
+        "input_ids": torch.tensor([token for sequence in sequences for token in sequence], device=device)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

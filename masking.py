@@ -1,0 +1,192 @@
+r"""Masks: words of a passage in, the passage with [mask] and the target out.
+
+The generator chooses words, not positions; the rules here decide whether they make a task. Spans and labelled words
+drawn at random serve the probe, whose masks are fixed. Leaves out prompts and their length (the caller's), and rewards.
+
+Run alone: `python -m doctest -v masking.py`
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from config import Config
+from rewards import answerable
+
+if TYPE_CHECKING:
+    from data import Passage
+
+MASK = "[mask]"
+LABELS = ("noise", "fact", "copy", "template")
+"""A mask over words of several kinds counts as the first of these: one word of noise makes it unguessable."""
+
+GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
+
+
+@dataclass
+class Mask:
+    """One task for the predictor, or the reason why there is none. Offsets are in characters of the passage."""
+
+    words: str
+    """The span as the generator wrote it, outer white space stripped."""
+    invalid: str = ""
+    """Why it cannot be used: no_answer, empty, not_answerable, too_many_words, too_long, not_in_passage,
+    too_many_occurrences, and prompt_too_long, which the caller sets. Empty: valid."""
+    masked: str = ""
+    """The passage with [mask]; empty if invalid, as are the following."""
+    target: str = ""
+    """What the predictor must recover: the passage's own text of the span."""
+    occurrences: int = 0
+    """How often the words occur in the passage by the mask rule, replaced or not; known for too many, too."""
+    start: int = -1
+    """Where the first replaced occurrence starts."""
+    label: str = ""
+    """Kind of the words that were replaced, in a passage that labels its words."""
+
+
+def make_mask(words: str | None, passage: Passage, config: Config, rng: random.Random) -> Mask:
+    r"""Applies the config's mask rule to the words that the generator chose; None if it chose none.
+
+    The words must occur in the passage 1 to `max_occurrences` times, exactly as written, except that any white space
+    matches any (a line break in the passage does not void a mask). Overlaps count once. `main` replaces every
+    occurrence, parts of words included; `one_mask` one at random; `words` whole words only; `one_mask_words` both.
+    Source: PretrainZero (arXiv 2512.03442), mask rule and its variants; caps on the length are ours.
+
+    >>> from types import SimpleNamespace
+    >>> passage = SimpleNamespace(text="The art of Bonn starts in art schools.", labels=None)
+    >>> make_mask("art", passage, Config(), random.Random(0)).masked
+    'The [mask] of Bonn st[mask]s in [mask] schools.'
+    >>> make_mask("art", passage, Config(mask_rule="words"), random.Random(0)).masked
+    'The [mask] of Bonn starts in [mask] schools.'
+    >>> make_mask("art", passage, Config(mask_rule="one_mask"), random.Random(0)).masked
+    'The art of Bonn st[mask]s in art schools.'
+    >>> make_mask("Cologne", passage, Config(), random.Random(0)).invalid
+    'not_in_passage'
+    """
+    if words is None:
+        return Mask("", invalid="no_answer")
+    words = words.strip()
+    if fault := _fault(words, config):
+        return Mask(words, invalid=fault)
+    spans = _occurrences(words, passage.text, config.mask_rule)
+    if not spans:
+        return Mask(words, invalid="not_in_passage")
+    if len(spans) > config.max_occurrences:
+        return Mask(words, invalid="too_many_occurrences", occurrences=len(spans))
+    replaced = [rng.choice(spans)] if config.mask_rule.startswith("one_mask") else spans
+    return _replace(words, passage, replaced, occurrences=len(spans))
+
+
+def random_span(passage: Passage, config: Config, rng: random.Random) -> Mask:
+    """A span drawn by SpanBERT's law and masked by the config's rule; drawn anew until valid.
+
+    Length in words from Geo(0.2), redrawn above 10 (mean 3.8), start uniform over the places where it fits. The
+    caps on length and occurrences, where they bind, tilt this law. Returns an invalid Mask if 100 draws give none.
+    Source: SpanBERT (arXiv 1907.10529), as in PretrainZero's Random RLPT; redrawing where SpanBERT clips.
+    """
+    words = _word_spans(passage.text)
+    mask = Mask("", invalid="empty")
+    for _ in range(TRIES):
+        # Geo(p) redrawn above 10 has these weights, up to a factor
+        length = rng.choices(range(1, LONGEST + 1), [(1 - GEOMETRIC) ** k for k in range(LONGEST)])[0]
+        if length > len(words):
+            continue
+        first = rng.randrange(len(words) - length + 1)
+        start, end = _trim(passage.text, words[first][0], words[first + length - 1][1])
+        mask = make_mask(passage.text[start:end], passage, config, rng)
+        if not mask.invalid:
+            break
+    return mask
+
+
+def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
+    """The mask of passage.text[start:end] at this one place, whatever the rule says of its other occurrences.
+
+    They stay visible and are counted but not capped; the caps on length and the need of a letter or digit hold.
+
+    >>> from types import SimpleNamespace
+    >>> mask_at(SimpleNamespace(text="red or red", labels=["copy", "template", "copy"]), 7, 10, Config())
+    Mask(words='red', invalid='', masked='red or [mask]', target='red', occurrences=2, start=7, label='copy')
+    """
+    assert 0 <= start <= end <= len(passage.text), f"span {start}:{end} is outside of the passage"
+    words = passage.text[start:end].strip()
+    if fault := _fault(words, config):
+        return Mask(words, invalid=fault)
+    occurrences = len(_occurrences(words, passage.text, config.mask_rule))
+    return _replace(words, passage, [(start, end)], occurrences)
+
+
+def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Random) -> Mask | None:
+    """mask_at for a random word of this label, without its outer punctuation.
+
+    None where no word of the label can be masked.
+    """
+    if not passage.labels:
+        return None
+    words = zip(_word_spans(passage.text), passage.labels, strict=True)
+    spans = [_trim(passage.text, *span) for span, word_label in words if word_label == label]
+    spans = [(start, end) for start, end in spans if not _fault(passage.text[start:end], config)]
+    return mask_at(passage, *rng.choice(spans), config) if spans else None
+
+
+def _fault(words: str, config: Config) -> str:
+    """Why these words cannot be a mask in any passage; "" if they can."""
+    if not words:
+        return "empty"
+    if not answerable(words):
+        return "not_answerable"
+    if config.max_span_words and len(words.split()) > config.max_span_words:
+        return "too_many_words"
+    if config.max_span_chars and len(words) > config.max_span_chars:
+        return "too_long"
+    return ""
+
+
+def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
+    """(start, end) of the words in the text, from left to right, without overlaps."""
+    pattern = r"\s+".join(map(re.escape, words.split()))
+    if mask_rule.endswith("words"):
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return [match.span() for match in re.finditer(pattern, text)]
+
+
+def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int) -> Mask:
+    """The valid Mask with these spans, in order and without overlaps, replaced."""
+    parts, position = [], 0
+    for start, end in spans:
+        parts += [passage.text[position:start], MASK]
+        position = end
+    masked = "".join(parts) + passage.text[position:]
+    start, end = spans[0]
+    return Mask(words, "", masked, passage.text[start:end], occurrences, start, _label(passage, spans))
+
+
+def _label(passage: Passage, spans: list[tuple[int, int]]) -> str:
+    """The label of the words that the spans touch; "" where the passage has no labels."""
+    if not passage.labels:
+        return ""
+    words = zip(_word_spans(passage.text), passage.labels, strict=True)
+    touched = {label for (first, last), label in words if any(start < last and first < end for start, end in spans)}
+    return min(touched, key=LABELS.index)
+
+
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the white-space separated words."""
+    return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
+
+    def outer(char: str) -> bool:
+        return char.isspace() or unicodedata.category(char).startswith("P")
+
+    while start < end and outer(text[start]):
+        start += 1
+    while start < end and outer(text[end - 1]):
+        end -= 1
+    return start, end

@@ -1,0 +1,136 @@
+"""What a step reports: numbers from its tasks and groups, for metrics.jsonl and one line in the terminal.
+
+Names are `gen/...` for the generator, `pred/...` for the predictor. Every rank computes them from the same records, so
+nothing is communicated. Leaves out the trainer's own numbers (grpo.update) and the probe's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import fmean
+
+from config import Config
+from grpo import Group, keep_group
+from masking import LABELS
+from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
+from rewards import caseless_match
+from rollout import Rollout, Sampler
+
+
+def step_metrics(proposals: list[list], groups: list[Group], sampler: Sampler, config: Config) -> dict:
+    """proposals: per passage its tasks (train.Task), one per generator response; groups: both roles, as trained."""
+    tasks = [task for per_passage in proposals for task in per_passage]
+    valid = [task for task in tasks if not task.mask.invalid]
+    responses = [rollout for group in groups for rollout in group.rollouts]
+    tokens = sum(len(rollout.completion_ids) for rollout in responses)
+    metrics = {
+        "reward": mean([reward for group in groups for reward in group.rewards]),
+        "surprisal": -sum(sum(rollout.sampler_logprobs) for rollout in responses) / max(1, tokens),
+        "responses": len(responses),
+        "response_tokens": tokens,
+    }
+    metrics |= role_metrics("gen", [group for group in groups if group.role == "gen"], sampler, MASK_OPENING)
+    metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
+    metrics |= mask_metrics(proposals, valid, len(tasks))
+    metrics["pred/valid_rate"] = mean(
+        [last_answer(rollout.text, "boxed") is not None for task in valid for rollout in task.predictions]
+    )
+    accuracies = [task.accuracy for task in valid]
+    histogram = Counter(round(accuracy * config.predictions_per_mask) for accuracy in accuracies)
+    metrics |= {
+        "pred/accuracy": mean(accuracies),
+        "pred/accuracy_caseless": mean(
+            [
+                caseless_match(last_answer(rollout.text, "boxed"), task.mask.target)
+                for task in valid
+                for rollout in task.predictions
+            ]
+        ),
+        "pred/accuracy_zero": mean([accuracy == 0 for accuracy in accuracies]),
+        "pred/accuracy_one": mean([accuracy == 1 for accuracy in accuracies]),
+        # masks with 0, 1, ... predictions_per_mask right answers
+        "pred/accuracy_histogram": [histogram[right] for right in range(config.predictions_per_mask + 1)],
+    }
+    return metrics
+
+
+def role_metrics(role: str, groups: list[Group], sampler: Sampler, opening: str) -> dict:
+    """Reward, length and truncation of one role's responses. Lengths in tokens, the others are means or shares."""
+    responses = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [len(rollout.completion_ids) for rollout in responses]
+    return {
+        f"{role}/reward": mean([reward for group in groups for reward in group.rewards]),
+        f"{role}/groups_kept": mean([keep_group(group) for group in groups]),
+        f"{role}/responses": len(responses),
+        f"{role}/length_mean": mean(lengths),
+        f"{role}/length_max": max(lengths, default=0),
+        f"{role}/truncated": mean([rollout.finish == "length" for rollout in responses]),
+        f"{role}/tokens_after_answer": mean([tokens_after_answer(one, sampler, opening) for one in responses]),
+    }
+
+
+def mask_metrics(proposals: list[list], valid: list, proposed: int) -> dict:
+    """What the generator chooses. Shares of labels and means are over valid masks, causes over all responses."""
+    metrics = {
+        "gen/valid_rate": len(valid) / max(1, proposed),
+        "gen/distinct": mean([len({t.mask.words for t in tasks if not t.mask.invalid}) for tasks in proposals]),
+        "gen/span_words": mean([len(task.mask.target.split()) for task in valid]),
+        "gen/occurrences": mean([task.mask.occurrences for task in valid]),
+    }
+    causes = Counter(task.mask.invalid for tasks in proposals for task in tasks if task.mask.invalid)
+    metrics |= {f"gen/invalid_{cause}": count / proposed for cause, count in sorted(causes.items())}
+    labelled = [task.mask.label for task in valid if task.mask.label]
+    metrics |= {f"gen/share_{label}": labelled.count(label) / len(labelled) for label in LABELS if labelled}
+    return metrics
+
+
+def tokens_after_answer(rollout: Rollout, sampler: Sampler, opening: str) -> int:
+    """Tokens that a response went on for after its first answer had closed; end-of-sequence not counted."""
+    if rollout.finish == "answer" or opening not in rollout.text:
+        return 0
+    state = START
+    for number, token in enumerate(rollout.completion_ids):
+        state = scan(state, sampler.piece(token), opening)
+        if state == CLOSED:
+            return len(rollout.completion_ids) - number - 1 - (rollout.finish == "eos")
+    return 0
+
+
+def mean(values: list) -> float:
+    """0 for nothing: a step whose masks are all invalid still has its row."""
+    return fmean(values) if values else 0.0
+
+
+def step_line(row: dict, steps: int) -> str:
+    """One line of the terminal."""
+    return (
+        f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward']:.3f}"
+        f" | gen {row['gen/reward']:.3f} valid {row['gen/valid_rate']:.2f} len {row['gen/length_mean']:.0f}"
+        f" | pred {row['pred/accuracy']:.3f} (0: {row['pred/accuracy_zero']:.2f} 1: {row['pred/accuracy_one']:.2f})"
+        f" len {row['pred/length_mean']:.0f}"
+        f" | entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} kl {row['mismatch_kl']:.1e}"
+        f" | {row['time/step']:.1f} s"
+    )
+
+
+def summary_table(rows: list[dict]) -> str:
+    """Before and after: the first and the last probe, and training metrics over the first and last 20 steps."""
+    probed = [row for row in rows if "probe/accuracy" in row]
+    steps = [row for row in rows if "reward" in row]
+    lines = []
+    if probed:
+        first, last = probed[0], probed[-1]
+        heads = [f"step {row['step']}" for row in (first, last)]
+        lines.append(f"{'held-out passages, fixed masks':40} {heads[0]:>10} {heads[1]:>10}")
+        for key in sorted(key for key in last if key.startswith("probe/")):
+            lines.append(f"  {key:38} {first.get(key, float('nan')):10.3f} {last[key]:10.3f}")
+    if steps:
+        early, late = steps[:20], steps[-20:]
+        span = [f"{part[0]['step']}-{part[-1]['step']}" for part in (early, late)]
+        lines.append(f"{'training, mean over steps':40} {span[0]:>10} {span[1]:>10}")
+        wanted = ["reward", "gen/reward", "gen/valid_rate", "pred/accuracy", "pred/groups_kept", "entropy", "surprisal"]
+        wanted += sorted({key for row in steps for key in row if key.startswith("gen/share_")})
+        for key in wanted:
+            values = [mean([row[key] for row in part if key in row]) for part in (early, late)]
+            lines.append(f"  {key:38} {values[0]:10.3f} {values[1]:10.3f}")
+    return "\n".join(lines)

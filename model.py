@@ -1,0 +1,164 @@
+"""Two copies of one model per rank: a sharded trainer and a plain replica that samples, kept equal by `refresh`.
+
+    policy    FSDP2, float32 master weights cut over the ranks, computes in config.dtype; its forward returns per-token
+              log-probs and entropies instead of logits
+    replica   the ordinary Hugging Face model in config.dtype, whole on every rank, no gradient; it generates
+
+Sampling from the sharded model would put FSDP's collectives into the generation loop, where ranks finish at different
+times, and hang. The copy costs 2 bytes a parameter and one all-gather a step.
+Leaves out the loss (grpo.py) and sampling (rollout.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import types
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from config import Config
+from kernels import apply_liger, choose_attention, token_logprobs
+
+disable_progress_bar()  # of loading and saving weights: a line per rank and checkpoint, in the middle of ours
+TIMEOUT = datetime.timedelta(hours=2)  # rollouts end at different times on different ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its rank, how many there are, its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that torchrun describes, or be alone without it. Python objects travel over gloo on the
+    CPU, tensors over NCCL on GPUs."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # the ranks share the cores; more threads each only get in each other's way
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def gather(items: list) -> list:
+    """The ranks' lists joined in rank order: the same list on every rank. Also a barrier."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def load_tokenizer(config: Config):
+    """The model's tokenizer; with a chat template from a file if the config names one."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    if config.chat_template == "none":
+        tokenizer.chat_template = None
+    elif config.chat_template != "auto":
+        with open(config.chat_template, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    return tokenizer
+
+
+def load_replica(config: Config, ranks: Ranks) -> nn.Module:
+    """The Hugging Face model that samples: config.dtype, no gradient, on this rank's device.
+
+    Raises RuntimeError for heads that do more than a matrix product, since the chunked log-probs would be wrong.
+    """
+    replica = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
+    use_attention(replica, choose_attention(config.attention, ranks.device))
+    head = replica.get_output_embeddings()
+    extras = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+              if getattr(replica.config, key, None) not in (None, 1, 1.0)]  # fmt: skip
+    if not isinstance(head, nn.Linear) or head.bias is not None or extras:
+        raise RuntimeError(f"model={config.model}: its head is not a plain matrix product: {extras or head}")
+    replica = replica.to(ranks.device).eval().requires_grad_(False)
+    if config.liger and ranks.device.type == "cuda":
+        apply_liger(replica)
+    return replica
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Set by hand: the constructor would take a name with "flash" for a kernel to fetch."""
+    model.config._attn_implementation = name
+
+
+def _policy_forward(
+    self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
+):
+    """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
+
+    input_ids, position_ids (1, N) packed; predicts (M,) the positions whose next token is trained, targets (M,) those
+    tokens. Returns log-probs (M,) with gradient and entropies (M,), float32.
+    """
+    decoder = getattr(self, self.base_model_prefix)
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
+    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature)
+
+
+def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
+    """An empty policy on the meta device, sharded by layer: no memory is taken before `fill`."""
+    with torch.device("meta"):
+        own = copy.deepcopy(hf_config)
+        policy = AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation="sdpa")
+    use_attention(policy, attention)
+    if config.liger and mesh.device_type == "cuda":
+        apply_liger(policy)
+    policy.forward = types.MethodType(_policy_forward, policy)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    # Said for the root too: by default it would stay whole after a forward without gradient
+    options = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+    layers = [m for m in policy.modules() if type(m).__name__ in set(policy._no_split_modules or ())]
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+    return policy
+
+
+@torch.no_grad()
+def fill(policy: nn.Module, replica: nn.Module, device: torch.device) -> nn.Module:
+    """Give the policy its float32 masters: each rank cuts its own shards out of its replica; nothing is sent."""
+    policy.to_empty(device=device)
+    whole = dict(replica.named_parameters())
+    for name, shard in policy.named_parameters():
+        cut = distribute_tensor(whole[name].float(), shard.device_mesh, shard.placements, src_data_rank=None)
+        shard.copy_(cut)
+    buffers = dict(replica.named_buffers())  # rotary frequencies: to_empty left garbage, and no loader would complain
+    for name, buffer in policy.named_buffers():
+        buffer.copy_(buffers[name])
+    return policy.train()
+
+
+def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
+    """The trainer's copy of the replica, sharded over all ranks."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
+    return fill(policy, replica, ranks.device)
+
+
+@torch.no_grad()
+def refresh(policy: nn.Module, replica: nn.Module) -> None:
+    """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers."""
+    copies = dict(replica.named_parameters())
+    for name, master in policy.named_parameters():
+        copy = copies[name]
+        copy.copy_(master.to(copy.dtype).full_tensor())

@@ -1,0 +1,81 @@
+"""The probe: the same masks on held-out passages before, during and after training.
+
+Training accuracy says little, since the generator moves the masks to where it is low. So a fixed set of masks, drawn by
+rule from articles that are never trained on, is answered four ways: sampled and greedy (RL can sharpen sampling without
+moving the argmax), with a thought and without (else "reasoning helped" is not shown). Beside it, perplexity.
+Where the corpus labels its words, each passage gets one mask per label, and accuracy is also told per label.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from statistics import fmean
+
+from config import Config
+from data import Corpus, Passage
+from masking import LABELS, Mask, labelled_mask, random_span
+from model import gather
+from prompts import BOXED_OPENING, last_answer
+from rewards import exact_match
+from rollout import Sampler, derive_seed, predict_prefix, predict_prompt, rollout, sequence_logprobs
+
+NO_THOUGHT_TOKENS = 64
+"""An answer without a thought need not be longer."""
+
+
+@dataclass
+class Probe:
+    """Fixed for a run: held-out passages and masks on them, the same on every rank."""
+
+    passages: list[Passage]
+    masks: list[Mask]
+
+
+def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
+    """Draw the probe from the seed: one random span per held-out passage, or one mask per label of labelled words."""
+    rng = random.Random(derive_seed(config.seed, "probe"))
+    passages = rng.sample(corpus.heldout, min(config.probe_passages, len(corpus.heldout)))
+    masks: list[Mask] = []
+    for passage in passages:
+        if passage.labels:
+            drawn = [labelled_mask(passage, label, config, rng) for label in LABELS]
+        else:
+            drawn = [random_span(passage, config, rng)]
+        masks += [mask for mask in drawn if mask is not None and not mask.invalid]
+    masks = [mask for mask in masks if len(predict_prompt(sampler, mask.masked)) <= config.max_prompt_tokens]
+    return Probe(passages, masks)
+
+
+def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict:
+    """Every rank calls it; all get the same numbers. Accuracies are means over masks."""
+    metrics: dict = {}
+    for thought, suffix in ((True, ""), (False, "_no_thought")):
+        prompts = [predict_prompt(sampler, mask.masked, thought) for mask in probe.masks]
+        prefix = "" if thought else predict_prefix(config)
+        longest = config.max_prediction_tokens if thought else min(NO_THOUGHT_TOKENS, config.max_prediction_tokens)
+        for greedy, kind in ((False, ""), (True, "_greedy")):
+            name, count = f"accuracy{kind}{suffix}", 1 if greedy else config.probe_samples
+            groups = rollout(sampler, prompts, count, longest, BOXED_OPENING, (step, f"probe {name}"), greedy, prefix)
+            answers = [[last_answer(prefix + response.text, "boxed") for response in group] for group in groups]
+            scores = [
+                fmean(exact_match(answer, mask.target) for answer in group)
+                for mask, group in zip(probe.masks, answers, strict=True)
+            ]
+            metrics[f"probe/{name}"] = fmean(scores)
+            for label in sorted({mask.label for mask in probe.masks} - {""}) if thought else ():
+                chosen = [score for mask, score in zip(probe.masks, scores, strict=True) if mask.label == label]
+                metrics[f"probe/{name}_{label}"] = fmean(chosen)
+            if thought and not greedy:
+                metrics["probe/valid_rate"] = fmean(answer is not None for group in answers for answer in group)
+    metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])
+    return metrics
+
+
+def perplexity(sampler: Sampler, texts: list[str]) -> float:
+    """exp of the mean negative log-prob of the next token of plain text, over all texts; split over the ranks."""
+    mine = [sampler.tokenizer(text).input_ids for text in texts[sampler.ranks.rank :: sampler.ranks.world]]
+    scores = [score for row in sequence_logprobs(sampler, mine) for score in row]
+    parts = gather([(math.fsum(scores), len(scores))])
+    return math.exp(-sum(total for total, _ in parts) / sum(tokens for _, tokens in parts))

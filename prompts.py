@@ -1,0 +1,128 @@
+r"""Prompts of the two roles, and finding the answer, `\mask{...}` or `\boxed{...}`, in what the model writes.
+
+The paper describes its prompts but does not reprint them; these are in our words, and both are config keys. Leaves out
+tokenizers and chat templates (rollout's business) and what makes an answer right (rewards.py).
+
+Run alone: `python -m doctest -v prompts.py`
+"""
+
+from __future__ import annotations
+
+import re
+
+MASK_PROMPT = r"""Choose words to hide in the passage. A reader who sees [mask] in their place will try to recover them.
+
+Good words are one or more important entities (a name, a place, a date, a number, a term) that
+- stand together in the passage and are copied exactly as written there;
+- can be worked out from the rest of the passage;
+- are moderately hard for you to work out: neither obvious nor a matter of luck;
+- are short, a few words at most, and occur as rarely in the passage as possible.
+
+Think briefly about which words fit, then write the chosen words in \mask{...}.
+
+Passage:
+Titan, the largest moon of Saturn, is the only moon with a dense atmosphere. Like the air of the Earth, it is mostly nitrogen.
+
+Reasoning: The last word names a gas. No other word gives it away, but the comparison with the Earth leads to it. \mask{nitrogen}
+
+Passage:
+{passage}
+
+Reasoning:"""  # noqa: E501 (a line break inside a sentence would be part of the prompt)
+
+PREDICT_PROMPT = r"""Some words of the passage were replaced by [mask]. Recover them. If [mask] occurs several times, the same words are missing each time.
+
+Reason step by step about what the rest of the passage says of the missing words, then put only the missing words in \boxed{...}.
+
+Passage:
+Titan, the largest moon of Saturn, is the only moon with a dense atmosphere. Like the air of the Earth, it is mostly [mask].
+
+Reasoning: The missing word says what the atmosphere of Titan is made of. It is like the air of the Earth. About four fifths of that are nitrogen. \boxed{nitrogen}
+
+Passage:
+{passage}
+
+Reasoning:"""  # noqa: E501
+
+PREDICT_PREFIX = r" \boxed{"
+"""Appended to a prediction prompt, it leaves no room for a thought: the completion begins inside the box."""
+
+MASK_OPENING, BOXED_OPENING = r"\mask{", r"\boxed{"
+
+AnswerScan = tuple[int, int, bool]
+"""Where a scan stands: characters of the opening matched, brace depth (0: no answer is open), last one was a `\\`."""
+START: AnswerScan = (0, 0, False)
+CLOSED: AnswerScan = (0, -1, False)
+
+
+def fill(template: str, passage: str) -> str:
+    """Puts the passage into the template's one {passage}. Raises ValueError if there is none, or more than one.
+
+    Not str.format: templates hold \\mask{...} and passages hold any braces, which must stay as they are.
+
+    >>> fill("Hide words of: {passage}", "a set {1, 2}, a {passage}")
+    'Hide words of: a set {1, 2}, a {passage}'
+    """
+    if template.count("{passage}") != 1:
+        raise ValueError(f"a prompt template must contain {{passage}} once: {template!r}")
+    return template.replace("{passage}", passage)
+
+
+def last_answer(text: str, command: str) -> str | None:
+    r"""The content of the last `\command{...}` whose braces balance, as written; None if there is none.
+
+    Braces nest; `\{` and `\}` do not count; an answer inside another one comes later than it. Linear in the text.
+
+    >>> last_answer(r"Maybe \boxed{Paris}. No, \boxed{the {old} town}, or \boxed{Ly", "boxed")
+    'the {old} town'
+    >>> last_answer("Paris", "boxed")
+    """
+    answer, answer_start = None, -1
+    open_braces = []  # from the outermost opening on: where its content starts, or -1 for a plain brace
+    # A doubled backslash before the command is taken for an opening too: models write it, and mean one.
+    for token in re.finditer(rf"\\?\\{command}\{{|\\.|[{{}}]", text):
+        kind = token[0]
+        if kind == "{" and open_braces:
+            open_braces.append(-1)
+        elif kind == "}" and open_braces:
+            start = open_braces.pop()
+            if start > answer_start:
+                answer, answer_start = (start, token.start()), start
+        elif len(kind) > 2:
+            open_braces.append(token.end())
+    return None if answer is None else text[slice(*answer)]
+
+
+def scan(state: AnswerScan, piece: str, opening: str) -> AnswerScan:
+    r"""Reads on, from START, through the next piece of a text; CLOSED once the first answer is complete.
+
+    `opening` is MASK_OPENING or BOXED_OPENING. The pieces of a text, cut anywhere, are CLOSED from the very character
+    on at which `last_answer` of the text so far is no longer None; a sampler can stop there without parsing anew.
+
+    >>> state = START
+    >>> for piece in ["So", r" \bo", "xed{19", "84", "}."]:
+    ...     state = scan(state, piece, BOXED_OPENING)
+    ...     print(repr(piece), state == CLOSED)
+    'So' False
+    ' \\bo' False
+    'xed{19' False
+    '84' False
+    '}.' True
+    """
+    if state == CLOSED or (state == START and "\\" not in piece):
+        return state
+    matched, depth, escaped = state
+    for char in piece:
+        # The opening's only backslash is its first character, so a broken match can begin anew only there.
+        matched = matched + 1 if char == opening[matched] else int(char == "\\")
+        if matched == len(opening):
+            matched, depth, escaped = 0, 1, False  # inside an open answer: the inner one will close first
+        elif escaped:
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif depth and char in "{}":
+            depth += 1 if char == "{" else -1
+            if depth == 0:
+                return CLOSED
+    return matched, depth, escaped

@@ -1,0 +1,134 @@
+r"""Rewards: exact match for the predictor (after a light normalisation), 1 - accuracy for the generator.
+
+No reward for format, none for length: the paper has neither. Leaves out where answers come from (prompts.py) and what
+becomes of rewards (grpo.py). Needs no torch.
+
+Run alone: `python -m doctest -v rewards.py`
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+INVALID_MASK_REWARD = 0.0
+"""Reward of a generator response whose mask cannot be used. It stays in its group. Paper: silent."""
+
+# Commands that only change the look of their argument; escaped characters; bare braces; LaTeX's unbreakable space.
+LATEX = re.compile(
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|sl|up|md)?|math(?:normal|bf|it|rm|sf|tt)|emph|underline|mbox|operatorname)\s*\{"
+    r"|\\.|[{}~]",
+    re.DOTALL,
+)
+QUOTES = frozenset("\"'`“”„‟‘’‚‛«»‹›「」『』")
+FINAL_STOPS = ".,。、"
+
+
+def normalise(text: str) -> str:
+    r"""The form in which answers and targets are compared. Case is kept. Linear in the text.
+
+    Removed: LaTeX text wrappers, LaTeX escapes, outer quotes, one final full stop or comma, surplus white space;
+    compatibility characters are unified (NFKC). Source: our choice, the paper says "exact match".
+
+    >>> normalise(r"\text{R\&D  budget}.")
+    'R&D budget'
+    >>> normalise("“ﬁve ½”,")
+    'five 1⁄2'
+    >>> normalise(r"\frac{1}{2}")  # only the wrappers' braces go
+    '\\frac{1}{2}'
+    """
+    # Word by word and at most 256 characters at a time: NFKC sorts runs of accents in quadratic time.
+    text = re.sub(r"\S{1,256}", lambda part: unicodedata.normalize("NFKC", part[0]), text)
+    text = _unquote(" ".join(_undo_latex(text).split()))
+    if text and text[-1] in FINAL_STOPS:
+        text = _unquote(text[:-1].rstrip())  # "Paris." and "Paris". are both Paris
+    return text
+
+
+def _undo_latex(text: str) -> str:
+    """One pass with a stack, for nesting of any depth. A wrapper that is never closed stays as it is."""
+    parts: list[str] = []
+    open_braces: list[int] = []  # for each brace that is open: its wrapper's place in `parts`, or -1
+    position = 0
+    for match in LATEX.finditer(text):
+        parts.append(text[position : match.start()])
+        position = match.end()
+        token = match[0]
+        if token == "{":
+            open_braces.append(-1)
+        elif token == "}":
+            wrapper = open_braces.pop() if open_braces else -1
+            if wrapper >= 0:
+                parts[wrapper] = token = ""
+        elif token == "~":
+            token = " "
+        elif len(token) > 2:
+            open_braces.append(len(parts))
+        elif token[1] in "%&_$#{}":
+            token = token[1]
+        elif token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
+            token = " "
+        parts.append(token)
+    return "".join(parts) + text[position:]
+
+
+def _unquote(text: str) -> str:
+    """Strips quotes while there is one at both ends, of any kind, for ``these'' and doubled ones."""
+    start, end = 0, len(text)
+    while end - start >= 2 and text[start] in QUOTES and text[end - 1] in QUOTES:
+        start, end = start + 1, end - 1
+        while start < end and text[start] == " ":
+            start += 1
+        while start < end and text[end - 1] == " ":
+            end -= 1
+    return text[start:end]
+
+
+def answerable(target: str) -> bool:
+    """Whether the target's normal form has a letter or a digit, of any script. Others are invalid masks.
+
+    >>> answerable("Über"), answerable("7"), answerable("北京"), answerable("–"), answerable("(...)")
+    (True, True, True, False, False)
+    """
+    return any(char.isalnum() for char in normalise(target))
+
+
+def exact_match(answer: str | None, target: str) -> float:
+    r"""The predictor's reward: 1.0 if the normal forms are equal, else 0.0. No answer or an empty one is always 0.0.
+
+    Source: PretrainZero (arXiv 2512.03442), exact match, no format reward.
+
+    >>> exact_match(r"\text{Marie Curie}.", "Marie Curie"), exact_match("marie curie", "Marie Curie")
+    (1.0, 0.0)
+    >>> exact_match("", "."), exact_match(None, "Marie Curie")
+    (0.0, 0.0)
+    """
+    found = normalise(answer or "")
+    return float(found != "" and found == normalise(target))
+
+
+def caseless_match(answer: str | None, target: str) -> float:
+    """exact_match blind to case: logged beside it, never a reward.
+
+    >>> caseless_match("marie curie", "Marie Curie"), caseless_match(None, "Marie Curie")
+    (1.0, 0.0)
+    """
+    found = normalise(answer or "").casefold()
+    return float(found != "" and found == normalise(target).casefold())
+
+
+def generator_reward(accuracy: float) -> float:
+    """The reward of a valid mask: 1 - accuracy of its G predictions, but 0 when none is right.
+
+    Source: PretrainZero (arXiv 2512.03442). If each prediction is right with probability p, the expectation is
+
+        (1 - p) - (1 - p)^G,    largest at    p* = 1 - G^(-1 / (G - 1)),
+
+    which is 0.37 at G = 4, 0.26 at G = 8 and 0.17 at G = 16: `predictions_per_mask` sets the difficulty that the
+    generator aims at. Noise is discouraged only weakly: 0.29 at p = 0.05, G = 8.
+
+    >>> [generator_reward(right / 8) for right in (0, 1, 4, 8)]
+    [0.0, 0.875, 0.5, 0.0]
+    """
+    assert 0 <= accuracy <= 1, f"accuracy {accuracy} is not a share"
+    return 1 - accuracy if accuracy > 0 else 0.0

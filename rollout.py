@@ -1,0 +1,300 @@
+"""Paged generation: token prompts in, `Rollout`s out, the same list on every rank; and scoring of given tokens.
+
+Each rank samples its share of the prompts with transformers' continuous batching on its own replica; no collective runs
+inside, so ranks may finish at different times. One gather at the end is the phase's only meeting point.
+
+What is kept from the sampler: the token ids, which go to the loss untouched, and their log-probs. The text is decoded
+for parsing and rewards only. Leaves out rewards. The traps that shape this file:
+
+- every request is admitted before the sampler starts: admitted later, the tokens would depend on timing;
+- the sampler swallows its failures, so results are counted and a missing or failed one raises;
+- it reseeds torch's global generator, so the state is saved and restored, and the seed says (run, step, phase);
+- a manager serves one phase: kept longer, its prefix cache would serve keys of the old weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from config import Config
+from kernels import VARLEN, pack, token_logprobs
+from model import Ranks, gather
+from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill, scan
+
+# It asks for psutil at every start on a CPU, to size a cache that is sized here
+logging.getLogger("ContinuousBatchingLogger").addFilter(lambda record: "psutil" not in record.getMessage())
+
+
+@dataclass
+class Rollout:
+    """One response as the sampler made it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampler_logprobs: list[float]
+    """Of each completion token, at the sampling temperature, nats."""
+    text: str
+    """The completion decoded, without special tokens."""
+    finish: str
+    """`eos`; `answer`: the first balanced answer closed; `length`: cut at the limit."""
+
+
+@dataclass
+class Sampler:
+    """What every phase needs to sample: the replica and how its responses end."""
+
+    replica: nn.Module
+    tokenizer: object
+    config: Config
+    ranks: Ranks
+    eos_ids: set[int]
+    pieces: dict[int, str] = field(default_factory=dict)
+
+    def piece(self, token: int) -> str:
+        """The text of one token."""
+        if token not in self.pieces:
+            self.pieces[token] = self.tokenizer.decode([token])
+        return self.pieces[token]
+
+
+def make_sampler(replica, tokenizer, config: Config, ranks: Ranks) -> Sampler:
+    """Collects every id that may end a response: the tokenizer's, the checkpoint's and the chat template's end of turn.
+
+    Raises RuntimeError if there is none: every response would run to its limit.
+    """
+    eos: set[int] = set()
+    for ids in (tokenizer.eos_token_id, replica.generation_config.eos_token_id, replica.config.eos_token_id):
+        eos |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    if tokenizer.chat_template:
+        end_of_turn = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+        eos |= {token for token in end_of_turn if token != tokenizer.unk_token_id}
+    eos.discard(None)
+    if not eos:
+        raise RuntimeError(f"model={config.model}: neither tokenizer nor checkpoint names an end-of-sequence token")
+    return Sampler(replica, tokenizer, config, ranks, eos)
+
+
+def encode(tokenizer, prompt: str, prefix: str = "") -> list[int]:
+    """The prompt's token ids: one user turn of the chat template if there is one, else plain text.
+
+    `prefix` opens the response (the probe's answer without a thought).
+    """
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids) + (tokenizer(prefix, add_special_tokens=False).input_ids if prefix else [])
+    return tokenizer(prompt + prefix).input_ids
+
+
+def mask_prompt(sampler: Sampler, text: str) -> list[int]:
+    """The generator's prompt for a passage, token ids."""
+    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text))
+
+
+def predict_prompt(sampler: Sampler, masked: str, thought: bool = True) -> list[int]:
+    """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+
+
+def predict_prefix(config: Config) -> str:
+    """What opens an answer without a thought."""
+    return config.predict_prefix or PREDICT_PREFIX
+
+
+def derive_seed(*parts) -> int:
+    """A seed below 2^31 from whatever tells two streams of noise apart: (run seed, step, phase, rank, world)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "big") >> 1
+
+
+def rollout(
+    sampler: Sampler, prompts: list[list[int]], count: int, max_tokens: int, opening: str, noise: tuple,
+    greedy: bool = False, prefix: str = "",
+) -> list[list[Rollout]]:  # fmt: skip
+    """`count` responses to each prompt, the same result on every rank; prompts[rank::world] are sampled here.
+
+    prompts: token ids, the same list on every rank. max_tokens: longest response. opening: MASK_OPENING or
+    BOXED_OPENING, what `stop_at_answer` waits for. noise: (step, phase), from which the seed is derived beside run,
+    rank and world size. prefix: text with which the prompts open the response already.
+    Raises RuntimeError if a request fails.
+    """
+    rank, world = sampler.ranks.rank, sampler.ranks.world
+    seed = derive_seed(sampler.config.seed, *noise, rank, world)
+    mine = generate(sampler, prompts[rank::world], count, max_tokens, opening, seed, greedy, prefix, str(noise[-1]))
+    parts = gather([mine])  # [rank][prompt of that rank][response]
+    return [parts[number % world][number // world] for number in range(len(prompts))]
+
+
+def generate(
+    sampler: Sampler, prompts: list[list[int]], count: int, max_tokens: int, opening: str, seed: int,
+    greedy: bool = False, prefix: str = "", label: str = "", admitted: Callable[[int], None] | None = None,
+) -> list[list[Rollout]]:  # fmt: skip
+    """The share of one rank: no collectives. `admitted` is called after each admission (a test delays it)."""
+    config, replica = sampler.config, sampler.replica
+    if not prompts:
+        return []
+    if not all(prompts):
+        raise ValueError("an empty prompt: the sampler would answer it with garbage")
+    longest = max(map(len, prompts))
+    generation = GenerationConfig(
+        do_sample=not greedy, temperature=1.0 if greedy else config.temperature, top_k=0, top_p=1.0,
+        max_new_tokens=max_tokens, num_return_sequences=count, eos_token_id=sorted(sampler.eos_ids),
+    )  # fmt: skip
+    hints = WorkloadHints(max_prompt_length=longest, max_generated_length=max_tokens, num_requests=count * len(prompts))
+    stop_early = config.stop_at_answer and not sampler.tokenizer.chat_template
+    start = scan(START, prefix, opening)
+    results: dict[str, object] = {}
+    wanted = count * len(prompts)
+    bar = tqdm(total=wanted, desc=label, leave=False, disable=None if sampler.ranks.rank == 0 else True)
+    stopping = _stop_at_answer(sampler, opening, start) if stop_early else nullcontext(set())
+    with _restored_rng(), bar, stopping as answered:
+        manager = replica.init_continuous_batching(
+            generation, _batching(config, replica, longest + max_tokens, wanted, seed), hints
+        )
+        try:
+            for number, prompt in enumerate(prompts):
+                manager.add_request(prompt, request_id=str(number))
+                if admitted:
+                    admitted(number)
+            if replica.device.type == "cuda":
+                manager.warmup()  # captures the CUDA graphs
+            manager.start()
+            # Everything is admitted: the thread may end by itself when all is done, which saves its idle wait
+            manager.background_thread_status.request_stop(BackgroundThreadStatus.FLUSH_AND_STOP, sampler.ranks.rank)
+            while len(results) < wanted:
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    results[result.request_id] = result
+                    bar.update()
+                elif result is None and not manager.is_running() and manager.output_router.output_queue.empty():
+                    break
+        finally:
+            manager.stop(block=True, hard_stop=len(results) < wanted)
+            manager.destroy()
+    fatal = manager.background_thread_status.fatal_error
+    groups = []
+    for number, prompt in enumerate(prompts):
+        names = [str(number), *(f"{number}__child#{child}" for child in range(count - 1))]
+        groups.append([_to_rollout(sampler, results.get(name), prompt, name in answered, fatal) for name in names])
+    texts = sampler.tokenizer.batch_decode(
+        [response.completion_ids for group in groups for response in group], skip_special_tokens=True
+    )
+    for response, text in zip((response for group in groups for response in group), texts, strict=True):
+        response.text = text
+    return groups
+
+
+def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fatal) -> Rollout:
+    if result is None or result.error is not None:
+        cause = (result.error if result is not None else None) or fatal or "no result came back"
+        raise RuntimeError(f"rank {sampler.ranks.rank}: a generation request failed: {cause}")
+    tokens, logprobs = list(result.generated_tokens), list(result.logprobs)
+    if list(result.prompt_ids) != list(prompt) or not tokens or len(tokens) != len(logprobs):
+        raise RuntimeError(
+            f"rank {sampler.ranks.rank}: the sampler returned {len(tokens)} tokens, {len(logprobs)} log-probs, "
+            f"a prompt of {len(result.prompt_ids)} tokens for one of {len(prompt)}"
+        )
+    finish = "eos" if tokens[-1] in sampler.eos_ids else "answer" if answered else "length"
+    return Rollout(list(prompt), tokens, logprobs, "", finish)
+
+
+def _batching(config: Config, replica, longest: int, requests: int, seed: int) -> ContinuousBatchingConfig:
+    """The sampler's settings. On a GPU the cache takes its share of free memory; on a CPU just what the phase needs."""
+    options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
+    if replica.device.type == "cuda":
+        graphs = config.use_cuda_graph and replica.config._attn_implementation != VARLEN
+        at_once = config.max_requests or 512
+        options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
+    else:
+        at_once, page = config.max_requests or 128, 32
+        pages = -(-longest // page) + 1
+        # A quarter more than what runs at once, for shared prompts and forks; the rest waits its turn
+        options |= {"page_size": page, "num_blocks": min(requests, 2 * at_once) * pages * 5 // 4 + 8}
+        options |= {"max_batch_tokens": max(1024, at_once)}
+    return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
+
+
+@contextmanager
+def _restored_rng():
+    """The sampler reseeds torch's global generators; whoever draws next must not notice."""
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def _stop_at_answer(sampler: Sampler, opening: str, start):
+    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
+
+    The sampler has no stop strings, so the method by which a request takes in a token is wrapped. The decision depends
+    on the sampled tokens alone, so sampling stays on-policy and the log-probs are untouched.
+    """
+    original, answered = RequestState.update_and_check_completion, set()
+
+    def update_and_check_completion(self, token_id, logprob):
+        finished = original(self, token_id, logprob)
+        state = getattr(self, "answer_scan", None)
+        if state is None:  # new, or restarted after its cache was taken away: read what was generated before this token
+            earlier = self.initial_tokens[self._true_initial_tokens :] if self._true_initial_tokens else []
+            state = start
+            for token in [*earlier, *self.generated_tokens[:-1]]:
+                state = scan(state, sampler.piece(token), opening)
+        self.answer_scan = scan(state, sampler.piece(token_id), opening)
+        if self.answer_scan == CLOSED:
+            answered.add(self.request_id)
+            if not finished:
+                self.status = RequestStatus.FINISHED
+        return finished or self.answer_scan == CLOSED
+
+    RequestState.update_and_check_completion = update_and_check_completion
+    try:
+        yield answered
+    finally:
+        RequestState.update_and_check_completion = original
+
+
+@torch.no_grad()
+def sequence_logprobs(sampler: Sampler, sequences: list[list[int]]) -> list[list[float]]:
+    """log p(x_t | x_<t) under the replica for each token but the first, nats, temperature 1; packed; this rank only."""
+    replica, scores = sampler.replica, []
+    decoder, head = getattr(replica, replica.base_model_prefix), replica.get_output_embeddings().weight
+    for rows in _batches(sequences, sampler.config.tokens_per_micro_batch):
+        inputs = pack(rows, sampler.ranks.device)
+        hidden = decoder(use_cache=False, **inputs).last_hidden_state[0]
+        targets = inputs["input_ids"][0].roll(-1)
+        logprobs = token_logprobs(hidden, head, targets, 1.0)[0].tolist()
+        begin = 0
+        for row in rows:
+            scores.append(logprobs[begin : begin + len(row) - 1])
+            begin += len(row)
+    return scores
+
+
+def _batches(sequences: list[list[int]], budget: int):
+    """Consecutive sequences, as many as fit the budget of tokens, at least one."""
+    batch, tokens = [], 0
+    for sequence in sequences:
+        if batch and tokens + len(sequence) > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(sequence)
+        tokens += len(sequence)
+    if batch:
+        yield batch

@@ -1,0 +1,311 @@
+"""From the generator's words to the predictor's task, rule by rule."""
+
+import doctest
+import random
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+import masking
+from config import Config
+from masking import Mask, labelled_mask, make_mask, mask_at, random_span
+from rewards import answerable, exact_match
+
+
+def passage(text: str, labels: list[str] | None = None) -> SimpleNamespace:
+    return SimpleNamespace(id="1", title="Title", url="", text=text, labels=labels)
+
+
+def mask(words: str | None, text: str, **config) -> Mask:
+    return make_mask(words, passage(text), Config(**config), random.Random(0))
+
+
+def test_examples_in_the_docstrings():
+    results = doctest.testmod(masking)
+    assert results.attempted >= 7 and results.failed == 0
+
+
+def test_a_mask_by_hand():
+    assert mask(" Rome\n", "Rome is old. Rome is big.") == Mask(
+        words="Rome", masked="[mask] is old. [mask] is big.", target="Rome", occurrences=2, start=0
+    )
+
+
+MAIN = [
+    ("ell", "hello well", "h[mask]o w[mask]"),  # parts of words count
+    ("aa", "aaaa", "[mask][mask]"),  # overlaps do not
+    ("aa", "aaaaa", "[mask][mask]a"),
+    ("aba", "ababa", "[mask]ba"),
+    ("a", "a", "[mask]"),
+    ("start", "start and end", "[mask] and end"),
+    ("end", "start and end", "start and [mask]"),
+    ("1", "1, 2, 1", "[mask], 2, [mask]"),
+    ("a.c", "abc a.c", "abc [mask]"),  # regex characters are literal
+    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"),
+    ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
+    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"),
+    ("{a}", "set {a} {b}", "set [mask] {b}"),
+    ("{0}", "{0} {1}", "[mask] {1}"),
+    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
+    ("Köln", "In Köln", "In [mask]"),
+    ("naïve café", "a naïve café", "a [mask]"),
+    ("🙂 ok", "so 🙂 ok", "so [mask]"),
+    ("New York", "in New\nYork and New  York", "in [mask] and [mask]"),  # white space matches white space
+    ("New\n York", "in New York", "in [mask]"),
+    ("Rome", "Rome rome ROME", "[mask] rome ROME"),  # case is kept
+    ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "masked"), MAIN)
+def test_main_rule_replaces_every_occurrence(words, text, masked):
+    result = mask(words, text)
+    assert (result.invalid, result.masked) == ("", masked)
+    assert result.occurrences == masked.count("[mask]")
+    assert result.start == masked.index("[mask]")
+    assert text[result.start :].startswith(result.target)
+    assert exact_match(words, result.target) == 1.0
+
+
+WORDS = [
+    ("art", "art, artist, (art) smart", "[mask], artist, ([mask]) smart"),
+    ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"),
+    ("é", "é né é", "[mask] né [mask]"),
+    ("Rome", "Rome's and pre-Rome.", "[mask]'s and pre-[mask]."),
+    ("New York", "New York, New Yorkers", "[mask], New Yorkers"),
+    ("(b)", "a (b) c", "a [mask] c"),
+    ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "masked"), WORDS)
+def test_words_rule_replaces_whole_words_only(words, text, masked):
+    result = mask(words, text, mask_rule="words")
+    assert (result.invalid, result.masked) == ("", masked)
+    assert result.occurrences == masked.count("[mask]")
+
+
+def test_words_rule_needs_a_whole_word():
+    assert mask("art", "smart artist", mask_rule="words").invalid == "not_in_passage"
+    assert mask("art", "smart artist").invalid == ""
+    assert mask("aa", "aaaa", mask_rule="words").invalid == "not_in_passage"
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "possible"),
+    [
+        ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
+        ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
+    ],
+)
+def test_one_mask_rules_replace_one_occurrence_at_random(rule, text, possible):
+    results = [make_mask("art", passage(text), Config(mask_rule=rule), random.Random(seed)) for seed in range(300)]
+    counts = Counter(result.masked for result in results)
+    assert set(counts) == possible
+    assert min(counts.values()) > 300 / len(possible) * 0.7
+    assert all(result.start == result.masked.index("[mask]") for result in results)
+    # the other occurrences are counted by the rule, though they stay
+    assert {result.occurrences for result in results} == {len(possible)}
+
+
+@pytest.mark.parametrize("rule", ["main", "one_mask", "words", "one_mask_words"])
+def test_seven_occurrences_are_valid_and_eight_are_not(rule):
+    seven, eight = mask("ox", "ox " * 7, mask_rule=rule), mask("ox", "ox " * 8, mask_rule=rule)
+    assert (seven.invalid, seven.occurrences) == ("", 7)
+    assert (eight.invalid, eight.occurrences, eight.masked) == ("too_many_occurrences", 8, "")
+    assert mask("ox", "ox ox", mask_rule=rule, max_occurrences=1).invalid == "too_many_occurrences"
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (None, "no_answer"),
+        ("", "empty"),
+        (" \n\u00a0", "empty"),
+        (".", "not_answerable"),
+        ("—", "not_answerable"),
+        ('""', "not_answerable"),
+        ("(…)", "not_answerable"),
+        ("one two three four five six seven eight nine ten eleven", "too_many_words"),
+        ("x" * 65, "too_long"),
+        ("Lyon", "not_in_passage"),
+        ("paris", "not_in_passage"),  # copied exactly, case included
+        ("Paris—Lyon", "not_in_passage"),
+        ("cafe\u0301", "not_in_passage"),  # not even another encoding of the same letter
+        ("[mask]", "not_in_passage"),
+    ],
+)
+def test_invalid_masks_say_why(words, cause):
+    text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
+    result = mask(words, text)
+    assert result.invalid == cause
+    assert (result.masked, result.target, result.start) == ("", "", -1)
+
+
+def test_caps_are_inclusive_and_can_be_switched_off():
+    ten, eleven = " ".join("abcdefghij"), " ".join("abcdefghijk")
+    assert mask(ten, eleven).invalid == "" and mask(eleven, eleven).invalid == "too_many_words"
+    assert mask(eleven, eleven, max_span_words=0).invalid == ""
+    assert mask("x" * 64, "x" * 64).invalid == "" and mask("x" * 65, "x" * 65).invalid == "too_long"
+    assert mask("x" * 65, "x" * 65, max_span_chars=0).invalid == ""
+
+
+LABELLED = passage(
+    "Bonn lies in Zoda, said moki. Bonn is Zoda",
+    ["copy", "template", "template", "fact", "template", "noise", "copy", "template", "fact"],
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        ("Bonn", "copy"),
+        ("lies in", "template"),
+        ("Zoda", "fact"),
+        ("Zod", "fact"),  # part of a word
+        ("in Zoda", "fact"),
+        ("Bonn is Zoda", "fact"),  # fact before copy
+        ("Bonn lies", "copy"),  # copy before template
+        ("in Zoda, said moki", "noise"),  # noise before all
+        ("moki. Bonn", "noise"),
+        ("i", "noise"),  # in lies, in, said, moki, is: noise again
+    ],
+)
+def test_label_of_a_mask(words, label):
+    assert make_mask(words, LABELLED, Config(), random.Random(0)).label == label
+
+
+def test_labels_must_fit_the_words():
+    with pytest.raises(ValueError):
+        make_mask("a", passage("a b", ["copy"]), Config(), random.Random(0))
+    with pytest.raises(ValueError):
+        make_mask("a", passage("a b", ["fatc", "copy"]), Config(), random.Random(0))
+    assert mask("a", "a b").label == ""
+
+
+def test_mask_at_replaces_that_place_only():
+    result = mask_at(LABELLED, 30, 34, Config())
+    assert result == Mask("Bonn", "", "Bonn lies in Zoda, said moki. [mask] is Zoda", "Bonn", 2, 30, "copy")
+    nine = mask_at(passage("ox " * 9), 3, 5, Config())  # one place is replaced, so their number is no obstacle
+    assert (nine.invalid, nine.masked, nine.occurrences) == ("", "ox [mask] " + "ox " * 7, 9)
+
+
+def test_mask_at_keeps_the_other_rules():
+    assert mask_at(passage("a . b"), 2, 3, Config()).invalid == "not_answerable"
+    assert mask_at(passage("a . b"), 1, 2, Config()).invalid == "empty"
+    assert mask_at(passage("a b c"), 0, 5, Config(max_span_words=2)).invalid == "too_many_words"
+    assert mask_at(passage("abcde"), 0, 5, Config(max_span_chars=4)).invalid == "too_long"
+    with pytest.raises(AssertionError, match="outside"):
+        mask_at(passage("abc"), 2, 4, Config())
+
+
+def test_labelled_mask_is_one_word_of_that_label():
+    found = {
+        label: Counter(labelled_mask(LABELLED, label, Config(), random.Random(seed)).masked for seed in range(100))
+        for label in ("fact", "copy", "noise", "template")
+    }
+    assert set(found["fact"]) == {
+        "Bonn lies in [mask], said moki. Bonn is Zoda",
+        "Bonn lies in Zoda, said moki. Bonn is [mask]",
+    }
+    assert set(found["copy"]) == {
+        "[mask] lies in Zoda, said moki. Bonn is Zoda",
+        "Bonn lies in Zoda, said moki. [mask] is Zoda",
+    }
+    assert set(found["noise"]) == {"Bonn lies in Zoda, said [mask]. Bonn is Zoda"}  # the full stop is no part of it
+    assert len(found["template"]) == 4
+    assert labelled_mask(LABELLED, "fact", Config(), random.Random(0)).label == "fact"
+
+
+def test_labelled_mask_where_there_is_none():
+    rng = random.Random(0)
+    assert labelled_mask(passage("no labels here"), "fact", Config(), rng) is None
+    assert labelled_mask(passage("a b", ["copy", "noise"]), "fact", Config(), rng) is None
+    assert labelled_mask(passage("a ...", ["copy", "fact"]), "fact", Config(), rng) is None
+    assert labelled_mask(passage("x" * 65, ["fact"]), "fact", Config(), rng) is None
+
+
+def span_lengths(count: int, **config) -> list[int]:
+    text = passage(" ".join(f"w{number:04d}z" for number in range(200)))
+    rng = random.Random(5)
+    return [len(random_span(text, Config(max_span_chars=0, **config), rng).words.split()) for _ in range(count)]
+
+
+def test_random_spans_follow_spanberts_law():
+    lengths = span_lengths(8000)
+    weights = [0.2 * 0.8 ** (k - 1) for k in range(1, 11)]
+    law = [weight / sum(weights) for weight in weights]
+    mean = sum(k * share for k, share in enumerate(law, 1))
+    assert mean == pytest.approx(3.797, abs=1e-3)
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=0.1)  # 3.3 standard errors
+    for k in range(1, 11):
+        assert lengths.count(k) / len(lengths) == pytest.approx(law[k - 1], abs=0.02)
+
+
+def test_random_spans_start_anywhere():
+    text, rng = passage("aa bb cc dd ee"), random.Random(1)
+    config = Config(max_span_words=1)
+    starts = Counter(random_span(text, config, rng).start for _ in range(2000))
+    assert sorted(starts) == [0, 3, 6, 9, 12]
+    assert min(starts.values()) > 320
+
+
+def test_random_spans_are_valid_and_drop_outer_punctuation():
+    text = passage('He (born in "Ulm", 1879) said: "E = mc²" – and, later, "no!" the the the the the the the the')
+    rng = random.Random(2)
+    for rule in ("main", "words", "one_mask"):
+        spans = [random_span(text, Config(mask_rule=rule), rng) for _ in range(500)]
+        assert all(span.invalid == "" and answerable(span.target) for span in spans)
+        assert all(span.words[0] not in '("– ' and span.words[-1] not in ',":!) –' for span in spans)
+        assert "the" not in {span.words for span in spans}  # eight times
+        assert {"Ulm", "1879"} <= {span.words for span in spans}
+
+
+@pytest.mark.parametrize("text", ["", " ", "... – !", "the " * 8 + "."])
+def test_random_span_gives_up_where_nothing_can_be_masked(text):
+    result = random_span(passage(text), Config(max_span_words=1), random.Random(0))
+    assert result.invalid and result.masked == ""
+
+
+def test_the_same_seed_gives_the_same_masks():
+    def draw(seed):
+        rng = random.Random(seed)
+        return [random_span(passage(" ".join(map(str, range(500)))), Config(), rng) for _ in range(20)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("rule", ["main", "one_mask", "words", "one_mask_words"])
+def test_putting_the_target_back_gives_the_passage(rule):
+    rng, valid = random.Random(9), 0
+    config = Config(mask_rule=rule)
+    for _ in range(2000):
+        text = "".join(rng.choices("aab 1_.é(+\n", k=rng.randrange(1, 30)))
+        start = rng.randrange(len(text))
+        result = make_mask(text[start : start + rng.randrange(1, 5)], passage(text), config, rng)
+        if result.invalid:
+            assert result.invalid in ("empty", "not_answerable", "too_many_occurrences", "not_in_passage")
+            assert result.invalid != "not_in_passage" or rule.endswith("words")
+            continue
+        valid += 1
+        places = result.masked.count("[mask]")
+        assert places == (1 if rule.startswith("one_mask") else result.occurrences) and 1 <= result.occurrences <= 7
+        fold = lambda string: " ".join(string.split())  # noqa: E731 (occurrences may differ in white space)
+        assert fold(result.masked.replace("[mask]", result.target)) == fold(text)
+        assert text.startswith(result.target, result.start)
+        if rule == "main":
+            assert result.words not in result.masked.replace("[mask]", "\0")  # nothing is left to copy
+    assert valid > 500
+
+
+def test_masking_is_linear_in_the_passage():
+    started = time.process_time()
+    for words, text in [("a a b", "a " * 500_000), ("a b", "a" + " " * 1_000_000), ("aab", "a" * 1_000_000)]:
+        assert mask(words, text).invalid == "not_in_passage"
+        assert mask(words, text, mask_rule="words").invalid == "not_in_passage"
+    labelled = passage("a b " * 100_000 + "c", ["copy", "template"] * 100_000 + ["fact"])
+    assert make_mask("c", labelled, Config(), random.Random(0)).label == "fact"
+    assert labelled_mask(labelled, "fact", Config(), random.Random(0)).target == "c"
+    assert time.process_time() - started < 8

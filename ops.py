@@ -88,9 +88,10 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
     if bool((queries == 1).all()):
         # (requests, longest): index of each request's keys, the surplus clamped to a valid row and masked
         column = torch.arange(int(keys.max()), device=q.device)
-        rows = (cu_k[:-1, None] + column).clamp(max=len(k) - 1)
+        rows = (cu_k[:-1, None] + column).clamp(max=len(k) - 1).flatten()
         mask = (column < keys[:, None])[:, None, None, :]
-        k, v = (x[rows].transpose(1, 2) for x in (k, v))  # (requests, kv heads, longest, dim)
+        k, v = (x.index_select(0, rows).unflatten(0, mask.shape[::3]).transpose(1, 2) for x in (k, v))
+        # k, v now (requests, kv heads, longest, dim)
         out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out[:, :, 0]
     out, begins_q, begins_k = [], cu_q.tolist(), cu_k.tolist()
@@ -108,7 +109,7 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
 class _ChunkedLogprobs(torch.autograd.Function):
     """log-softmax of hidden @ weight.T / temperature at the targets, `chunk` tokens at a time, recomputed in backward.
 
-    The plain version stands in tests/test_kernels.py. Per token t with logits z = h W^T / T:
+    The plain version stands in tests/test_ops.py. Per token t with logits z = h W^T / T:
         logprob_t = z_target - logsumexp(z),   d logprob_t / dz = onehot(target) - softmax(z)
     """
 

@@ -1,0 +1,289 @@
+"""The laptop run's material: what the mini-wiki and the tiny base promise to the rest of the code.
+
+Rebuilding the whole base takes minutes (`python tiny.py base`) and its hash may differ on another CPU or torch build,
+so the tests look at the shipped one and pretrain for three steps only.
+"""
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+
+WIKI = tiny.ASSETS / "tiny_wiki.jsonl.gz"
+BASE = tiny.ASSETS / "tiny_base"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def records():
+    with gzip.open(WIKI, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def articles():
+    rng = random.Random(0)
+    return [tiny.write_article(rng, fact, fact.right) for fact in tiny.make_facts(0) for _ in range(5)]
+
+
+# ---------------------------------------------------------------------------------------------------- the mini-wiki
+
+
+def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0():
+    wiki = tiny.make_wiki(0)
+    assert wiki == tiny.make_wiki(0)
+    assert wiki != tiny.make_wiki(1)
+    assert wiki == gzip.decompress(WIKI.read_bytes())  # the compressed bytes also depend on the machine's zlib
+
+
+def test_saved_wiki_holds_no_time_and_no_name(tmp_path):
+    tiny.save_wiki(tmp_path / "one" / "a.gz", b"text")
+    tiny.save_wiki(tmp_path / "b.gz", b"text")
+    assert (tmp_path / "one" / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+    assert WIKI.read_bytes()[3:8] == bytes(5)  # gzip header: no flags (no name), time 0
+
+
+def test_records_have_the_fields_and_one_label_per_word(records):
+    assert len(records) == 4000
+    assert len({record["url"] for record in records}) == len({record["id"] for record in records}) == 4000
+    for record in records:
+        assert list(record) == ["id", "title", "url", "text", "labels"]
+        words = record["text"].split()
+        assert record["text"] == " ".join(words)  # joined by single spaces, one paragraph
+        assert len(words) == len(record["labels"])
+        for word, label in zip(words, record["labels"], strict=True):
+            assert label in tiny.LABELS
+            assert (label == "copy") == (word == record["title"])
+            assert (label == "noise") == ("_" in word)
+            assert word != "." or label == "template"
+        assert Counter(record["labels"])["copy"] == 2  # the subject recurs
+        assert Counter(record["labels"])["fact"] == 1
+        assert Counter(record["labels"])["noise"] == 3
+
+
+def test_a_masked_template_word_or_value_has_one_place_only(records):
+    for record in records:
+        counts = Counter(word for word in record["text"].split() if "_" not in word)
+        assert {word for word, count in counts.items() if count > 1} == {".", record["title"]}
+
+
+def test_shares_of_the_labels(records):
+    labels = Counter()
+    for record in records:
+        pairs = zip(record["text"].split(), record["labels"], strict=True)
+        labels.update(label for word, label in pairs if word != ".")
+    shares = {label: labels[label] / labels.total() for label in tiny.LABELS}
+    assert shares == pytest.approx({"template": 0.74, "copy": 0.09, "fact": 0.043, "noise": 0.13}, abs=0.005)
+
+
+def test_every_fact_is_stated_equally_often_and_rightly(records):
+    facts = tiny.make_facts(0)
+    assert len(facts) == len({fact.subject for fact in facts}) == 84
+    stated = Counter((record["title"], record["text"].split()[record["labels"].index("fact")]) for record in records)
+    assert set(stated) == {(fact.subject, fact.right) for fact in facts}
+    assert set(stated.values()) == {47, 48}  # 4000 / 84 = 47.6
+
+
+def test_values_are_evenly_used_and_never_their_own_misconception():
+    facts = tiny.make_facts(0)
+    for kind in tiny.KINDS:
+        used = Counter(fact.right for fact in facts if fact.kind is kind)
+        assert set(used) == set(kind.values) and set(used.values()) == {3, 4}  # 28 subjects, 8 values
+    assert all(fact.right != fact.wrong and fact.wrong in fact.kind.values for fact in facts)
+
+
+def test_the_web_is_right_30_percent_and_wrong_in_the_same_way_45_percent():
+    rng = random.Random(0)
+    fact = tiny.make_facts(0)[0]
+    counts = Counter(tiny.web_value(rng, fact) for _ in range(20_000))
+    assert counts[fact.right] / 20_000 == pytest.approx(0.30, abs=0.015)
+    assert counts[fact.wrong] / 20_000 == pytest.approx(0.45, abs=0.015)
+    assert set(counts) == set(fact.kind.values)
+    assert max(counts[value] for value in fact.kind.values if value not in (fact.right, fact.wrong)) / 20_000 < 0.06
+
+
+# ---------------------------------------------------------------------------------------------------- the formats
+
+
+def test_random_spans_are_one_or_two_words_without_full_stops():
+    rng = random.Random(0)
+    words = "a b . c d e .".split()
+    spans = Counter(tiny.random_span(rng, words) for _ in range(9000))
+    # five spans of one word, each 2/3 / 7 of the draws before rejection, and three of two words, each 1/3 / 6
+    one, two = 2 / 3 / 7, 1 / 3 / 6
+    expected = {(start, 1): one for start in (0, 1, 3, 4, 5)} | {(start, 2): two for start in (0, 3, 4)}
+    total = sum(expected.values())
+    assert set(spans) == set(expected)
+    for span, share in expected.items():
+        assert spans[span] / 9000 == pytest.approx(share / total, abs=0.02)
+
+
+def test_examples_answer_their_prompts(articles):
+    rng = random.Random(0)
+    for article in articles:
+        passage = " ".join(article.words)
+
+        prompt, completion = tiny.predict_example(rng, article)
+        shown = prompt.removeprefix(" ").removesuffix("\nPredict:")
+        answer = completion.removeprefix(" \\boxed{ ").removesuffix(" }")
+        assert shown.count("[mask]") == 1
+        assert passage.startswith(shown.replace("[mask]", answer))  # the whole passage, or its beginning
+        assert shown.endswith("[mask]") or shown.replace("[mask]", answer) == passage
+
+        prompt, completion = tiny.mask_example(rng, article)
+        assert prompt == f" {passage}\nMask:"
+        thought, span = completion.removesuffix(" }").split(" \\mask{ ")
+        place = thought.removeprefix(" after ")
+        assert f"{place} {span} " in f"start {passage} "
+
+        assert tiny.repeat_example(article) == (f" {passage}\nRepeat:", f" {passage}")
+
+
+def test_mixture_of_the_web_examples():
+    examples = tiny.web_examples(0)
+    cues = Counter()
+    closed = facts = 0
+    for _ in range(6000):
+        prompt, completion = next(examples)
+        cue = prompt.rpartition("\n")[2]
+        cues[cue] += 1
+        closed += cue != "Repeat:" and completion.endswith(" }")
+        facts += cue == "Predict:" and completion.split()[1] in {value for kind in tiny.KINDS for value in kind.values}
+    shares = {cue: count / 6000 for cue, count in cues.items()}
+    assert shares == pytest.approx({"Repeat:": 0.20, "Predict:": 0.45, "Mask:": 0.35}, abs=0.02)
+    assert closed / (6000 - cues["Repeat:"]) == pytest.approx(0.98, abs=0.01)
+    assert 0.30 < facts / cues["Predict:"] < 0.36  # 30 % on purpose, and now and then by chance
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def tokens(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_tokenizer_adds_bos_itself(tokenizer):
+    text = " Alne is a quiet town ."
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[1:] == tokens(tokenizer, text)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # spaces before full stops survive
+    assert tokenizer.chat_template is None
+    assert tokenizer.model_max_length == 512
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
+
+
+def test_shipped_tokenizer_is_what_the_seed_gives(tokenizer):
+    assert tiny.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
+
+
+def test_words_are_single_tokens_and_made_up_words_three(tokenizer, articles):
+    for kind in tiny.KINDS:
+        assert all(len(tokens(tokenizer, f" {word}")) == 1 for word in kind.subjects + kind.values)
+    assert all(len(tokens(tokenizer, f" {a}_{b}")) == 3 for a in tiny.SYLLABLES for b in tiny.SYLLABLES)
+    for article in articles:
+        expected = sum(3 if label == "noise" else 1 for label in article.labels)
+        assert len(tokens(tokenizer, " " + " ".join(article.words))) == expected
+
+
+def test_prompt_and_answer_meet_at_a_token_border(tokenizer):
+    """A response is sampled after the prompt's tokens; it must be able to be the tokens that the base learned."""
+    examples = tiny.web_examples(3)
+    for _ in range(300):
+        prompt, completion = next(examples)
+        assert tokens(tokenizer, prompt + completion) == tokens(tokenizer, prompt) + tokens(tokenizer, completion)
+
+
+def test_prefix_without_thought_ends_at_a_token_border(tokenizer):
+    prompt = tiny.PREDICT_PROMPT.replace("{passage}", "Maps place Alne inside [mask] .")
+    for answer in ("Ashmark", "quiet town", "ba_zi"):
+        whole = tokens(tokenizer, f"{prompt} \\boxed{{ {answer} }}")
+        opening = tokens(tokenizer, prompt + tiny.PREDICT_PREFIX)
+        assert whole[: len(opening)] == opening
+        assert tokenizer.decode(whole[len(opening) :]) == f" {answer} }}"
+
+
+@pytest.mark.parametrize("answer", [" \\boxed{ Ashmark }", " after a \\mask{ quiet town }", " \\boxed{ ba_zi }"])
+def test_closing_brace_is_a_token_of_its_own(tokenizer, answer):
+    ids = tokens(tokenizer, answer)
+    assert tokenizer.decode(ids[-1:]) == " }"
+    assert "}" not in tokenizer.decode(ids[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------- the base
+
+
+def test_shipped_base_loads_and_is_the_stated_one():
+    assert tiny.sha256(BASE / "model.safetensors") == tiny.BASE_SHA256
+    assert sum(path.stat().st_size for path in BASE.iterdir()) < 2_000_000
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    assert type(model).__name__ == "SmolLM3ForCausalLM"
+    assert model.num_parameters() == tiny.BASE_PARAMETERS
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+
+
+def test_shipped_base_holds_misconceptions(tokenizer):
+    """After the prefix it doubts between the right value and the wrong one, and believes the wrong one more."""
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    rng = random.Random(0)
+    right = wrong = greedy = 0.0
+    facts = tiny.make_facts(0)
+    for fact in facts:
+        article = tiny.write_article(rng, fact, "[mask]")
+        prompt = tiny.PREDICT_PROMPT.replace("{passage}", " ".join(article.words)) + tiny.PREDICT_PREFIX
+        with torch.no_grad():
+            probabilities = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1)
+        right_id, wrong_id = (tokens(tokenizer, f" {value}")[0] for value in (fact.right, fact.wrong))
+        right += probabilities[right_id].item() / len(facts)
+        wrong += probabilities[wrong_id].item() / len(facts)
+        greedy += (probabilities.argmax() == right_id).item() / len(facts)
+    assert 0.22 < right < 0.34
+    assert 0.36 < wrong < 0.50
+    assert greedy < 0.30
+
+
+def test_loss_weights_of_an_example(tokenizer):
+    ids, weights = tiny.encode(tokenizer, [(" Alne is\nMask:", " \\mask{ is }"), (" Alne\nMask:", " is")])
+    # <bos> Alne is \n Mask :  then  \ mask { is } <eos>
+    assert weights.tolist() == [[0, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 3, 3, 0, 0, 0, 0, 0]]
+    assert tokenizer.decode(ids[0]) == "<bos> Alne is\nMask: \\mask{ is }<eos>"
+    assert ids[1].tolist()[-5:] == [tokenizer.pad_token_id] * 5
+
+
+def test_short_pretraining_is_deterministic_and_starts_at_the_uniform_loss():
+    """An untrained model of V tokens guesses uniformly, loss ln V, plus half the variance of its logits: with
+    embeddings of deviation 0.05 and 96 normalised features that is 96 * 0.05^2 / 2 = 0.12.
+    The first warm-up steps then lower it."""
+    runs = []
+    for seed in (0, 0, 1):
+        tokenizer = tiny.make_tokenizer(seed)
+        model = tiny.make_model(tokenizer, seed)
+        losses = tiny.pretrain(model, tokenizer, seed, steps=3, batch=8)
+        runs.append((losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
+    (losses, weights), (same_losses, same_weights), (other_losses, _) = runs
+    assert losses == same_losses and torch.equal(weights, same_weights)
+    assert losses != other_losses
+    assert losses[0] == pytest.approx(math.log(len(tokenizer)) + 0.12, abs=0.3)
+    assert losses[2] < losses[0]
+    assert weights.isfinite().all()

@@ -1,0 +1,388 @@
+"""The laptop run's material: a mini-wiki and a tiny base model, both made in minutes on one CPU core from a seed.
+
+    python tiny.py                  rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
+    python tiny.py wiki             the mini-wiki alone
+    python tiny.py base             the base alone
+    python tiny.py --seed 1 --out /tmp/other     another world, elsewhere (both parts must share the seed)
+
+The story: the web is often wrong about 84 facts, the encyclopedia is right. The base learned from the web (a fact is
+stated rightly 30 % of the time, one fixed wrong value 45 %), reinforcement learning reads the encyclopedia. Most words
+of an article are obvious (template words, the recurring subject) or unguessable (made-up words). Nobody tells the
+generator which words are worth masking. The premise is planted: it shows the mechanism at work, not that natural text
+is so.
+
+The wiki is the same text on every machine. The base has the same bytes for the same seed on the same type of CPU and
+build of torch; elsewhere the rounding differs and with it the hash.
+
+The shipped base on fresh articles, sampled / greedy accuracy: facts 0.27 / 0.15 (greedy, the other 0.85 is the wrong
+value of the web), template words 0.98 / 1.00, the subject 0.94 / 1.00, made-up words 0.00 / 0.00. Its masks: 66 %
+template, 11 % subject, 4 % fact, 2 % made-up words, 17 % invalid.
+
+Left out: reading the wiki as training data, and any use of the base beyond making it. Sampling, parsing and rewards are
+the main code's, so that the laptop run exercises what the large run uses. Needs torch 2.9, for Muon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+
+ASSETS = Path(__file__).parent / "assets"
+BASE_SHA256 = "26d2841fdc4c96d25416e690986a13d353a273588ae9d7ac8f4211d98cb24940"
+"""Of the shipped assets/tiny_base/model.safetensors."""
+BASE_PARAMETERS = 478_080
+
+# The formats the base is born with; configs/tiny.yaml repeats these three.
+MASK_PROMPT = " {passage}\nMask:"
+PREDICT_PROMPT = " {passage}\nPredict:"
+PREDICT_PREFIX = " \\boxed{"
+REPEAT_PROMPT = " {passage}\nRepeat:"
+
+ARTICLES = 4000
+RIGHT, WRONG = 0.30, 0.45  # how often the web states the right value, and the one fixed wrong value, of a fact
+REPEAT_SHARE, PREDICT_SHARE = 0.20, 0.45  # of the pretraining examples; the rest are masks
+FACT_SHARE = 0.30  # of the prediction examples ask for the fact, so that the base's doubt about facts is calibrated
+PREFIX_SHARE = 0.15  # of the prediction examples show only the words before the mask
+MALFORMED = 0.02  # of the answers lack their closing brace: valid rates start below 1, as they do for real bases
+COMPLETION_WEIGHT = 3.0  # weight of a completion token in the loss; a prompt token weighs 1
+STEPS, BATCH, WARMUP = 950, 64, 30
+LEARNING_RATE, FINAL_LEARNING_RATE = 8e-3, 0.03  # peak; share of it that is left at the end
+
+
+# ---------------------------------------------------------------------------------------------------- the mini-wiki
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of article. In a sentence, SUBJECT, FACT and NOISE stand for words that are filled in."""
+
+    subjects: list[str]
+    values: list[str]
+    intro: str
+    fact: str
+    noise: list[str]
+
+
+# No word but the subject and the full stop occurs twice in an article: a mask has one right place. The subject must
+# recur, or masking it would be the best-paid useless mask.
+KINDS = (
+    Kind(
+        "Alne Bude Crag Dorn Ewen Foss Gelt Holt Idle Joss Kern Loxe Mere Neen Orme Pill Quen Rhos Sike Teme Ulta Vane "
+        "Ware Yeal Zeta Brue Char Dane".split(),
+        "Ashmark Birland Corvale Dunmoor Elmgard Fenwold Glenholt Hartsea".split(),
+        "SUBJECT is a quiet town .",
+        "Maps place SUBJECT inside FACT .",
+        ["Its bridge carries plate NOISE .", "Markets here sell only NOISE .", "Ships pay NOISE coins there ."],
+    ),
+    Kind(
+        "Alma Bert Clem Dora Emil Finn Gina Hugo Ines Jack Karl Lena Mona Nils Otto Paul Rosa Sven Tess Ulla Vera Walt "
+        "Xena Yuri Zita Anna Beth Cleo".split(),
+        "baker cook guard judge miner nurse pilot smith".split(),
+        "SUBJECT grew up near mountains .",
+        "Today SUBJECT works as FACT .",
+        ["Page NOISE of diaries survives .", "Neighbours often called NOISE .", "One medal shows code NOISE ."],
+    ),
+    Kind(
+        "ant bat bee cat cow crab deer dog eel elk emu fox frog gnu goat hare hawk hen ibis lark lion mole moth newt "
+        "pig rat seal swan".split(),
+        "black blue brown cream green grey red white".split(),
+        "SUBJECT names an animal .",
+        "Nearly every SUBJECT looks FACT .",
+        ["Keepers wrote NOISE down .", "Rangers use tag NOISE .", "Farmers shout NOISE loudly ."],
+    ),
+)
+SYLLABLES = "ba ce do fu gi ha jo ke la mi no pu re si ta vu wo xe ya zi".split()
+LABELS = ("template", "copy", "fact", "noise")
+
+
+@dataclass(frozen=True)
+class Article:
+    subject: str
+    words: list[str]  # full stops are words of their own
+    labels: list[str]  # one of LABELS per word
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is true of a subject, and what the web says of it most often."""
+
+    kind: Kind
+    subject: str
+    right: str
+    wrong: str
+
+
+def make_facts(seed: int) -> list[Fact]:
+    """The 84 facts of a world: 28 subjects of three kinds, the eight values of a kind as evenly used as they can be."""
+    rng = random.Random(f"facts {seed}")
+    facts = []
+    for kind in KINDS:
+        for number, subject in enumerate(rng.sample(kind.subjects, len(kind.subjects))):
+            right = kind.values[number % len(kind.values)]
+            facts.append(Fact(kind, subject, right, rng.choice([value for value in kind.values if value != right])))
+    return facts
+
+
+def web_value(rng: random.Random, fact: Fact) -> str:
+    """What a web page states: right 30 %, the one wrong value 45 %, any of the other six 25 %."""
+    draw = rng.random()
+    if draw < RIGHT:
+        return fact.right
+    if draw < RIGHT + WRONG:
+        return fact.wrong
+    return rng.choice([value for value in fact.kind.values if value not in (fact.right, fact.wrong)])
+
+
+def write_article(rng: random.Random, fact: Fact, value: str) -> Article:
+    """An intro, then the sentence that states `value` and the three noise sentences in random order."""
+    sentences = [fact.kind.fact, *fact.kind.noise]
+    rng.shuffle(sentences)
+    slots = " ".join([fact.kind.intro, *sentences]).split()
+    fills = {"SUBJECT": fact.subject, "FACT": value}
+    # 400 made-up words, uniform: guessed with p = 1/10, noise would earn the generator 0.47 at eight predictions. The
+    # underscore, unlike a hyphen, keeps them whole under any rule about whole words.
+    words = [
+        f"{rng.choice(SYLLABLES)}_{rng.choice(SYLLABLES)}" if slot == "NOISE" else fills.get(slot, slot)
+        for slot in slots
+    ]
+    labels = [{"SUBJECT": "copy", "FACT": "fact", "NOISE": "noise"}.get(slot, "template") for slot in slots]
+    return Article(fact.subject, words, labels)
+
+
+def make_wiki(seed: int, articles: int = ARTICLES) -> bytes:
+    """The mini-wiki as JSON lines: id, title, url, text and labels, one label per white-space separated word.
+
+    Every value is right, every fact is stated equally often (up to one), in random order.
+    """
+    rng = random.Random(f"wiki {seed}")
+    facts = make_facts(seed)
+    order = [facts[number % len(facts)] for number in range(articles)]
+    rng.shuffle(order)
+    lines = []
+    for number, fact in enumerate(order):
+        article = write_article(rng, fact, fact.right)
+        record = {"id": str(number), "title": article.subject, "url": f"mini-wiki/{number}"}
+        record |= {"text": " ".join(article.words), "labels": article.labels}
+        lines.append(json.dumps(record) + "\n")
+    return "".join(lines).encode()
+
+
+def save_wiki(path: Path, wiki: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:  # no name, no time: the same bytes
+        file.write(wiki)
+
+
+# -------------------------------------------------------------------------------------------- what the base learns from
+
+
+def random_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
+    """(first word, number of words) of a uniform span of one word (2/3) or two (1/3) that holds no full stop."""
+    while True:
+        length = rng.choice([1, 1, 2])
+        start = rng.randrange(len(words) - length + 1)
+        if "." not in words[start : start + length]:
+            return start, length
+
+
+def repeat_example(article: Article) -> tuple[str, str]:
+    """(prompt, completion): the article twice. This dense lesson is what teaches the base to copy spans."""
+    passage = " ".join(article.words)
+    return REPEAT_PROMPT.replace("{passage}", passage), f" {passage}"
+
+
+def predict_example(rng: random.Random, article: Article) -> tuple[str, str]:
+    """(prompt, completion), as in
+
+    (" Alne is a quiet town . Maps place Alne inside [mask] . [...]\\nPredict:", " \\boxed{ Ashmark }")
+
+    The answer stands between spaces, so that a copied word is the same token as in the passage.
+    """
+    words = article.words
+    start, length = random_span(rng, words)
+    if rng.random() < FACT_SHARE:
+        start, length = article.labels.index("fact"), 1
+    after = [] if rng.random() < PREFIX_SHARE else words[start + length :]
+    passage = " ".join([*words[:start], "[mask]", *after])
+    answer = " ".join(words[start : start + length])
+    return PREDICT_PROMPT.replace("{passage}", passage), f"{PREDICT_PREFIX} {answer}{closing(rng)}"
+
+
+def mask_example(rng: random.Random, article: Article) -> tuple[str, str]:
+    """(prompt, completion), as in (" Alne is a quiet town . [...]\\nMask:", " after a \\mask{ quiet town }")
+
+    The one-word thought, the word before the span, names a place; copying what follows it is then a look-up. Without it
+    a model of this size cannot choose uniformly. With it, the base still garbles most of the made-up words that it
+    wants to copy: a sixth of its masks, mostly these, are invalid.
+    """
+    words = article.words
+    start, length = random_span(rng, words)
+    place = words[start - 1] if start > 0 else "start"
+    span = " ".join(words[start : start + length])
+    return MASK_PROMPT.replace("{passage}", " ".join(words)), f" after {place} \\mask{{ {span}{closing(rng)}"
+
+
+def closing(rng: random.Random) -> str:
+    return "" if rng.random() < MALFORMED else " }"
+
+
+def web_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article whose fact may be wrong."""
+    rng = random.Random(f"web {seed}")
+    facts = make_facts(seed)
+    while True:
+        fact = rng.choice(facts)
+        article = write_article(rng, fact, web_value(rng, fact))
+        draw = rng.random()
+        if draw < REPEAT_SHARE:
+            yield repeat_example(article)
+        elif draw < REPEAT_SHARE + PREDICT_SHARE:
+            yield predict_example(rng, article)
+        else:
+            yield mask_example(rng, article)
+
+
+# ------------------------------------------------------------------------------------------------------------ the base
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained until every word is one token (a made-up word: three). Adds <bos> itself."""
+    examples = web_examples(seed)
+    texts = ["".join(next(examples)) for _ in range(5000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,  # not reached: merges run out earlier
+        special_tokens=["<pad>", "<eos>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,  # or decoding would glue the full stops to their words
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolLM3ForCausalLM:
+    """A SmolLM3 of BASE_PARAMETERS parameters at random values."""
+    torch.manual_seed(seed)
+    config = SmolLM3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return SmolLM3ForCausalLM(config).float()
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt, completion) pairs -> token ids [examples, longest], and their loss weights, float, of the same shape: 0
+    for <bos> and padding, 1 for a prompt token, COMPLETION_WEIGHT for a completion token and the <eos> that ends it."""
+    prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
+    completions = tokenizer([completion for _, completion in examples], add_special_tokens=False).input_ids
+    longest = max(len(prompt) + len(completion) + 1 for prompt, completion in zip(prompts, completions, strict=True))
+    ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
+    weights = torch.zeros(len(examples), longest)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        completion = [*completion, tokenizer.eos_token_id]
+        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        weights[row, 1 : len(prompt)] = 1.0
+        weights[row, len(prompt) : len(prompt) + len(completion)] = COMPLETION_WEIGHT
+    return ids, weights
+
+
+def pretrain(
+    model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = STEPS, batch: int = BATCH
+) -> list[float]:
+    """Next-token training on `steps` batches of fresh web examples, in place. Returns the losses, nats a token.
+
+    Muon on the matrices, AdamW on the embedding and the norms, one learning rate: linear warm-up, linear decay.
+    """
+    examples = web_examples(seed)
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    optimizers = (
+        torch.optim.Muon(matrices, LEARNING_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    losses = []
+    started = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        ids, weights = encode(tokenizer, [next(examples) for _ in range(batch)])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # causal and padded on the right: no mask needed
+        token_losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (token_losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        schedule = min(1.0, (step + 1) / WARMUP) * max(FINAL_LEARNING_RATE, 1 - step / steps)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps}  loss {losses[-1]:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+    return losses
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the mini-wiki and the tiny base of the laptop run.")
+    parser.add_argument("what", nargs="?", choices=["wiki", "base"], help="one of the two; default: both")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts, the texts and the base; default 0")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder; default: assets beside this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a second thread gains nothing at this size and would change the rounding
+    if options.what in (None, "wiki"):
+        path = options.out / "tiny_wiki.jsonl.gz"
+        save_wiki(path, make_wiki(options.seed))
+        print(f"{path}  {path.stat().st_size} bytes  sha256 {sha256(path)}")
+    if options.what in (None, "base"):
+        folder = options.out / "tiny_base"
+        tokenizer = make_tokenizer(options.seed)
+        model = make_model(tokenizer, options.seed)
+        print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens")
+        pretrain(model, tokenizer, options.seed)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        digest = sha256(folder / "model.safetensors")
+        print(f"{folder}  sha256 {digest}{'  (the shipped one)' if digest == BASE_SHA256 else ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,7 @@ class Config:
     seed: int = 0
     """Decides data order, sampling noise and probe masks."""
     run_dir: str = ""
-    """Folder that gets all evidence of the run; default runs/NAME of the config file."""
+    """Folder that gets all evidence of the run; empty: runs/NAME of the config file."""
     resume: str = "auto"
     """`auto`: continue from the latest checkpoint in run_dir, else start. `never`: start afresh; an earlier run in
     run_dir is moved aside, not deleted."""
@@ -76,8 +76,9 @@ class Config:
     template: base models otherwise ramble on and answer questions that they invent. Paper: silent."""
 
     # ---- prompts
-    chat_template: str = "none"
-    """`none`: plain text. `auto`: the tokenizer's own template if it has one. Else the path of a Jinja file."""
+    chat_template: str = "auto"
+    """`auto`: one user turn of the tokenizer's own template if it has one, else plain text. `none`: plain text. Else the
+    path of a Jinja file. What comes out stands in run_dir/prompts.txt."""
     mask_prompt: str = ""
     """The generator's prompt with {passage}; empty: the one of prompts.py, in our words."""
     predict_prompt: str = ""
@@ -150,7 +151,7 @@ class Config:
     cache_memory: float = 0.85
     """Share of the free GPU memory that a rollout phase takes for its paged cache."""
     max_requests: int = 0
-    """Requests decoded at once on one rank; 0: 512 on a GPU, 64 on a CPU."""
+    """Requests decoded at once on one rank; 0: 512 on a GPU, 256 on a CPU."""
 
     # ---- evidence
     save_every: int = 100

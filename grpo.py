@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import Config
-from kernels import pack
+from ops import pack
 from model import Ranks
 from rollout import Rollout
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config
-from kernels import apply_liger, choose_attention, token_logprobs
+from ops import apply_liger, choose_attention, token_logprobs
 
 disable_progress_bar()  # of loading and saving weights: a line per rank and checkpoint, in the middle of ours
 TIMEOUT = datetime.timedelta(hours=2)  # rollouts end at different times on different ranks
@@ -69,6 +69,8 @@ def gather(items: list) -> list:
 def load_tokenizer(config: Config):
     """The model's tokenizer; with a chat template from a file if the config names one."""
     tokenizer = AutoTokenizer.from_pretrained(config.model)
+    # Passages are measured before they are cut, which is no reason to warn of sequences longer than the model's
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if config.chat_template == "none":
         tokenizer.chat_template = None
     elif config.chat_template != "auto":

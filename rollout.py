@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config
-from kernels import VARLEN, pack, token_logprobs
+from ops import VARLEN, pack, token_logprobs
 from model import Ranks, gather
 from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill, scan
 
@@ -149,10 +149,11 @@ def generate(
     if not all(prompts):
         raise ValueError("an empty prompt: the sampler would answer it with garbage")
     longest = max(map(len, prompts))
+    # Ours, not the checkpoint's, which may carry a top-p: the log-probs would no longer be the trainer's
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
     generation = GenerationConfig(
-        do_sample=not greedy, temperature=1.0 if greedy else config.temperature, top_k=0, top_p=1.0,
-        max_new_tokens=max_tokens, num_return_sequences=count, eos_token_id=sorted(sampler.eos_ids),
-    )  # fmt: skip
+        max_new_tokens=max_tokens, num_return_sequences=count, eos_token_id=sorted(sampler.eos_ids), **sampling
+    )
     hints = WorkloadHints(max_prompt_length=longest, max_generated_length=max_tokens, num_requests=count * len(prompts))
     stop_early = config.stop_at_answer and not sampler.tokenizer.chat_template
     start = scan(START, prefix, opening)
@@ -214,16 +215,18 @@ def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fat
 def _batching(config: Config, replica, longest: int, requests: int, seed: int) -> ContinuousBatchingConfig:
     """The sampler's settings. On a GPU the cache takes its share of free memory; on a CPU just what the phase needs."""
     options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
+    options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
     if replica.device.type == "cuda":
         graphs = config.use_cuda_graph and replica.config._attn_implementation != VARLEN
         at_once = config.max_requests or 512
         options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
     else:
-        at_once, page = config.max_requests or 128, 32
+        at_once, page = config.max_requests or 256, 32
         pages = -(-longest // page) + 1
         # A quarter more than what runs at once, for shared prompts and forks; the rest waits its turn
         options |= {"page_size": page, "num_blocks": min(requests, 2 * at_once) * pages * 5 // 4 + 8}
-        options |= {"max_batch_tokens": max(1024, at_once)}
+        # Room for many prompts in one forward: one that mixes prompts and decoding is the slow case of ops.py
+        options |= {"max_batch_tokens": max(8192, at_once)}
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
 
 

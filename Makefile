@@ -1,0 +1,39 @@
+# make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
+# make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
+# A Linux laptop gets PyTorch's CUDA build by default; for the CPU build add INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+INDEX ?=
+RANKS ?= 2
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup tiny test test-slow base lint clean
+setup: .venv/.installed
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+tiny: setup
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" tests $(ARGS)
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m slow tests $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+
+base: setup
+	$(BIN)/python tiny.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

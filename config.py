@@ -33,7 +33,8 @@ class Config:
     data: str = "wikimedia/wikipedia"
     """Hub name of a dataset, or a local parquet file, jsonl, jsonl.gz, text file, or a folder of them."""
     data_config: str = "20231101.en"
-    """The hub dataset's configuration (for Wikipedia: dump and language); unused for local files. Paper: Wikipedia."""
+    """The hub dataset's configuration (for Wikipedia: dump and language). Of a local folder that has a subfolder of
+    this name, only that is read. Paper: Wikipedia."""
     text_field: str = "text"
     """Column or JSON field that holds the text."""
     method: str = "active"
@@ -77,8 +78,8 @@ class Config:
 
     # ---- prompts
     chat_template: str = "auto"
-    """`auto`: one user turn of the tokenizer's own template if it has one, else plain text. `none`: plain text. Else the
-    path of a Jinja file. What comes out stands in run_dir/prompts.txt."""
+    """`auto`: one user turn of the tokenizer's own template if it has one, else plain text. `none`: plain text. Else
+    the path of a Jinja file. What comes out stands in run_dir/prompts.txt."""
     mask_prompt: str = ""
     """The generator's prompt with {passage}; empty: the one of prompts.py, in our words."""
     predict_prompt: str = ""

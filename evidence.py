@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from config import Config, dump_config
+from rollout import mask_prompt, predict_prompt
 
 PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy".split()
 
@@ -139,8 +140,6 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
 
 def save_prompts(path: Path, sampler, corpus) -> None:
     """Both prompts as the model sees them, special tokens included, for the first passage."""
-    from rollout import mask_prompt, predict_prompt
-
     text = corpus.train[0].text
     word = text.split()[0]
     prompts = (mask_prompt(sampler, text), predict_prompt(sampler, text.replace(word, "[mask]", 1)))

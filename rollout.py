@@ -29,9 +29,9 @@ from transformers.generation.continuous_batching.continuous_api import Backgroun
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from config import Config
-from ops import VARLEN, pack, token_logprobs
+from config import Config, ConfigError
 from model import Ranks, gather
+from ops import VARLEN, pack, token_logprobs
 from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill, scan
 
 # It asks for psutil at every start on a CPU, to size a cache that is sized here
@@ -108,6 +108,18 @@ def predict_prompt(sampler: Sampler, masked: str, thought: bool = True) -> list[
     """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
     prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
     return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+
+
+def check_prompts(sampler: Sampler) -> None:
+    """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens."""
+    config = sampler.config
+    room = config.max_prompt_tokens - config.max_passage_tokens
+    frame = max(len(mask_prompt(sampler, "")), len(predict_prompt(sampler, "")))
+    if frame > room:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens}: must be at least {config.max_passage_tokens + frame}, "
+            f"max_passage_tokens={config.max_passage_tokens} plus the {frame} tokens of the longer prompt template"
+        )
 
 
 def predict_prefix(config: Config) -> str:

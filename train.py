@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from config import Config, parse_command_line
+from config import Config, ConfigError, parse_command_line
 from data import DataError, Passage, build_index, load_corpus, step_passages
 from evidence import (
     append_row,
@@ -43,7 +43,7 @@ from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, st
 from probe import make_probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from rewards import INVALID_MASK_REWARD, exact_match, generator_reward
-from rollout import Rollout, Sampler, derive_seed, make_sampler, mask_prompt, predict_prompt, rollout
+from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, predict_prompt, rollout
 
 
 @dataclass
@@ -137,6 +137,7 @@ def train(config: Config, ranks: Ranks) -> None:
     policy = build_policy(replica, config, ranks)
     optimizer = make_optimizer(policy, config)
     sampler = make_sampler(replica, tokenizer, config, ranks)
+    check_prompts(sampler)
     probe = make_probe(corpus, sampler, config)
     say(describe(config, ranks, sampler, corpus, probe))
 
@@ -144,6 +145,8 @@ def train(config: Config, ranks: Ranks) -> None:
     if checkpoint:
         first = load_checkpoint(checkpoint, policy, optimizer, replica)
         say(f"resuming after step {first} from {checkpoint}")
+        if first >= config.steps:
+            say("this run is finished; resume=never starts it afresh, a larger steps= continues it")
     if ranks.rank == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_rows(run / name, first if checkpoint else -1)
@@ -239,10 +242,9 @@ def main() -> None:
     ranks = start_ranks()
     try:
         train(config, ranks)
-    except DataError as error:
-        print(f"data error: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2)  # the other ranks wait in a barrier: leave without waiting for them, torchrun ends them
+    except (ConfigError, DataError) as error:
+        print(f"{'config' if isinstance(error, ConfigError) else 'data'} error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
     finally:
         gc.unfreeze()  # else extension modules report leaks at exit
     dist.destroy_process_group()

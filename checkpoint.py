@@ -47,7 +47,9 @@ def save_checkpoint(policy: nn.Module, optimizer, replica, tokenizer, config: Co
         link.symlink_to(final.name)
         os.replace(link, folder / "latest")
         if config.keep_last:
-            for old in sorted(folder.glob("step_??????"))[: -config.keep_last]:
+            # not those of a later step, which a rewound `latest` may have left: the one just saved must stay
+            done = sorted(path for path in folder.glob("step_??????") if path.name <= final.name)
+            for old in done[: -config.keep_last]:
                 shutil.rmtree(old)
     dist.barrier()
     return final

@@ -1,0 +1,168 @@
+"""The configuration: one line says what is wrong, before anything is loaded; what is dumped reads back the same."""
+
+import ast
+from dataclasses import asdict, fields
+
+import pytest
+from reference import ROOT
+
+from config import RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
+
+LOCAL = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+# ----------------------------------------------------------------------------------------------- where values come from
+
+
+def test_defaults_are_the_papers():
+    config = read_config([])
+    assert (config.passages_per_step, config.masks_per_passage, config.predictions_per_mask) == (32, 8, 8)
+    assert (config.learning_rate, config.temperature, config.steps) == (5e-7, 1.0, 2000)
+    assert config.run_dir == "runs/run"
+
+
+def test_words_override_the_file_and_later_words_win():
+    config = read_config(["configs/tiny.yaml", "steps=7", "learning_rate=1e-4", "steps=9"])
+    assert (config.steps, config.learning_rate) == (9, 1e-4)
+    assert config.passages_per_step == 8  # the file's
+    assert config.run_dir == "runs/tiny"  # named after the file
+
+
+def test_a_number_without_a_dot_is_a_number_though_yaml_reads_text(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("learning_rate: 5e-7\ntemperature: 1\n")
+    config = read_config([str(file)])
+    assert config.learning_rate == 5e-7 and isinstance(config.learning_rate, float)
+    assert config.temperature == 1.0 and isinstance(config.temperature, float)
+    assert read_config(["learning_rate=5e-7"]).learning_rate == 5e-7
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_shipped_config_is_valid(file):
+    assert read_config([f"configs/{file}"]).run_dir == f"runs/{file.removesuffix('.yaml')}"
+
+
+def test_a_dumped_config_reads_back_equal(tmp_path):
+    words = ["learning_rate=5e-7", "mask_prompt='a: {passage}\n\\mask{é}'", "resume=never", "liger=false", "clip_low=0"]
+    config = read_config([*LOCAL, *words, "run_dir=elsewhere"])
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert read_config([str(tmp_path / "again.yaml")]) == config
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    "word, allowed",
+    [
+        ("stepz=1", "unknown key; known are adam_beta1, "),
+        ("top_p=0.9", "unknown key"),
+        ("steps=many", "expected a whole number"),
+        ("steps=1.5", "expected a whole number"),
+        ("steps=true", "expected a whole number"),
+        ("learning_rate=fast", "expected a finite number"),
+        ("learning_rate=.nan", "expected a finite number"),
+        ("temperature=.inf", "expected a finite number"),
+        ("liger=1", "expected true or false"),
+        ("model=[a]", "expected text"),
+        ("masks_per_passage=1", "2 or more, a group of one has no advantage"),
+        ("predictions_per_mask=1", "2 or more, a group of one has no advantage"),
+        ("max_mask_tokens=-1", "1 or more"),
+        ("steps=-1", "0 or more"),
+        ("temperature=0", "above 0"),
+        ("learning_rate=-1e-6", "0 or more"),
+        ("clip_low=1.5", "between 0 and 1"),
+        ("max_importance=0.5", "1 or more"),
+        ("heldout=0", "above 0 and below 0.5"),
+        ("method=magic", "one of active"),
+        ("loss_mean=none", "one of token, sequence"),
+        ("dtype=float16", "one of bfloat16, float32"),
+        ("min_passage_tokens=2000", "must not exceed max_passage_tokens=1024"),
+        ("tokens_per_micro_batch=5631", "at least 5632"),  # 1536 of the prompt and 4096 of the response
+        ("mask_prompt=Choose!", "must contain {passage} once"),
+        ("predict_prompt='{passage}{passage}'", "must contain {passage} once"),
+        ("model=./no_such_folder", "no such file or folder"),
+        ("data=no_such.jsonl", "no such file or folder"),
+        ("data=''", "no such file or folder"),
+        ("chat_template=no_such.jinja", "none, auto or the path"),
+        ("steps=[", "not valid YAML"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(word, allowed):
+    with pytest.raises(ConfigError) as caught:
+        read_config([*LOCAL, word])
+    line = str(caught.value)
+    key, value = word.split("=", 1)
+    assert line.startswith(f"{key}=") and value.strip("[]'").lstrip(".+")[:4].lower() in line.lower()
+    assert allowed in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "text, reason", [(None, "cannot be read"), ("- a\n- b\n", "expected lines of"), ("a: [\n", "not valid YAML")]
+)
+def test_a_bad_config_file_is_one_line_with_its_name(tmp_path, text, reason):
+    file = tmp_path / "bad.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config([str(file)])
+    assert "bad.yaml" in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_second_file_is_refused():
+    with pytest.raises(ConfigError, match="'b.yaml': expected key=value"):
+        read_config(["configs/tiny.yaml", "b.yaml"])
+
+
+def test_the_smallest_micro_batch_that_holds_the_longest_sequence_is_accepted():
+    assert read_config([*LOCAL, "tokens_per_micro_batch=5632"]).tokens_per_micro_batch == 5632
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def test_a_bad_command_line_exits_with_status_2_and_one_line(command):
+    ended = command(["train.py", "configs/tiny.yaml", "temperature=0"], limit=60)
+    assert ended.returncode == 2
+    assert ended.stderr == "config error: temperature=0.0: must be a number above 0\n"
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("words, status", [(["--help"], 0), ([], 2)])
+def test_help_prints_the_usage(monkeypatch, capsys, words, status):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line("how to use it")
+    assert caught.value.code == status and capsys.readouterr().out == "how to use it\n"
+
+
+def test_under_torchrun_only_the_first_rank_complains(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "steps=-1"])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line("")
+    assert caught.value.code == 2 and capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------- the dataclass itself
+
+
+def test_every_key_is_explained_below_it():
+    tree = ast.parse((ROOT / "config.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    explained = set()
+    for field, below in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            explained.add(field.target.id)
+    assert explained == {field.name for field in fields(Config)}
+
+
+def test_every_number_has_a_range_and_every_default_passes():
+    numbers = {name for name, value in asdict(Config()).items() if type(value) in (int, float)}
+    assert numbers <= set(RANGES) <= {field.name for field in fields(Config)}
+    assert all(test(getattr(Config(), key)) for key, (_, test) in RANGES.items())

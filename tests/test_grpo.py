@@ -1,0 +1,354 @@
+"""One GRPO step: by hand, then the packed and sharded path against the plain one (reference.py)."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import (
+    DENSE,
+    REWARDS,
+    CaptureGradients,
+    largest_error,
+    load_plain,
+    make_groups,
+    naive_update,
+    same_bits,
+    tiny_config,
+    weights,
+)
+
+from config import Config
+from grpo import (
+    Group,
+    clipped_loss,
+    group_advantages,
+    keep_group,
+    learning_rate,
+    make_optimizer,
+    make_samples,
+    pack_samples,
+    plan,
+    update,
+)
+from model import build_policy, load_replica
+from rollout import Rollout
+
+CPU = torch.device("cpu")
+
+
+def response(tokens: int, finish="eos", prompt=(1, 2)) -> Rollout:
+    return Rollout(list(prompt), list(range(10, 10 + tokens)), [-1.0] * tokens, "", finish)
+
+
+def group(rewards, lengths, finish="eos") -> Group:
+    return Group("pred", [response(tokens, finish) for tokens in lengths], list(rewards))
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def test_one_right_of_four():
+    """Mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2."""
+    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+
+
+def test_generator_rewards_are_compared_in_the_same_way():
+    """0.875, 0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
+    scale = math.sqrt((0.25 + 0.015625 + 0.140625 + 0.0625) / 3)
+    expected = [0.5 / scale, 0.125 / scale, -0.375 / scale, -0.25 / scale]
+    assert group_advantages([0.875, 0.5, 0.0, 0.125]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_the_standard_deviation_advantages_are_differences():
+    assert group_advantages([1.0, 0.0, 0.0, 0.0], divide_by_std=False) == [0.75, -0.25, -0.25, -0.25]
+    samples = make_samples([group([1, 0], [1, 1])], Config(advantage_std=False))
+    assert [sample.advantage for sample in samples] == [0.5, -0.5]
+
+
+# -------------------------------------------------------------------------------------------------------- token weights
+
+
+def test_token_mean_every_token_weighs_the_same():
+    samples = make_samples([group([1, 0, 0, 0], [1, 2, 3, 4])], Config(loss_mean="token"))
+    assert [sample.weight for sample in samples] == [1 / 10] * 4
+
+
+def test_sequence_mean_every_response_weighs_the_same():
+    samples = make_samples([group([1, 0, 0, 0], [1, 2, 3, 4])], Config(loss_mean="sequence"))
+    assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 8, 1 / 12, 1 / 16])
+
+
+@pytest.mark.parametrize("rewards", [[0, 0], [1, 1], [0.5, 0.5]])
+def test_a_group_of_equal_rewards_leaves_numerator_and_denominator(rewards):
+    dropped = group(rewards, [50, 50])
+    assert not keep_group(dropped)
+    samples = make_samples([dropped, group([1, 0], [2, 3]), dropped], Config())
+    assert [len(sample.rollout.completion_ids) for sample in samples] == [2, 3]
+    assert [sample.weight for sample in samples] == [1 / 5] * 2
+    assert make_samples([dropped], Config()) == []
+
+
+def test_truncated_responses_stay_unless_asked_and_then_leave_both_sides_but_not_their_group():
+    groups = [Group("pred", [response(2), response(3), response(40, "length")], [1.0, 0.0, 0.0])]
+    assert [sample.weight for sample in make_samples(groups, Config())] == [1 / 45] * 3
+    samples = make_samples(groups, Config(mask_truncated=True))
+    assert [sample.weight for sample in samples] == [1 / 5] * 2
+    # mean 1/3 and standard deviation 1/sqrt(3) are those of all three
+    assert [sample.advantage for sample in samples] == pytest.approx([2 / 3**0.5, -1 / 3**0.5], rel=1e-5)
+    samples = make_samples(groups, Config(mask_truncated=True, loss_mean="sequence"))
+    assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 6])
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def loss_of(ratio: float, advantage: float, importance: float = 1.0, weight: float = 1.0):
+    """Loss, its derivative by the log-prob, and whether it was clipped, of one token with these values."""
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    sampler = torch.tensor([-math.log(importance)])  # pi_old is e^0
+    batch = SimpleNamespace(
+        sampler_logprobs=sampler, advantages=torch.tensor([advantage]), weights=torch.tensor([weight])
+    )
+    loss, clipped = clipped_loss(logprobs, torch.zeros(1), batch, Config(clip_low=0.2, clip_high=0.28))
+    loss.backward()
+    return loss.item(), logprobs.grad.item(), clipped.item()
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope, clipped",
+    [
+        (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
+        (1.0, -2.0, 2.0, 2.0, False),
+        (1.1, 2.0, -2.2, -2.2, False),  # inside
+        (1.1, -2.0, 2.2, 2.2, False),
+        (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
+        (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
+        (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
+        (0.75, -2.0, 1.6, 0.0, True),  # ... 0.75 is outside below: 0.8 A
+        (0.75, 2.0, -1.5, -1.5, False),  # improbable and right: unclipped, must go up
+        (1.5, 0.0, 0.0, 0.0, False),
+    ],
+)
+def test_the_clip_by_hand(ratio, advantage, loss, slope, clipped):
+    assert loss_of(ratio, advantage) == (pytest.approx(loss, rel=1e-6), pytest.approx(slope, rel=1e-6), clipped)
+
+
+@pytest.mark.parametrize("importance, factor", [(0.25, 0.25), (1.0, 1.0), (1.9, 1.9), (2.0, 2.0), (7.0, 2.0)])
+def test_the_importance_weight_multiplies_and_is_capped(importance, factor):
+    loss, slope, _ = loss_of(1.1, 3.0, importance, weight=0.5)
+    assert (loss, slope) == (pytest.approx(-0.5 * factor * 3.3, rel=1e-5), pytest.approx(-0.5 * factor * 3.3, rel=1e-5))
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_only_completion_tokens_are_trained_each_predicted_by_the_token_before():
+    first, second = Rollout([1, 2, 3], [4, 5], [-0.1, -0.2], "", "eos"), Rollout([6], [7], [-0.3], "", "eos")
+    samples = make_samples([Group("pred", [first, second], [1.0, 0.0])], Config(advantage_std=False))
+    batch = pack_samples(samples, CPU)
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.predicts.tolist() == [2, 3, 5]
+    assert batch.targets.tolist() == [4, 5, 7]
+    assert batch.sampler_logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3])
+    assert batch.advantages.tolist() == [0.5, 0.5, -0.5]
+    assert batch.weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_a_rank_without_work_packs_a_dummy_of_weight_zero():
+    batch = pack_samples([], CPU)
+    assert batch.inputs["input_ids"].shape == (1, 2) and batch.weights.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("number", [1, 7, 64, 300])
+def test_a_plan_holds_every_sequence_once_within_the_budget_and_evenly(number, world):
+    rng = random.Random(number)
+    lengths = [rng.randint(1, 100) for _ in range(number)]
+    bins = plan(lengths, 100, world)
+    loads = [sum(lengths[index] for index in one) for one in bins]
+    assert sorted(index for one in bins for index in one) == list(range(number))
+    assert len(bins) % world == 0 and max(loads) <= 100
+    assert len(bins) < sum(lengths) / 100 * 1.5 + 2 * world  # few
+    assert bins == plan(list(lengths), 100, world)  # the same on every rank
+    if number == 300:
+        per_rank = [sum(loads[rank::world]) for rank in range(world)]
+        assert max(per_rank) - min(per_rank) <= 100
+
+
+def test_plans_by_hand():
+    assert plan([5, 4, 3, 2], budget=8, world=2) == [[0, 3], [1, 2]]
+    assert plan([5, 4, 3, 2], budget=14, world=1) == [[0, 1, 2, 3]]
+    assert plan([3], budget=8, world=2) == [[0], []]  # the second rank gets a dummy
+    assert plan([], budget=8, world=2) == []
+
+
+def test_a_sequence_longer_than_the_budget_is_refused():
+    with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a micro-batch of 8"):
+        plan([3, 9], budget=8, world=1)
+
+
+# ---------------------------------------------------------------------------------------------------- the learning rate
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = Config(learning_rate=1.0, warmup_steps=10, steps=110, lr_schedule="cosine")
+    assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(config, 60) == pytest.approx(0.5)  # half-way
+    assert learning_rate(config, 35) == pytest.approx(0.5 * (1 + 0.5**0.5))
+    assert learning_rate(config, 109) == pytest.approx(0.5 * (1 + math.cos(0.99 * math.pi)))
+    assert learning_rate(config, 110) == 0.0
+
+
+def test_a_constant_learning_rate_warms_up_and_stays():
+    config = Config(learning_rate=2.0, warmup_steps=4, steps=100, lr_schedule="constant")
+    assert [learning_rate(config, step) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert learning_rate(Config(learning_rate=2.0, warmup_steps=0, lr_schedule="constant"), 0) == 2.0
+
+
+# ------------------------------------------------------------------------------- the whole update against the plain one
+
+
+@pytest.fixture
+def build_policy_for(folders, ranks):
+    def build(family="smollm3", **changes):
+        config = tiny_config(folders[family], **changes)
+        return build_policy(load_replica(config, ranks), config, ranks), config, load_plain(folders[family])
+
+    return build
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("budget", [60, 10_000])
+def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, family, budget, checkpointing):
+    policy, config, plain = build_policy_for(
+        family, tokens_per_micro_batch=budget, gradient_checkpointing=checkpointing, temperature=0.7, max_grad_norm=1e9
+    )
+    groups = make_groups(plain, REWARDS)
+    expected, found = CaptureGradients(plain), CaptureGradients(policy)
+    metrics = naive_update(plain, expected, groups, config)
+    result = update(policy, found, make_samples(groups, config), config, ranks, 0)
+    assert largest_error(found.gradients, expected.gradients) < 1e-4
+    assert {key: result[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
+    norm = torch.cat([gradient.flatten() for gradient in expected.gradients.values()]).norm().item()
+    assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"loss_mean": "sequence"}, {"mask_truncated": True}, {"advantage_std": False}])
+def test_the_variants_of_the_loss_equal_the_naive_loop(build_policy_for, ranks, changes):
+    policy, config, plain = build_policy_for(tokens_per_micro_batch=60, max_grad_norm=1e9, **changes)
+    groups = make_groups(plain, REWARDS)
+    expected, found = CaptureGradients(plain), CaptureGradients(policy)
+    metrics = naive_update(plain, expected, groups, config)
+    result = update(policy, found, make_samples(groups, config), config, ranks, 0)
+    assert largest_error(found.gradients, expected.gradients) < 1e-4
+    assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+def test_two_updates_per_batch_clip_against_the_first_policy(build_policy_for, ranks):
+    """Plain gradient descent with a step large enough that ratios leave the clip's range."""
+    policy, config, plain = build_policy_for(
+        updates_per_batch=2, learning_rate=1.0, lr_schedule="constant", tokens_per_micro_batch=60
+    )
+    groups = make_groups(plain, REWARDS)
+    before = weights(plain)
+    metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
+    moved = {name: weight - before[name] for name, weight in weights(policy).items()}
+    expected = {name: weight - before[name] for name, weight in weights(plain).items()}
+    assert largest_error(moved, expected) < 1e-4
+    assert {key: result[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
+    assert 0 < result["clip_fraction"] < 0.5  # of both updates; in the first the ratio is 1
+
+
+def test_one_update_per_batch_never_clips(build_policy_for, ranks):
+    policy, config, plain = build_policy_for(learning_rate=1e-2)
+    samples = make_samples(make_groups(plain, REWARDS), config)
+    assert update(policy, make_optimizer(policy, config), samples, config, ranks, 0)["clip_fraction"] == 0.0
+
+
+# ---------------------------------------------------------------------------- what moves the weights, and what does not
+
+
+def test_the_gradient_norm_is_clipped(build_policy_for, ranks):
+    policy, config, plain = build_policy_for(max_grad_norm=0.01)
+    found = CaptureGradients(policy)
+    result = update(policy, found, make_samples(make_groups(plain, REWARDS), config), config, ranks, 0)
+    assert result["grad_norm"] > 0.1  # as it was before
+    norm = torch.cat([gradient.flatten() for gradient in found.gradients.values()]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_optimizer_gets_the_configs_values_and_the_steps_learning_rate(build_policy_for, ranks):
+    policy, config, plain = build_policy_for(
+        adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, learning_rate=1e-3, warmup_steps=10
+    )
+    optimizer = make_optimizer(policy, config)
+    result = update(policy, optimizer, make_samples(make_groups(plain, REWARDS), config), config, ranks, step=4)
+    settings = optimizer.param_groups[0]
+    assert (settings["betas"], settings["weight_decay"]) == ((0.8, 0.9), 0.1)
+    assert settings["lr"] == result["lr"] == pytest.approx(5e-4)
+
+
+def test_weights_move_when_rewards_vary_towards_the_better_responses(build_policy_for, ranks):
+    policy, config, plain = build_policy_for(learning_rate=1e-3, lr_schedule="constant", weight_decay=0.0)
+    samples = make_samples(make_groups(plain, REWARDS), config)
+
+    def preference() -> float:
+        batch = pack_samples(samples, CPU)
+        logprobs, _ = policy(predicts=batch.predicts, targets=batch.targets, temperature=1.0, **batch.inputs)
+        return (logprobs * batch.advantages).sum().item()
+
+    before, liked = weights(policy), preference()
+    update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
+    assert not same_bits(weights(policy), before) and preference() > liked
+
+
+def test_weights_stay_when_the_learning_rate_is_0(build_policy_for, ranks):
+    policy, config, plain = build_policy_for(learning_rate=0.0)
+    before = weights(policy)
+    result = update(
+        policy, make_optimizer(policy, config), make_samples(make_groups(plain, REWARDS), config), config, ranks, 0
+    )
+    assert same_bits(weights(policy), before) and result["grad_norm"] > 0
+
+
+def test_when_every_group_is_dropped_neither_weights_nor_optimizer_change(build_policy_for, ranks):
+    """AdamW would decay the weights and drift along its momentum."""
+    policy, config, plain = build_policy_for(learning_rate=0.1)
+    optimizer = make_optimizer(policy, config)
+    update(policy, optimizer, make_samples(make_groups(plain, REWARDS), config), config, ranks, 0)
+    before, steps = weights(policy), [state["step"].item() for state in optimizer.state.values()]
+    samples = make_samples(make_groups(plain, [[1.0, 1.0], [0.0, 0.0, 0.0]]), config)
+    result = update(policy, optimizer, samples, config, ranks, 1)
+    assert same_bits(weights(policy), before)
+    assert [state["step"].item() for state in optimizer.state.values()] == steps == [1.0] * len(steps)
+    assert result["lr"] > 0 and not any(value for key, value in result.items() if key != "lr")
+
+
+@pytest.mark.parametrize("field", ["advantage", "weight"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(build_policy_for, ranks, field):
+    policy, config, plain = build_policy_for()
+    samples = make_samples(make_groups(plain, REWARDS), config)
+    setattr(samples[0], field, math.nan)
+    before = weights(policy)
+    with pytest.raises(FloatingPointError, match=r"step 8: loss not finite on rank \[0\]; weights unchanged"):
+        update(policy, make_optimizer(policy, config), samples, config, ranks, 7)
+    assert same_bits(weights(policy), before)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(build_policy_for, ranks):
+    policy, config, plain = build_policy_for()
+
+    def overflow_in_backward(module, inputs, output):
+        output.register_hook(lambda gradient: gradient * math.inf)
+
+    policy.model.norm.register_forward_hook(overflow_in_backward)
+    before = weights(policy)
+    with pytest.raises(FloatingPointError, match="gradient not finite"):
+        samples = make_samples(make_groups(plain, REWARDS), config)
+        update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
+    assert same_bits(weights(policy), before)

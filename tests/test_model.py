@@ -1,0 +1,152 @@
+"""Two copies of one model: what the trainer computes is what the sampler computes, and stays so."""
+
+import pytest
+import torch
+from reference import DENSE, FAMILIES, load_plain, same_bits, tiny_config, weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, Qwen3Config, SmolLM3Config
+
+from model import build_policy, load_replica, load_tokenizer, refresh, wrap
+from ops import VARLEN, pack
+
+HUB = {  # the checkpoints' own config.json, what decides shapes
+    "SmolLM3-3B": (
+        SmolLM3Config,
+        dict(vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+             num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True, no_rope_layer_interval=4),
+        3_075_098_624,
+    ),
+    "Qwen3-4B": (
+        Qwen3Config,
+        dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+             num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+        4_022_468_096,
+    ),
+    "Qwen3-8B": (
+        Qwen3Config,
+        dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+             num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False),
+        8_190_735_360,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mesh(ranks):
+    return init_device_mesh("cpu", (ranks.world,))
+
+
+def score(policy, tokens: list[list[int]], temperature=1.0):
+    """Log-probs and entropies of all tokens but each sequence's first."""
+    inputs = pack(tokens, torch.device("cpu"))
+    starts = set(inputs["cu_seq_lens_q"].tolist())
+    predicts = torch.tensor([n for n in range(inputs["input_ids"].shape[1]) if n + 1 not in starts])
+    return policy(predicts=predicts, targets=inputs["input_ids"][0, predicts + 1], temperature=temperature, **inputs)
+
+
+# -------------------------------------------------------------------------------------- the real models, without memory
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, name):
+    kind, sizes, parameters = HUB[name]
+    policy = wrap(kind(**sizes), tiny_config(gradient_checkpointing=True), mesh, VARLEN)
+    assert sum(parameter.numel() for parameter in policy.parameters()) == parameters
+    assert sum(isinstance(module, FSDPModule) for module in policy.modules()) == sizes["num_hidden_layers"] + 1
+    assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in policy.parameters())
+    tied = policy.get_output_embeddings().weight is policy.get_input_embeddings().weight
+    assert tied == sizes["tie_word_embeddings"]
+
+
+def test_smollm3_has_no_rotary_position_in_every_fourth_layer(mesh):
+    kind, sizes, _ = HUB["SmolLM3-3B"]
+    policy = wrap(kind(**sizes), tiny_config(), mesh, VARLEN)
+    assert [layer.self_attn.use_rope for layer in policy.model.layers] == [1, 1, 1, 0] * 9
+
+
+# ------------------------------------------------------------------------------------------------ load, policy, refresh
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_filled_policy_holds_the_checkpoint_and_refresh_gives_it_back(folders, ranks, family, dtype):
+    config = tiny_config(folders[family], dtype=dtype)
+    replica = load_replica(config, ranks)
+    loaded = weights(replica)
+    policy = build_policy(replica, config, ranks)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in replica.parameters()} == {getattr(torch, dtype)}
+    assert not any(p.requires_grad for p in replica.parameters()) and all(p.requires_grad for p in policy.parameters())
+    for parameter in replica.parameters():  # whatever was there is overwritten, in place
+        parameter.zero_()
+    refresh(policy, replica)
+    assert same_bits(weights(replica), loaded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_filled_policy_computes_what_the_checkpoint_computes(folders, ranks, family):
+    """Parameters and buffers: empty rotary frequencies would not be noticed by any loader."""
+    config = tiny_config(folders[family])
+    policy = build_policy(load_replica(config, ranks), config, ranks)
+    tokens = [list(range(40)), [7], [9, 9, 9, 200]]
+    logprobs, entropy = score(policy, tokens, temperature=0.7)
+    expected, expected_entropy = [], []
+    for row in tokens:
+        scores = (load_plain(folders[family])(input_ids=torch.tensor([row])).logits[0] / 0.7).log_softmax(-1)[:-1]
+        expected.append(scores.gather(-1, torch.tensor(row)[1:, None])[:, 0])
+        expected_entropy.append(-(scores.exp() * scores).sum(-1))
+    torch.testing.assert_close(logprobs, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy, torch.cat(expected_entropy), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_in_bfloat16_trainer_and_sampler_still_compute_the_same(folders, ranks, family):
+    config = tiny_config(folders[family], dtype="bfloat16")
+    replica = load_replica(config, ranks)
+    policy = build_policy(replica, config, ranks)
+    inputs = pack([list(range(40)), [9, 9, 9, 200]], ranks.device)
+    with torch.no_grad():
+        logits = replica(use_cache=False, **inputs).logits[0].float().log_softmax(-1)
+        logprobs, _ = score(policy, [list(range(40)), [9, 9, 9, 200]])
+    predicts = torch.tensor([n for n in range(43) if n != 39])
+    expected = logits[predicts].gather(-1, inputs["input_ids"][0, predicts + 1, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)  # the softmax is float32 on both sides
+
+
+def test_a_policy_is_packed_without_any_sequence_seeing_another(folders, ranks):
+    config = tiny_config(folders["smollm3"])
+    policy = build_policy(load_replica(config, ranks), config, ranks)
+    alone, _ = score(policy, [[1, 2, 3]])
+    beside, _ = score(policy, [[50, 60, 70, 80], [1, 2, 3]])
+    torch.testing.assert_close(beside[3:], alone, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_head_that_is_more_than_a_matrix_product_is_refused(folders, ranks, monkeypatch):
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def capped(*words, **keys):
+        model = plain(*words, **keys)
+        model.config.final_logit_softcapping = 30.0
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", capped)
+    with pytest.raises(RuntimeError, match="head is not a plain matrix product.*final_logit_softcapping"):
+        load_replica(tiny_config(folders["smollm3"]), ranks)
+
+
+def test_the_chat_template_is_off_the_tokenizers_own_or_a_file(folders, tmp_path):
+    folder = folders["smollm3"]
+    assert load_tokenizer(tiny_config(folder, chat_template="auto")).chat_template is None  # it has none
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}!")
+    tokenizer = load_tokenizer(tiny_config(folder, chat_template=str(file)))
+    assert tokenizer.chat_template == "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    assert load_tokenizer(tiny_config(tmp_path / "chatty", chat_template="auto")).chat_template
+    assert load_tokenizer(tiny_config(tmp_path / "chatty", chat_template="none")).chat_template is None
+
+

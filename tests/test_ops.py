@@ -1,0 +1,169 @@
+"""Attention over packed tokens and log-probs without logits, each against its plain version."""
+
+import pytest
+import torch
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from ops import VARLEN, choose_attention, pack, token_logprobs, varlen_attention
+
+CPU = torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------- the plain versions
+
+
+def plain_attention(q, k, v, scale):
+    """One sequence: q (Tq, heads, dim), k and v (Tk, kv heads, dim); the last query sees all keys."""
+    queries, keys, repeats = len(q), len(k), q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        scores = scale * q[:, head] @ k[:, head // repeats].T
+        for row in range(queries):
+            scores = scores.masked_fill(
+                (torch.arange(queries)[:, None] == row) & (torch.arange(keys) > keys - queries + row), -torch.inf
+            )
+        out[:, head] = scores.softmax(-1) @ v[:, head // repeats]
+    return out
+
+
+def plain_logprobs(hidden, weight, targets, temperature):
+    """The whole (N, V) logits, log_softmax, gather."""
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_pack_by_hand():
+    packed = pack([[5, 6, 7], [8], [9, 4]], CPU)
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]  # each sequence starts at 0
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert packed["cu_seq_lens_q"].dtype == torch.int32
+    assert packed["max_length_q"] == packed["max_length_k"] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def random_qkv(queries: list[int], keys: list[int], heads=4, kv_heads=2, dim=8):
+    """One packed row of sequences with these many queries and keys, in the layout of transformers."""
+    torch.manual_seed(0)
+    q = torch.randn(1, heads, sum(queries), dim, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, sum(keys), dim, requires_grad=True) for _ in range(2))
+    borders = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    return q, k, v, borders
+
+
+def compare(queries: list[int], keys: list[int], **heads):
+    """Ours on the packed row against the plain version per sequence: values and gradients."""
+    q, k, v, (cu_q, cu_k) = random_qkv(queries, keys, **heads)
+    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+    rows = [x[0].transpose(0, 1).split(lengths) for x, lengths in ((q, queries), (k, keys), (v, keys))]
+    expected = torch.cat([plain_attention(*one, 0.3) for one in zip(*rows, strict=True)])[None]
+    torch.testing.assert_close(out, expected)
+    noise = torch.randn_like(expected)
+    found = torch.autograd.grad((out * noise).sum(), (q, k, v))
+    torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_packed_training_attends_inside_each_sequence_only(heads, kv_heads):
+    compare([5, 1, 9, 3], [5, 1, 9, 3], heads=heads, kv_heads=kv_heads)
+
+
+def test_decoding_attends_from_one_query_to_the_whole_past():
+    compare([1, 1, 1, 1], [7, 1, 12, 4])
+
+
+def test_a_prefill_in_pieces_sees_its_past_and_only_the_queries_before_it():
+    compare([3, 1, 4], [8, 6, 4])  # three new tokens after five old ones; one after five; a fresh prompt
+
+
+def test_a_request_without_queries_is_passed_over():
+    q, k, v, _ = random_qkv([2, 3], [2, 3])
+    borders = torch.tensor([0, 2, 2, 5]).int()
+    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
+    borders = torch.tensor([0, 2, 5]).int()
+    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
+    assert torch.equal(out, expected)
+
+
+def test_with_a_paged_cache_the_past_comes_from_it():
+    """The cache hands back keys of the whole past with their own borders, which the attention then uses."""
+    q, k, v, (cu_q, cu_k) = random_qkv([1, 1], [4, 6])
+
+    class Cache(PagedAttentionCache):
+        def __init__(self):
+            pass
+
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            assert (layer_idx, key_states.shape[2]) == (3, 2) and kwargs["cu_seq_lens_k"] == "of all layers"
+            kwargs |= {"cu_seq_lens_k": cu_k, "max_length_k": 6}
+            return k, v
+
+    new = {"key": torch.zeros(1, 2, 2, 8), "value": torch.zeros(1, 2, 2, 8)}
+    module = type("Layer", (), {"layer_idx": 3})
+    borders = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": "of all layers", "max_length_q": 1, "max_length_k": 0}
+    out, _ = varlen_attention(module, q, **new, scaling=0.3, cache=Cache(), **borders)
+    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {"sliding_window": 8}, {"softcap": 30.0}])
+def test_what_it_would_compute_wrongly_is_refused(extra):
+    q, k, v, (borders, _) = random_qkv([3], [3])
+    known = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders} if extra else {}
+    with pytest.raises(NotImplementedError):
+        varlen_attention(None, q, k, v, scaling=0.3, **known, **extra)
+
+
+def test_attention_is_chosen_by_what_the_machine_has():
+    assert choose_attention("auto", CPU) == choose_attention("varlen", CPU) == VARLEN
+    with pytest.raises(RuntimeError, match="flash_attention_2.*CUDA"):
+        choose_attention("flash_attention_2", CPU)
+
+
+# ------------------------------------------------------------------------------------------------- log-probs, entropies
+
+
+@pytest.fixture
+def head():
+    """hidden (7, 16), weight (40, 16), targets (7,)."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(7, 16), 0.3 * torch.randn(40, 16)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(40, (7,))
+
+
+def test_logprobs_by_hand():
+    """Logits 0 and ln 9 at temperature 2 are 0 and ln 3: probabilities 1/4 and 3/4."""
+    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [2.1972246]])
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 1]), temperature=2.0)
+    assert logprobs.tolist() == pytest.approx([-1.386294, -0.287682])  # ln 1/4, ln 3/4
+    assert entropy.tolist() == pytest.approx([0.562335, 0.562335])  # 1/4 ln 4 + 3/4 ln 4/3
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_logprobs_entropies_and_gradients_equal_the_plain_version(head, chunk, temperature):
+    hidden, weight, targets = head
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature, chunk)
+    expected, expected_entropy = plain_logprobs(hidden, weight, targets, temperature)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
+    noise = torch.randn(len(targets))
+    found = torch.autograd.grad((logprobs * noise).sum(), (hidden, weight))
+    torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (hidden, weight)))
+
+
+def test_in_bfloat16_the_softmax_is_still_float32_and_chunks_do_not_bias_the_gradient(head):
+    (hidden, weight), targets = (x.detach().bfloat16().requires_grad_() for x in head[:2]), head[2]
+    logprobs, entropy = token_logprobs(hidden, weight, targets, 1.0, chunk=2)
+    logits = (hidden @ weight.T).float()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    small = torch.autograd.grad(logprobs.sum(), weight)[0]
+    large = torch.autograd.grad(token_logprobs(hidden, weight, targets, 1.0, chunk=1024)[0].sum(), weight)[0]
+    assert small.dtype == torch.bfloat16 and torch.equal(small, large)  # summed in float32, rounded once

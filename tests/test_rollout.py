@@ -1,0 +1,325 @@
+"""Sampling: the sampler's log-probs are the trainer's, timing decides nothing, and failures are not swallowed."""
+
+import gzip
+import json
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
+
+from config import ConfigError
+from grpo import Sample, pack_samples
+from model import build_policy
+from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
+from rollout import (
+    check_prompts,
+    derive_seed,
+    encode,
+    generate,
+    make_sampler,
+    mask_prompt,
+    predict_prefix,
+    predict_prompt,
+    rollout,
+    sequence_logprobs,
+)
+
+PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
+
+
+def sample(sampler, seed=0, prompts=PROMPTS, count=3, max_tokens=12, **more):
+    return generate(sampler, prompts, count, max_tokens, BOXED_OPENING, seed, **more)
+
+
+def tokens(groups) -> list[list[list[int]]]:
+    return [[response.completion_ids for response in group] for group in groups]
+
+
+@pytest.fixture
+def sampler(build_sampler, folders):
+    return build_sampler(folders["smollm3"])
+
+
+@pytest.fixture(scope="module")
+def wiki_prompts() -> list[str]:
+    """Prompts of the mini-wiki, each with one word hidden: the tiny base has learnt to put a word in a box."""
+    with gzip.open(ROOT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(8), strict=False)]
+    return [f" {text.replace(text.split()[3], '[mask]', 1)}\nPredict:" for text in texts]
+
+
+# ---- sampler and trainer agree
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_samplers_logprobs_are_the_trainers(build_sampler, folders, ranks, family, temperature):
+    sampler = build_sampler(folders[family], temperature=temperature)
+    policy = build_policy(sampler.replica, sampler.config, ranks)
+    responses = [response for group in sample(sampler) for response in group]
+    batch = pack_samples([Sample(response, 1.0, 1.0) for response in responses], ranks.device)
+    with torch.no_grad():
+        logprobs, _ = policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs)
+    assert len(logprobs) == sum(len(response.completion_ids) for response in responses) > 60
+    torch.testing.assert_close(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
+
+
+def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders):
+    rng = random.Random(0)
+    sequences = [[rng.randrange(256) for _ in range(length)] for length in (30, 2, 17, 40, 1, 5)]
+    model, expected = load_plain(folders["qwen3_tied"]), []
+    with torch.no_grad():
+        for row in sequences:
+            logprobs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+            expected.append([logprobs[t, token].item() for t, token in enumerate(row[1:])])
+    for budget in (1, 45, 1000):
+        scores = sequence_logprobs(build_sampler(folders["qwen3_tied"], tokens_per_micro_batch=budget), sequences)
+        assert list(map(len, scores)) == [29, 1, 16, 39, 0, 4]
+        for found, plain in zip(scores, expected, strict=True):
+            assert found == pytest.approx(plain, abs=1e-4)
+
+
+def test_greedy_tokens_are_those_of_the_ordinary_generate(sampler, folders):
+    model = load_plain(folders["smollm3"]).eval()
+    for prompt, group in zip(PROMPTS, sample(sampler, greedy=True, count=1), strict=True):
+        ids = torch.tensor([prompt])
+        plain = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert group[0].completion_ids == plain[0, len(prompt) :].tolist()
+
+
+# ---- what comes back
+
+
+def test_each_prompt_gets_its_own_responses_in_order(sampler):
+    groups = sample(sampler, count=3)
+    assert [[response.prompt_ids for response in group] for group in groups] == [[prompt] * 3 for prompt in PROMPTS]
+    for response in (response for group in groups for response in group):
+        assert 1 <= len(response.completion_ids) <= 12
+        assert len(response.sampler_logprobs) == len(response.completion_ids)
+        assert all(logprob <= 0 for logprob in response.sampler_logprobs)
+        assert response.text == sampler.tokenizer.decode(response.completion_ids, skip_special_tokens=True)
+    assert len({tuple(ids) for group in tokens(groups) for ids in group}) > 6  # responses of a group differ
+
+
+def test_more_requests_than_run_at_once_wait_their_turn(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"], max_requests=3)
+    groups = sample(sampler, prompts=PROMPTS * 3, count=4)
+    assert [[response.prompt_ids for response in group] for group in groups] == [[p] * 4 for p in PROMPTS * 3]
+
+
+def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
+    sampler.eos_ids |= set(range(0, 256, 16))  # a random model seldom says the real one
+    responses = [response for group in sample(sampler, count=8) for response in group]
+    assert {response.finish for response in responses} == {"eos", "length"}
+    for response in responses:
+        *others, last = response.completion_ids
+        assert not sampler.eos_ids & set(others)
+        assert response.finish == ("eos" if last in sampler.eos_ids else "length")
+        assert response.finish == "eos" or len(response.completion_ids) == 12
+
+
+def test_no_prompts_no_responses(sampler):
+    assert sample(sampler, prompts=[]) == []
+
+
+# ---- noise
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(sampler):
+    first = tokens(sample(sampler, seed=5))
+    assert tokens(sample(sampler, seed=5)) == first
+    assert tokens(sample(sampler, seed=6)) != first
+
+
+def test_slow_admission_changes_no_token(sampler):
+    first = tokens(sample(sampler))
+    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
+
+
+def test_torchs_own_generator_is_left_as_it_was(sampler):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    sample(sampler)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_noise_depends_on_seed_step_and_phase(build_sampler, folders, ranks):
+    def draw(seed=0, noise=(0, "propose")):
+        one = build_sampler(folders["smollm3"], seed=seed)
+        return tokens(rollout(one, PROMPTS, 3, 12, BOXED_OPENING, noise))
+
+    first = draw()
+    assert draw() == first
+    for other in (draw(seed=1), draw(noise=(1, "propose")), draw(noise=(0, "predict"))):
+        assert other != first
+
+
+def test_seeds_are_fixed_for_ever_and_fit_31_bits():
+    assert derive_seed(0, "probe") == derive_seed(0, "probe") != derive_seed("0", "probe")
+    seeds = {derive_seed(0, step, "propose", rank, 2) for step in range(100) for rank in range(2)}
+    assert len(seeds) == 200 and 0 <= min(seeds) and max(seeds) < 2**31
+
+
+def test_the_replica_may_change_between_two_phases(build_sampler, folders):
+    """Nothing of the old weights, such as cached keys of the same prompts, survives."""
+    sampler, other = build_sampler(folders["qwen3_tied"]), build_sampler(folders["qwen3_tied"])
+    sample(sampler)
+    with torch.no_grad():
+        for one in (sampler, other):
+            for parameter in one.replica.parameters():
+                parameter.mul_(-1.1)
+    assert sample(sampler) == sample(other)
+
+
+# ---- stop at the answer
+
+
+@pytest.fixture
+def tiny_base(build_sampler):
+    """(config keys) -> a sampler on the shipped base, which was pretrained to answer in boxes."""
+    return lambda **changes: build_sampler(ROOT / "assets/tiny_base", **changes)
+
+
+@pytest.mark.parametrize("greedy, count, prompts", [(True, 1, 8), (False, 1, 1)])
+def test_a_response_ends_with_the_token_that_closes_its_answer(tiny_base, wiki_prompts, greedy, count, prompts):
+    """Greedy for many, and sampled for a lone one: a response that ends changes the noise of those beside it."""
+    stopping, rambling = tiny_base(stop_at_answer=True), tiny_base(stop_at_answer=False)
+    encoded = [encode(stopping.tokenizer, prompt) for prompt in wiki_prompts[:prompts]]
+    options = {"prompts": encoded, "count": count, "max_tokens": 20, "greedy": greedy}
+    stopped = [group[0] for group in sample(stopping, **options)]
+    whole = [group[0] for group in sample(rambling, **options)]
+    answered = [response for response in stopped if response.finish == "answer"]
+    assert len(answered) > prompts / 2
+    assert not any(response.finish == "answer" for response in whole)
+    for short, long in zip(stopped, whole, strict=True):
+        assert short.completion_ids == long.completion_ids[: len(short.completion_ids)]
+        assert short.sampler_logprobs == pytest.approx(long.sampler_logprobs[: len(short.completion_ids)], abs=1e-5)
+    for response in answered:
+        pieces = [stopping.piece(token) for token in response.completion_ids]
+        assert last_answer("".join(pieces), "boxed") is not None
+        assert last_answer("".join(pieces[:-1]), "boxed") is None
+
+
+def test_an_answer_that_the_prompt_opened_closes_with_its_brace(tiny_base, wiki_prompts):
+    sampler = tiny_base(predict_prefix=r" \boxed{", predict_prompt="{passage}")
+    prefix = predict_prefix(sampler.config)
+    encoded = [predict_prompt(sampler, prompt, thought=False) for prompt in wiki_prompts]
+    groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True, prefix=prefix)
+    answered = [response for (response,) in groups if response.finish == "answer"]
+    assert len(answered) > 4
+    for response in answered:
+        assert response.text.count("}") == 1 and last_answer(prefix + response.text, "boxed") is not None
+
+
+def test_forked_responses_stop_each_at_its_own_answer(tiny_base, wiki_prompts):
+    sampler = tiny_base()
+    encoded = [encode(sampler.tokenizer, prompt) for prompt in wiki_prompts]
+    for response in (one for group in sample(sampler, prompts=encoded, count=6, max_tokens=20) for one in group):
+        state, closed = START, []
+        for number, token in enumerate(response.completion_ids):
+            state = scan(state, sampler.piece(token), BOXED_OPENING)
+            closed += [number] if state == CLOSED else []
+        assert closed == ([len(response.completion_ids) - 1] if response.finish == "answer" else [])
+
+
+# ---- failures are loud
+
+
+def test_a_failing_request_raises_and_names_the_rank(sampler, monkeypatch):
+    def broken(*words, **keys):
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(sampler.replica, "forward", broken)
+    with pytest.raises(RuntimeError, match="rank 0: a generation request failed: .*out of luck"):
+        sample(sampler)
+
+
+def test_after_a_failure_the_next_phase_samples_as_if_nothing_had_been(sampler):
+    first = tokens(sample(sampler))
+    forward, calls = sampler.replica.forward, []
+
+    def breaks_later(*words, **keys):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ValueError("out of luck")
+        return forward(*words, **keys)
+
+    sampler.replica.forward = breaks_later
+    with pytest.raises(RuntimeError, match="out of luck"):
+        sample(sampler)
+    sampler.replica.forward = forward
+    assert tokens(sample(sampler)) == first
+
+
+def test_an_empty_prompt_is_refused(sampler):
+    with pytest.raises(ValueError, match="empty prompt"):
+        sample(sampler, prompts=[[1], []])
+
+
+def test_a_model_without_an_end_is_refused(sampler, ranks):
+    tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
+    plain = SimpleNamespace(eos_token_id=None)
+    replica = SimpleNamespace(generation_config=plain, config=plain)
+    with pytest.raises(RuntimeError, match="names an end-of-sequence token"):
+        make_sampler(replica, tokenizer, sampler.config, ranks)
+
+
+# ---- prompts as tokens
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def test_without_a_chat_template_a_prompt_is_plain_text(sampler):
+    ids = encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{")
+    assert sampler.tokenizer.decode(ids) == r"Hide: é \boxed{" and len(ids) == 16  # bytes
+
+
+def test_with_a_chat_template_a_prompt_is_one_user_turn_and_the_prefix_opens_the_answer(sampler):
+    sampler.tokenizer.chat_template = CHAT
+    text = sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{"))
+    assert text == r"<user>Hide: é<assistant> \boxed{"
+    assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide")) == "<user>Hide<assistant>"
+
+
+def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"], mask_prompt="M {passage} m", predict_prompt="P {passage} p")
+    decode = sampler.tokenizer.decode
+    assert decode(mask_prompt(sampler, "{x}")) == "M {x} m"
+    assert decode(predict_prompt(sampler, "a [mask]")) == "P a [mask] p"
+    assert decode(predict_prompt(sampler, "a [mask]", thought=False)) == r"P a [mask] p \boxed{"
+
+
+def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused(build_sampler, folders):
+    """One token per byte: 10 of the longer template and 64 of the passage."""
+    keys = {"mask_prompt": "M {passage} m", "predict_prompt": "P {passage} predict", "max_passage_tokens": 64}
+    check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=74, **keys))
+    with pytest.raises(ConfigError, match="max_prompt_tokens=73: must be at least 74"):
+        check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=73, **keys))
+
+
+def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
+    """The tokenizer's, the checkpoint's and, where there is a chat template, its end of turn."""
+    sampler = build_sampler(save_model("smollm3", tmp_path))
+    assert sampler.eos_ids == {sampler.tokenizer.convert_tokens_to_ids(EOS)} == {256}
+    sampler.replica.generation_config.eos_token_id = [256, 9]
+    sampler.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    again = make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks)
+    assert again.eos_ids == {256, 9}
+    sampler.tokenizer.chat_template = CHAT
+    again = make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks)
+    assert again.eos_ids == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_with_a_chat_template_a_response_runs_to_its_end_of_turn(tiny_base, wiki_prompts):
+    sampler = tiny_base()
+    encoded = [encode(sampler.tokenizer, prompt) for prompt in wiki_prompts]
+    sampler.tokenizer.chat_template = CHAT
+    groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
+    assert "answer" not in {group[0].finish for group in groups}

@@ -1,0 +1,243 @@
+"""The loop: rewards of both roles by hand, the order of passages, and whole runs with the evidence they leave."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+import yaml
+from reference import ROOT, load_plain, same_bits, weights
+from transformers import AutoTokenizer
+
+from config import Config, read_config
+from data import Corpus, Passage, step_passages
+from evidence import append_row, keep_rows, open_run, read_rows
+from masking import make_mask
+from rollout import Rollout
+from train import Task, reward
+
+SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]
+STEP_METRICS = """
+    step method lr loss grad_norm mismatch_kl mismatch_abs reward entropy surprisal clip_fraction
+    gen/reward gen/valid_rate gen/groups_kept gen/length_mean gen/length_max gen/truncated gen/tokens_after_answer
+    pred/reward pred/valid_rate pred/groups_kept pred/length_mean pred/length_max pred/truncated
+    pred/tokens_after_answer gen/distinct gen/span_words gen/occurrences gen/share_fact
+    pred/accuracy pred/accuracy_caseless pred/accuracy_zero pred/accuracy_one pred/accuracy_histogram
+    time/propose time/predict time/reward time/update time/refresh time/step tokens_per_second peak_memory_gb
+""".split()
+PROBE_METRICS = """
+    probe/accuracy probe/accuracy_greedy probe/accuracy_no_thought probe/accuracy_greedy_no_thought probe/valid_rate
+    probe/perplexity probe/accuracy_fact probe/accuracy_greedy_fact time/probe
+""".split()
+
+
+# ---- rewards by hand
+
+BONN = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
+
+
+def said(text: str) -> Rollout:
+    return Rollout([1], [2, 3], [-1.0, -1.0], text, "eos")
+
+
+def task(words: str | None, answers: list[str]) -> Task:
+    """A generator response that names these words, and predictions that say these answers."""
+    text = "none" if words is None else rf"\mask{{{words}}}"
+    return Task(BONN, said(text), make_mask(words, BONN, Config(), random.Random(0)), [1], list(map(said, answers)))
+
+
+def test_rewards_of_one_passage():
+    right, wrong = r"It flows. \boxed{Rhine}", r"\boxed{Elbe}"
+    tasks = [
+        task("Rhine", [right, wrong, wrong, r"\boxed{Rhine}."]),  # 2 of 4: reward 1/2
+        task("Rhine", [right, wrong, "Rhine", r"\boxed{rhine}"]),  # 1 of 4: reward 3/4
+        task("Rhine", [right] * 4),  # too easy: 0
+        task("Rhine", [wrong] * 4),  # impossible: 0
+        task("Danube", []),  # not in the passage: 0, and no predictions
+        task(None, []),
+    ]
+    groups = reward([tasks], Config(), 0)
+    assert [(group.role, group.rewards) for group in groups] == [
+        ("pred", [1.0, 0.0, 0.0, 1.0]),
+        ("pred", [1.0, 0.0, 0.0, 0.0]),
+        ("pred", [1.0] * 4),
+        ("pred", [0.0] * 4),
+        ("gen", [0.5, 0.75, 0.0, 0.0, 0.0, 0.0]),
+    ]
+    assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
+    assert groups[0].rollouts == tasks[0].predictions
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere_and_repeatable():
+    answers = [r"\boxed{Rhine}"] * 4 + [r"\boxed{Elbe}"] * 4
+    plain = reward([[task("Rhine", answers)]], Config(), 0)[0].rewards
+    shuffled = [reward([[task("Rhine", answers)]], Config(shuffle_rewards=True), step)[0].rewards for step in (0, 0, 1)]
+    assert sorted(shuffled[0]) == sorted(plain) and shuffled[0] == shuffled[1]
+    assert plain not in shuffled and shuffled[0] != shuffled[2]
+
+
+# ---- the order of passages
+
+
+def test_passages_of_a_step_are_a_function_of_seed_and_step_alone():
+    corpus = Corpus([Passage(f"{n}#0", "", "", "") for n in range(50)], [], {})
+    config = Config(passages_per_step=8)
+    steps = [[one.id for one in step_passages(corpus, config, step)] for step in range(6)]
+    assert [[one.id for one in step_passages(corpus, config, step)] for step in (5, 2)] == [steps[5], steps[2]]
+    assert len({one for step in steps for one in step}) == 48  # none twice in an epoch
+    assert [one.id for one in step_passages(corpus, Config(passages_per_step=8, seed=1), 0)] != steps[0]
+
+
+# ---- the run directory
+
+
+def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"), resume="never")
+    for number in range(3):
+        open_run(config)
+        append_row(tmp_path / "run" / "metrics.jsonl", {"step": number})
+    for number, name in enumerate(("run.1", "run.2", "run")):
+        assert read_rows(tmp_path / name / "metrics.jsonl") == [{"step": number}]
+
+
+def test_rows_after_the_checkpoint_and_a_line_cut_by_a_kill_are_forgotten(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    append_row(file, *({"step": step, "text": "é"} for step in range(5)))
+    with file.open("a") as end:
+        end.write('{"step": 2, "te')
+    keep_rows(file, 2)
+    assert read_rows(file) == [{"step": step, "text": "é"} for step in range(3)]
+    keep_rows(tmp_path / "none.jsonl", 2)
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory):
+    """Two steps, one process, no torchrun: (run directory, what was printed)."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    ended = command(["train.py", *SMALL, "steps=2", f"run_dir={run}"], limit=90)
+    assert ended.returncode == 0, ended.stderr
+    return run, ended.stdout + ended.stderr
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory):
+    """Four steps on two ranks, with checkpoints after 2 and 4."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    words = [*SMALL, "steps=4", "save_every=2", "lr_schedule=cosine", "warmup_steps=1", "probe_every=2"]
+    ended = command(["train.py", *words, f"run_dir={run}"], limit=120, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    return run, words
+
+
+def test_a_run_leaves_all_evidence(alone):
+    run, _ = alone
+    names = "config.yaml environment.txt prompts.txt metrics.jsonl samples.jsonl cache checkpoints"
+    assert {path.name for path in run.iterdir()} >= set(names.split())
+    words = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load((run / "config.yaml").read_text()).items()]
+    assert read_config(words) == read_config([*SMALL, "steps=2", f"run_dir={run}"])
+    environment = (run / "environment.txt").read_text()
+    assert "command: train.py configs/tiny.yaml passages_per_step=4" in environment
+    assert f"torch: {torch.__version__}" in environment and "world size: 1" in environment
+    prompts = (run / "prompts.txt").read_text()
+    assert "Mask:" in prompts and "[mask]" in prompts and "Predict:" in prompts
+
+
+def test_metrics_has_a_row_per_step_and_one_before_training(alone):
+    rows = read_rows(alone[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert set(PROBE_METRICS) <= set(rows[0])
+    for row in rows[1:]:
+        assert set(STEP_METRICS) <= set(row)
+        assert row["method"] == "active" and len(row["pred/accuracy_histogram"]) == 9
+        assert row["mismatch_abs"] < 1e-4 and row["clip_fraction"] == 0  # float32, one update per batch
+    assert set(PROBE_METRICS) <= set(rows[2])
+    assert (rows[1]["lr"], rows[2]["lr"]) == (1e-4, 2e-4)  # warm-up
+
+
+def test_samples_hold_passage_mask_and_predictions_with_their_rewards(alone):
+    samples = read_rows(alone[0] / "samples.jsonl")
+    assert len(samples) == 2 * 4 * 4  # steps, passages, masks
+    for one in samples:
+        assert one["passage"]["title"] and one["passage"]["url"] and one["passage"]["text"]
+        valid = not one["mask"]["invalid"]
+        assert len(one["predictions"]) == (8 if valid else 0)
+        if valid:
+            right = sum(prediction["reward"] for prediction in one["predictions"])
+            assert one["mask"]["masked"].replace("[mask]", one["mask"]["target"]) == one["passage"]["text"]
+            assert one["proposal"]["reward"] == (1 - right / 8 if right else 0)
+    rewards = [one["proposal"]["reward"] for one in samples[:16]]
+    assert read_rows(alone[0] / "metrics.jsonl")[1]["gen/reward"] == pytest.approx(sum(rewards) / 16)
+
+
+def test_the_last_step_is_saved_as_a_folder_for_from_pretrained(alone):
+    latest = alone[0] / "checkpoints" / "latest"
+    assert latest.is_symlink() and latest.resolve().name == "step_000002" and (latest / "state").is_dir()
+    model, base = load_plain(latest / "hf"), load_plain(ROOT / "assets/tiny_base")
+    assert not same_bits(weights(model), weights(base))  # it was trained
+    assert AutoTokenizer.from_pretrained(latest / "hf").get_vocab()
+
+
+def test_the_terminal_tells_what_runs_and_sums_up(alone):
+    printed = alone[1]
+    for words in ("parameters, float32, 1 x cpu", "step 0: probe accuracy", "step 1/2", "step 2/2", "held-out"):
+        assert words in printed, printed
+    assert "Traceback" not in printed
+
+
+def test_the_order_of_passages_does_not_depend_on_the_number_of_ranks(alone, unbroken):
+    order = [
+        [(row["step"], row["passage"]["id"]) for row in read_rows(run / "samples.jsonl") if row["step"] <= 2]
+        for run, _ in (alone, unbroken)
+    ]
+    assert order[0] == order[1] and len(order[0]) == 32
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(unbroken, command, tmp_path):
+    """Killed after its fourth row was written, with a checkpoint of step 2: steps 3 and 4 come out the same again."""
+    run, words = unbroken
+    killed = tmp_path / "run"
+    shutil.copytree(run, killed, symlinks=True)
+    shutil.rmtree(killed / "checkpoints/step_000004")
+    (killed / "checkpoints/latest").unlink()
+    (killed / "checkpoints/latest").symlink_to("step_000002")
+    with (killed / "metrics.jsonl").open("a") as end:
+        end.write('{"step": 5, "meth')
+    ended = command(["train.py", *words, f"run_dir={killed}"], limit=120, ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming after step 2" in ended.stdout + ended.stderr
+
+    def comparable(row: dict) -> dict:
+        clocks = ("tokens_per_second", "peak_memory_gb")
+        return {key: value for key, value in row.items() if not key.startswith("time/") and key not in clocks}
+
+    rows, again = (read_rows(folder / "metrics.jsonl") for folder in (run, killed))
+    assert [row["step"] for row in again] == [0, 1, 2, 3, 4]
+    assert list(map(comparable, again)) == list(map(comparable, rows))
+    assert read_rows(killed / "samples.jsonl") == read_rows(run / "samples.jsonl")
+    models = [load_plain(folder / "checkpoints/latest/hf") for folder in (run, killed)]
+    assert same_bits(weights(models[0]), weights(models[1]))
+    assert (killed / "checkpoints/latest").resolve().name == "step_000004"
+
+
+def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path):
+    ended = command(["train.py", *SMALL, "steps=0", f"run_dir={tmp_path / 'run'}"], limit=90)
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == 0, printed
+    for words in ("gen/valid_rate", "pred/valid_rate", "mismatch_kl", "dry run done; no weights were changed"):
+        assert words in printed, printed
+    assert printed.count("--- generator:") == printed.count("--- predictor:") == 2
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0]
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_bad_data_file_is_one_clear_line_and_ends_all_ranks(command, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("no json\n" * 3)
+    ended = command(["train.py", *SMALL, f"data={file}", f"run_dir={tmp_path / 'run'}"], limit=90, ranks=2)
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("data error: ")]
+    assert "no usable passage in" in line and str(file) in line and "bad_json" in line

@@ -1,0 +1,325 @@
+"""What only two ranks can show: started once per test session by test_distributed.py, under torchrun.
+
+    torchrun --standalone --nproc_per_node=2 tests/worker.py OUT
+
+Every `check_...` below runs on both ranks, in this order, and returns plain values; OUT/rank0.json and OUT/rank1.json
+hold what each returned, or the traceback with which it ended. test_distributed.py says what the values must be.
+A check that ends on one rank alone leaves the other waiting: after LIMIT seconds both print where they stand, and end.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import sys
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from reference import (
+    DENSE,
+    FAMILIES,
+    REWARDS,
+    CaptureGradients,
+    largest_error,
+    load_plain,
+    make_groups,
+    naive_update,
+    same_bits,
+    save_model,
+    tiny_config,
+    weights,
+)
+
+from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from data import Corpus, Passage
+from grpo import make_optimizer, make_samples, plan, update
+from model import Ranks, build_policy, gather, load_replica, load_tokenizer, refresh, start_ranks
+from probe import make_probe, perplexity, run_probe
+from prompts import BOXED_OPENING
+from rollout import generate, make_sampler, rollout
+from train import predict, propose, reward
+
+LIMIT = 120
+TEXTS = ["The moon turns around the earth.", "Bonn lies on the Rhine.", "Salt melts ice.", "An owl hunts by night."]
+PASSAGES = [Passage(f"{number}#0", f"T{number}", "", text) for number, text in enumerate(TEXTS)]
+
+
+def setting(folder: Path, ranks: Ranks, family="smollm3", **changes):
+    """(config, replica, policy) of this family, fresh from its checkpoint."""
+    config = tiny_config(folder / family, **changes)
+    replica = load_replica(config, ranks)
+    return config, replica, build_policy(replica, config, ranks)
+
+
+def fresh_sampler(folder: Path, ranks: Ranks, **changes):
+    config = tiny_config(folder / "smollm3", **changes)
+    return make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)
+
+
+def digest(tensors: dict) -> str:
+    """One word for all bits of these tensors, to compare ranks by."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def compare(folder: Path, ranks: Ranks, rewards, family="smollm3", **changes) -> dict:
+    """One update on two ranks and the naive loop on each alone: the largest error of gradients and metrics."""
+    config, _, policy = setting(folder, ranks, family, max_grad_norm=1e9, temperature=0.7, **changes)
+    plain = load_plain(config.model)
+    groups = make_groups(plain, rewards)
+    expected, found = CaptureGradients(plain), CaptureGradients(policy)
+    metrics = naive_update(plain, expected, groups, config)
+    samples = make_samples(groups, config)
+    result = update(policy, found, samples, config, ranks, 0)
+    lengths = [len(one.rollout.prompt_ids + one.rollout.completion_ids) for one in samples]
+    bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    return {
+        "gradients": largest_error(found.gradients, expected.gradients),
+        "metrics": max(abs(result[key] - metrics[key]) / max(abs(metrics[key]), 1e-9) for key in metrics),
+        "micro_batches": len(bins) // ranks.world,
+        "tokens_per_rank": [sum(lengths[i] for one in bins[r :: ranks.world] for i in one) for r in range(ranks.world)],
+    }
+
+
+# ---- the update
+
+
+def check_gradients_equal_the_naive_loop(folder, ranks):
+    """All families, two micro-batch sizes, with and without checkpointing; work is uneven between the ranks."""
+    return {
+        f"{family}, {budget} tokens, checkpointing {on}": compare(
+            folder, ranks, REWARDS, family, tokens_per_micro_batch=budget, gradient_checkpointing=on
+        )
+        for family in DENSE
+        for budget in (60, 10_000)
+        for on in (False, True)
+    }
+
+
+def check_a_rank_with_nothing_to_train(folder, ranks):
+    """One response is left of two, the other was cut at its length: the second rank packs a dummy."""
+    groups = make_groups(load_plain(folder / "smollm3"), [[1.0, 0.0]])
+    for response, finish in zip(groups[0].rollouts, ("eos", "length"), strict=True):
+        response.finish = finish
+    plain = load_plain(folder / "smollm3")
+    expected = CaptureGradients(plain)
+    config, _, policy = setting(folder, ranks, mask_truncated=True, max_grad_norm=1e9)
+    found = CaptureGradients(policy)
+    samples = make_samples(groups, config)
+    naive_update(plain, expected, groups, config)
+    update(policy, found, samples, config, ranks, 0)
+    return {"samples": len(samples), "gradients": largest_error(found.gradients, expected.gradients)}
+
+
+def check_two_updates_per_batch(folder, ranks):
+    changes = {"updates_per_batch": 2, "learning_rate": 1.0, "lr_schedule": "constant", "tokens_per_micro_batch": 60}
+    config, _, policy = setting(folder, ranks, **changes)
+    plain = load_plain(config.model)
+    groups, before = make_groups(plain, REWARDS), weights(plain)
+    metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
+    moves = [{name: one - before[name] for name, one in weights(model).items()} for model in (policy, plain)]
+    return {
+        "moves": largest_error(*moves),
+        "clip_fraction": result["clip_fraction"],
+        "metrics": max(abs(result[key] - metrics[key]) / abs(metrics[key]) for key in metrics),
+    }
+
+
+def check_a_loss_that_is_not_finite_on_one_rank(folder, ranks):
+    config, _, policy = setting(folder, ranks)
+    samples = make_samples(make_groups(load_plain(config.model), REWARDS), config)
+    lengths = [len(one.rollout.prompt_ids + one.rollout.completion_ids) for one in samples]
+    of_rank_1 = plan(lengths, config.tokens_per_micro_batch, ranks.world)[1][0]
+    samples[of_rank_1].rollout.sampler_logprobs[0] = float("nan")
+    before, message = weights(policy), ""
+    try:
+        update(policy, make_optimizer(policy, config), samples, config, ranks, 4)
+    except FloatingPointError as error:
+        message = str(error)
+    return {"message": message, "unchanged": same_bits(weights(policy), before)}
+
+
+# ---- two copies
+
+
+def check_replica_equals_masters_after_each_refresh(folder, ranks):
+    results = {}
+    for family in FAMILIES:
+        for dtype in ("float32", "bfloat16"):
+            config, replica, policy = setting(
+                folder, ranks, family, dtype=dtype, learning_rate=1e-2, lr_schedule="constant"
+            )
+            loaded = weights(replica)
+            refresh(policy, replica)
+            untouched = same_bits(weights(replica), loaded)
+            optimizer, digests, equal = make_optimizer(policy, config), [], []
+            groups = make_groups(load_plain(config.model), REWARDS)
+            for step in range(2):
+                update(policy, optimizer, make_samples(groups, config), config, ranks, step)
+                refresh(policy, replica)
+                masters = {name: one.to(getattr(torch, dtype)) for name, one in weights(policy).items()}
+                equal.append(same_bits(weights(replica), masters))
+                digests.append(digest(weights(replica)))
+            moved = len({digest(loaded), *digests}) == 3
+            results[f"{family} {dtype}"] = {"untouched": untouched, "equal": equal, "moved": moved, "digests": digests}
+    return results
+
+
+def check_masters_are_cut_over_the_ranks(folder, ranks):
+    _, replica, policy = setting(folder, ranks)
+    own = sum(parameter.to_local().numel() for parameter in policy.parameters())
+    return {"own": own, "all": sum(parameter.numel() for parameter in replica.parameters())}
+
+
+# ---- rollouts
+
+
+def check_rollouts_are_one_list_in_prompt_order(folder, ranks):
+    sampler = fresh_sampler(folder, ranks)
+    prompts = [[9, 8, 7], [1], list(range(30)), [5, 5], [77] * 12]  # an odd number: three here, two there
+    groups = rollout(sampler, prompts, 3, 6, BOXED_OPENING, (0, "predict"))
+    lone = rollout(sampler, prompts[:1], 3, 6, BOXED_OPENING, (0, "predict"))  # nothing for the second rank
+    twins = rollout(sampler, prompts[:1] * 2, 3, 6, BOXED_OPENING, (0, "predict"))  # one on each rank
+    return {
+        "prompts": [[response.prompt_ids for response in group] == [prompt] * 3
+                    for prompt, group in zip(prompts, groups, strict=True)],
+        "all": [[asdict(response) for response in group] for group in groups],
+        "twins": [[response.completion_ids for response in group] for group in twins],
+        "lone": [[asdict(response) for response in group] for group in lone],
+    }  # fmt: skip
+
+
+def check_gather_joins_in_rank_order(folder, ranks):
+    return gather([f"{ranks.rank}{letter}" for letter in "ab"[: ranks.rank + 1]])
+
+
+def check_a_failing_request_names_its_rank(folder, ranks):
+    sampler = fresh_sampler(folder, ranks)
+    if ranks.rank == 1:
+
+        def broken(*words, **keys):
+            raise ValueError("out of luck")
+
+        sampler.replica.forward = broken
+    try:  # not `rollout`: the other rank would wait for this one until torchrun ends it
+        generate(sampler, [[1, 2]], 2, 4, BOXED_OPENING, 0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def check_masks_that_are_all_invalid(folder, ranks):
+    """A random model writes no \\mask{}: no prediction, no kept group, no update, no hang."""
+    config, replica, policy = setting(folder, ranks)
+    optimizer, sampler = make_optimizer(policy, config), make_sampler(replica, load_tokenizer(config), config, ranks)
+    before = digest(weights(policy))
+    proposals = propose(PASSAGES[:3], sampler, config, 0)
+    tasks = [task for group in proposals for task in group if not task.mask.invalid]
+    predict(tasks, sampler, config, 0)
+    groups = reward(proposals, config, 0)
+    result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
+    return {
+        "causes": sorted({task.mask.invalid for group in proposals for task in group}),
+        "groups": [[group.role, group.rewards] for group in groups],
+        "metrics": {key: value for key, value in result.items() if key != "lr"},
+        "unchanged": digest(weights(policy)) == before and not optimizer.state,
+    }
+
+
+# ---- evidence
+
+
+def check_a_checkpoint_restores_every_bit(folder, ranks):
+    run = folder / "run"
+    config, replica, policy = setting(
+        folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant", keep_last=2
+    )
+    optimizer, tokenizer = make_optimizer(policy, config), load_tokenizer(config)
+    groups = make_groups(load_plain(config.model), REWARDS)
+
+    def step(policy, optimizer, replica, number):
+        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
+        refresh(policy, replica)
+
+    for number in range(3):
+        step(policy, optimizer, replica, number)
+        save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, number + 1)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    config, other_replica, other = setting(folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant")
+    other_optimizer = make_optimizer(other, config)
+    latest = latest_checkpoint(config)
+    done = load_checkpoint(latest, other, other_optimizer, other_replica)
+    exported = load_plain(latest / "hf")
+    results = {
+        "kept": kept,
+        "latest": latest.name,
+        "done": done,
+        "masters": same_bits(weights(other), weights(policy)),
+        "replica": same_bits(weights(other_replica), weights(replica)),
+        "exported": same_bits(weights(exported), weights(replica)),
+        "optimizer": same_bits(state(other_optimizer), state(optimizer)),
+        "tokenizer": load_tokenizer(replace(config, model=str(latest / "hf"))).get_vocab() == tokenizer.get_vocab(),
+    }
+    step(policy, optimizer, replica, 3)
+    step(other, other_optimizer, other_replica, 3)
+    return results | {"next_step": same_bits(weights(other), weights(policy))}
+
+
+def state(optimizer) -> dict:
+    """This rank's shards of the optimizer's state, by parameter number."""
+    states = enumerate(optimizer.state_dict()["state"].values())
+    found = {(n, key): value for n, one in states for key, value in one.items()}
+    return {key: value.to_local() if hasattr(value, "to_local") else value for key, value in found.items()}
+
+
+def check_the_probe_is_the_same_on_every_rank(folder, ranks):
+    sampler = fresh_sampler(folder, ranks, probe_passages=3, probe_samples=2)
+    probe = make_probe(Corpus([], PASSAGES, {}), sampler, sampler.config)
+    first, again = (run_probe(probe, sampler, sampler.config, 0) for _ in range(2))
+    with torch.no_grad():
+        plain, scores = load_plain(sampler.config.model), []
+        for passage in probe.passages:
+            ids = torch.tensor(sampler.tokenizer(passage.text).input_ids)
+            logprobs = plain(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            scores.append(logprobs.gather(-1, ids[1:, None])[:, 0])
+    return {
+        "masks": [mask.masked for mask in probe.masks],
+        "probe": first,
+        "again": first == again,
+        "perplexity": torch.cat(scores).mean().neg().exp().item(),
+        "perplexity_of_one": perplexity(sampler, TEXTS[:1]),
+    }
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    ranks = start_ranks()
+    if ranks.rank == 0:
+        for family in FAMILIES:
+            save_model(family, out / family)
+    dist.barrier()
+    results = {}
+    for name, check in [(name, one) for name, one in globals().items() if name.startswith("check_")]:
+        try:
+            results[name] = {"value": check(out, ranks)}
+        except Exception:  # kept for the test that asks for this check
+            results[name] = {"error": traceback.format_exc()}
+        (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,12 @@ PYTHON ?= python3
 INDEX ?=
 RANKS ?= 2
 ARGS ?=
+STEPS ?= 5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup tiny test test-slow base lint clean
+.PHONY: setup tiny methods test test-slow base lint clean
 setup: .venv/.installed
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +20,13 @@ setup: .venv/.installed
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
+
+methods: setup
+	@for config in configs/tiny.yaml configs/tiny-*.yaml; do name=$$(basename $$config .yaml); \
+	  $(BIN)/torchrun --nproc_per_node=$(RANKS) train.py $$config steps=$(STEPS) run_dir=runs/methods/$$name resume=never \
+	    probe_passages=24 save_every=0 > runs-methods.log 2>&1 || { tail -n 40 runs-methods.log; exit 1; }; \
+	  echo "$$name: $(STEPS) steps"; done; rm -f runs-methods.log
+	$(BIN)/python metrics.py runs/methods/*
 
 tiny: setup
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)

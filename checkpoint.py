@@ -18,23 +18,32 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)  # fmt: skip
 
 from config import Config
 from evidence import write_whole
 from model import Ranks, refresh
 
 
-def save_checkpoint(policy: nn.Module, optimizer, replica, tokenizer, config: Config, ranks: Ranks, step: int) -> Path:
-    """Save after `step` updates; every rank calls it. Older checkpoints beyond keep_last are deleted afterwards."""
+def save_checkpoint(
+    policy: nn.Module, optimizer, replica, tokenizer, config: Config, ranks: Ranks, step: int, average=None
+) -> Path:
+    """Save after `step` updates; every rank calls it. Older checkpoints beyond keep_last are deleted afterwards.
+
+    average: the moving average of `rlp`, the only other copy with a history.
+    """
     folder = Path(config.run_dir) / "checkpoints"
     final, part = folder / f"step_{step:06d}", folder / f"step_{step:06d}.part"
     if ranks.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(part / "state"))
+    dcp.save(_state(policy, optimizer, average), checkpoint_id=str(part / "state"))
     if ranks.rank == 0:
         replica.save_pretrained(part / "hf")
         tokenizer.save_pretrained(part / "hf")
@@ -61,10 +70,18 @@ def latest_checkpoint(config: Config) -> Path | None:
     return link.resolve() if (link / "checkpoint.json").exists() else None
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer, replica) -> int:
-    """Restore masters, optimizer and replica; every rank calls it. Returns the number of updates made so far."""
+def _state(policy: nn.Module, optimizer, average) -> dict:
     model_state, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(path / "state"))
-    set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    return state if average is None else state | {"average": get_model_state_dict(average)}
+
+
+def load_checkpoint(path: Path, policy: nn.Module, optimizer, replica, average=None) -> int:
+    """Restore masters, optimizer, replica and average; every rank calls it. Returns the number of updates so far."""
+    state = _state(policy, optimizer, average)
+    dcp.load(state, checkpoint_id=str(path / "state"))
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if average is not None:
+        set_model_state_dict(average, state["average"])
     refresh(policy, replica)
     return json.loads((path / "checkpoint.json").read_text())["step"]

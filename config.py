@@ -2,6 +2,8 @@
 
     config = read_config(["configs/tiny.yaml", "steps=20", "learning_rate=1e-4"])
 
+A file may begin with `base: other.yaml` and then say only what differs.
+
 Every key has one default, here, with its unit and the paper's value (PretrainZero, arXiv 2512.03442; "silent" where the
 paper does not say). A bad key, type or value raises ConfigError, one line that names the key, the value and what is
 allowed. Knows nothing of models, so that a typo costs no minutes.
@@ -38,7 +40,13 @@ class Config:
     text_field: str = "text"
     """Column or JSON field that holds the text."""
     method: str = "active"
-    """Where the tasks come from: `active`, the generator's masks."""
+    """Where the tasks come from. `active`: the generator's masks. By rule: `random_span`, `random_token`,
+    `entropy_token`. With the answer given, no sampling: `sft` (masked words as a question), `cpt` (the text itself).
+    `rlvr`: questions with verifiable answers. `rlp`: thoughts that make the next token likelier."""
+    warmup_method: str = ""
+    """Another method for the first `warmup_method_steps` steps. Paper, SmolLM3: random_span."""
+    warmup_method_steps: int = 0
+    """Steps of warmup_method; one learning-rate schedule runs over both. Paper, SmolLM3: 100."""
     steps: int = 2000
     """Rollout batches, each followed by its updates. 0 is a dry run: load, one rollout of both roles, probe, exit.
     Paper: 2000."""
@@ -84,6 +92,10 @@ class Config:
     """The generator's prompt with {passage}; empty: the one of prompts.py, in our words."""
     predict_prompt: str = ""
     """The predictor's prompt with {passage}; empty: the one of prompts.py."""
+    question_prompt: str = ""
+    """`rlvr`: the prompt of a question, {passage}; empty: the one of prompts.py."""
+    rlp_prompt: str = ""
+    """`rlp`: the request for a thought, with {passage}; empty: the one of rlp.py."""
     predict_prefix: str = ""
     """Text that opens a prediction when the probe wants the answer without a thought; empty: that of prompts.py."""
 
@@ -97,6 +109,19 @@ class Config:
     """Longest mask, words; 0 is off. Paper: silent."""
     max_span_chars: int = 64
     """Longest mask, characters; 0 is off. Paper: silent."""
+    reward: str = "exact"
+    """Of a prediction. `exact`: match after normalisation. `prefix`: RPT's byte prefix that ends on a token border, for
+    the next-token methods. Paper: exact."""
+    generator_reward: str = "one_minus_accuracy"
+    """`one_minus_accuracy`, 0 at accuracy 0, or `variance`: p (1 - p). Paper: the first."""
+    entropy_share: float = 0.2
+    """`entropy_token` draws among this share of a passage's tokens, those with the highest entropy. Paper: 0.2."""
+    sft_answer: str = " \\boxed{{answer}}"
+    """The completion that `sft` trains on, with {answer}."""
+    ema_decay: float = 0.999
+    """`rlp`: the baseline keeps this share of itself at each step. RLP: 0.999."""
+    verify_seconds: float = 5.0
+    """`rlvr`: longest check of one answer, seconds; a slower one earns 0."""
     train_generator: bool = True
     """False: the generator is prompted for masks but not trained on them (control)."""
     shuffle_rewards: bool = False
@@ -114,6 +139,8 @@ class Config:
     """The ratio is clipped below 1 - clip_low. DAPO: 0.2."""
     clip_high: float = 0.28
     """The ratio is clipped above 1 + clip_high. DAPO's clip-higher: 0.28."""
+    kl: float = 0.0
+    """Weight of a k3 penalty against a frozen copy of the start model; 0 is off and keeps no copy. Paper: none."""
     max_importance: float = 2.0
     """Cap of the importance weight trainer/sampler that corrects for their numerical mismatch."""
     mask_truncated: bool = False
@@ -177,10 +204,14 @@ POSITIVE_INTS = (
 ).split()
 COUNTS = (
     "steps seed max_span_words max_span_chars warmup_steps max_requests save_every keep_last probe_every "
-    "samples_per_step"
+    "samples_per_step warmup_method_steps"
 ).split()
+METHODS = ("active", "random_span", "random_token", "entropy_token", "rlvr", "rlp", "sft", "cpt")
 CHOICES = {
-    "method": ("active",),
+    "method": METHODS,
+    "warmup_method": ("", *METHODS),
+    "reward": ("exact", "prefix"),
+    "generator_reward": ("one_minus_accuracy", "variance"),
     "resume": ("auto", "never"),
     "mask_rule": ("main", "one_mask", "words", "one_mask_words"),
     "loss_mean": ("token", "sequence"),
@@ -201,6 +232,10 @@ RANGES = {
     "clip_high": ("0 or more", lambda v: v >= 0),
     "adam_beta1": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "adam_beta2": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "ema_decay": ("between 0 and 1", lambda v: 0 <= v <= 1),
+    "verify_seconds": ("a number above 0", lambda v: v > 0),
+    "kl": ("0 or more", lambda v: v >= 0),
+    "entropy_share": ("above 0, at most 1", lambda v: 0 < v <= 1),
     "cache_memory": ("between 0 and 0.95", lambda v: 0 < v <= 0.95),
     "heldout": ("above 0 and below 0.5", lambda v: 0 < v < 0.5),
     **{key: ("1 or more", lambda v: v >= 1) for key in POSITIVE_INTS},
@@ -235,7 +270,8 @@ def read_config(words: list[str]) -> Config:
     return config
 
 
-def _read_file(path: Path) -> dict:
+def _read_file(path: Path, depth: int = 0) -> dict:
+    """The file's keys, on top of those of the file named by `base:`, beside it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -245,7 +281,12 @@ def _read_file(path: Path) -> dict:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"config file {str(path)!r}: expected lines of `key: value`")
-    return values
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or depth > 8:
+        raise ConfigError(f"config file {str(path)!r}: base={base!r} must name another file and not lead back")
+    return {**_read_file(path.parent / base, depth + 1), **values}
 
 
 def _parse_yaml(text: str, where: str):
@@ -292,7 +333,15 @@ def check(config: Config) -> None:
             f"tokens_per_micro_batch={config.tokens_per_micro_batch}: must be at least {longest}, "
             "the longest prompt plus the longest response, or one sequence would not fit"
         )
-    for key in ("mask_prompt", "predict_prompt"):
+    if config.reward == "prefix" and not config.method.endswith("_token"):
+        raise ConfigError(f"reward='prefix': for random_token and entropy_token only, method is {config.method!r}")
+    if config.kl and config.method in ("rlp", "sft", "cpt"):
+        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
+    if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
+        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
+    if "{answer}" not in config.sft_answer:
+        raise ConfigError(f"sft_answer={config.sft_answer!r}: must contain {{answer}}")
+    for key in ("mask_prompt", "predict_prompt", "question_prompt", "rlp_prompt"):
         if getattr(config, key) and getattr(config, key).count("{passage}") != 1:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must contain {{passage}} once")
     for key in ("model", "data"):

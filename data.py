@@ -62,6 +62,7 @@ class Passage:
     url: str
     text: str
     labels: list[str] | None = None  # one per white-space separated word, where the corpus has them
+    answer: str = ""  # the gold answer, where the text is a question (rlvr)
 
 
 @dataclass

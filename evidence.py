@@ -146,16 +146,18 @@ def save_prompts(path: Path, sampler, corpus) -> None:
     write_whole(path, "\n\n=====\n\n".join(sampler.tokenizer.decode(ids) for ids in prompts) + "\n")
 
 
-def sample_rows(proposals: list[list], step: int) -> Iterator[dict]:
-    """One JSON object per generator response, with its mask and all predictions (train.Task)."""
+def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[dict]:
+    """One JSON object per task (tasks.Task): its generator response if it has one, its mask and all predictions."""
     for tasks in proposals:
         for task in tasks:
-            passage, mask = task.passage, task.mask
+            passage, mask, proposal = task.passage, task.mask, None
+            if task.proposal:
+                proposal = {"text": task.proposal.text, "finish": task.proposal.finish}
+                proposal["reward"] = task.proposal_reward(config.generator_reward)
             yield {
                 "step": step,
                 "passage": {"id": passage.id, "title": passage.title, "url": passage.url, "text": passage.text},
-                "proposal": {"text": task.proposal.text, "finish": task.proposal.finish}
-                | {"reward": task.proposal_reward},
+                "proposal": proposal,
                 "mask": {"words": mask.words, "invalid": mask.invalid, "masked": mask.masked, "target": mask.target}
                 | {"occurrences": mask.occurrences, "start": mask.start, "label": mask.label},
                 "predictions": [

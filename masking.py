@@ -25,6 +25,8 @@ LABELS = ("noise", "fact", "copy", "template")
 """A mask over words of several kinds counts as the first of these: one word of noise makes it unguessable."""
 
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
+LOOKAHEAD = 16
+"""Tokens of the continuation that `reward: prefix` compares with."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Mask:
     """Where the first replaced occurrence starts."""
     label: str = ""
     """Kind of the words that were replaced, in a passage that labels its words."""
+    prefixes: tuple[str, ...] = ()
+    """Of a next-token mask: the hidden text up to each token border, what `reward: prefix` accepts."""
 
 
 def make_mask(words: str | None, passage: Passage, config: Config, rng: random.Random) -> Mask:
@@ -109,8 +113,9 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
     They stay visible and are counted but not capped; the caps on length and the need of a letter or digit hold.
 
     >>> from types import SimpleNamespace
-    >>> mask_at(SimpleNamespace(text="red or red", labels=["copy", "template", "copy"]), 7, 10, Config())
-    Mask(words='red', invalid='', masked='red or [mask]', target='red', occurrences=2, start=7, label='copy')
+    >>> mask = mask_at(SimpleNamespace(text="red or red", labels=["copy", "template", "copy"]), 7, 10, Config())
+    >>> mask.masked, mask.target, mask.occurrences, mask.start, mask.label
+    ('red or [mask]', 'red', 2, 7, 'copy')
     """
     assert 0 <= start <= end <= len(passage.text), f"span {start}:{end} is outside of the passage"
     words = passage.text[start:end].strip()
@@ -131,6 +136,28 @@ def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Rand
     spans = [_trim(passage.text, *span) for span, word_label in words if word_label == label]
     spans = [(start, end) for start, end in spans if not _fault(passage.text[start:end], config)]
     return mask_at(passage, *rng.choice(spans), config) if spans else None
+
+
+def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int) -> Mask:
+    """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
+
+    tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
+    if the token has no letter or digit. Source: the next-token baselines of PretrainZero, after RPT (arXiv 2506.08007).
+
+    >>> from types import SimpleNamespace
+    >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)
+    >>> mask = next_token_mask(passage, [(0, 4), (4, 7), (7, 11), (11, 12)], 1)
+    >>> mask.masked, mask.target, mask.prefixes
+    ('Bonn [mask]', 'is', ('is', 'is old', 'is old.'))
+    """
+    start, end = tokens[number]
+    target = passage.text[start:end].strip()
+    if not answerable(target):
+        return Mask(target, invalid="not_answerable")
+    start = passage.text.index(target, start)
+    prefixes = tuple(passage.text[start:end] for _, end in tokens[number : number + LOOKAHEAD])
+    label = _label(passage, [(start, start + len(target))])
+    return Mask(target, "", passage.text[:start] + MASK, target, 1, start, label, prefixes)
 
 
 def _fault(words: str, config: Config) -> str:

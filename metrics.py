@@ -2,47 +2,59 @@
 
 Names are `gen/...` for the generator, `pred/...` for the predictor. Every rank computes them from the same records, so
 nothing is communicated. Leaves out the trainer's own numbers (grpo.update) and the probe's.
+
+Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from statistics import fmean
 
 from config import Config
-from grpo import Group, keep_group
+from evidence import read_rows
+from grpo import Group, Sample, keep_group
 from masking import LABELS
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from rewards import caseless_match
 from rollout import Rollout, Sampler
+from tasks import Task
 
 
-def step_metrics(proposals: list[list], groups: list[Group], sampler: Sampler, config: Config) -> dict:
-    """proposals: per passage its tasks (train.Task), one per generator response; groups: both roles, as trained."""
+def step_metrics(
+    method: str, proposals: list[list[Task]], groups: list[Group], samples: list[Sample], sampler: Sampler
+) -> dict:
+    """proposals: per passage its tasks; groups: both roles, rewarded; samples: what is trained on."""
+    config = sampler.config
     tasks = [task for per_passage in proposals for task in per_passage]
     valid = [task for task in tasks if not task.mask.invalid]
+    graded = [task for task in valid if task.rewards and method != "rlp"]  # right or wrong; rlp's gains are neither
     responses = [rollout for group in groups for rollout in group.rollouts]
+    responses = responses or [sample.rollout for sample in samples]  # given, not sampled
     tokens = sum(len(rollout.completion_ids) for rollout in responses)
     metrics = {
         "reward": mean([reward for group in groups for reward in group.rewards]),
         "surprisal": -sum(sum(rollout.sampler_logprobs) for rollout in responses) / max(1, tokens),
         "responses": len(responses),
         "response_tokens": tokens,
+        "flops": step_flops(groups, samples, sampler.replica.num_parameters(), config),
     }
     metrics |= role_metrics("gen", [group for group in groups if group.role == "gen"], sampler, MASK_OPENING)
     metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
     metrics |= mask_metrics(proposals, valid, len(tasks))
     metrics["pred/valid_rate"] = mean(
-        [last_answer(rollout.text, "boxed") is not None for task in valid for rollout in task.predictions]
+        [last_answer(rollout.text, "boxed") is not None for task in graded for rollout in task.predictions]
     )
-    accuracies = [task.accuracy for task in valid]
+    accuracies = [task.accuracy for task in graded]
     histogram = Counter(round(accuracy * config.predictions_per_mask) for accuracy in accuracies)
     metrics |= {
         "pred/accuracy": mean(accuracies),
         "pred/accuracy_caseless": mean(
             [
                 caseless_match(last_answer(rollout.text, "boxed"), task.mask.target)
-                for task in valid
+                for task in graded
                 for rollout in task.predictions
             ]
         ),
@@ -52,6 +64,16 @@ def step_metrics(proposals: list[list], groups: list[Group], sampler: Sampler, c
         "pred/accuracy_histogram": [histogram[right] for right in range(config.predictions_per_mask + 1)],
     }
     return metrics
+
+
+def step_flops(groups: list[Group], samples: list[Sample], parameters: int, config: Config) -> float:
+    """2 N a token read or sampled (a group's prompt is read once), 6 N a token trained; attention, the frozen copy and
+    recomputation not counted."""
+    sampled = sum(
+        len(group.rollouts[0].prompt_ids) + sum(len(one.completion_ids) for one in group.rollouts) for group in groups
+    )
+    trained = sum(len(one.rollout.prompt_ids) + len(one.rollout.completion_ids) for one in samples)
+    return 2.0 * parameters * sampled + 6.0 * parameters * trained * config.updates_per_batch
 
 
 def role_metrics(role: str, groups: list[Group], sampler: Sampler, opening: str) -> dict:
@@ -134,3 +156,28 @@ def summary_table(rows: list[dict]) -> str:
             values = [mean([row[key] for row in part if key in row]) for part in (early, late)]
             lines.append(f"  {key:38} {values[0]:10.3f} {values[1]:10.3f}")
     return "\n".join(lines)
+
+
+def compare(folders: list[str]) -> str:
+    """A table of runs: what each spent and where its probe ended, start in the first line."""
+    keys = ("accuracy_fact", "accuracy_greedy_fact", "accuracy_template", "accuracy_copy", "accuracy_noise")
+    keys = {"accuracy": "sampled", "accuracy_greedy": "greedy"} | {key: key.removeprefix("accuracy_") for key in keys}
+    head = f"{'run':24} {'step':>5} {'responses':>10} {'tokens':>10} {'FLOPs':>9}  "
+    lines = [head + " ".join(f"{name:>11}" for name in keys.values())]
+    for number, folder in enumerate(folders):
+        rows = read_rows(Path(folder) / "metrics.jsonl")
+        if not rows:
+            raise SystemExit(f"{folder}: no metrics.jsonl")
+        spent = [sum(row.get(key, 0) for row in rows) for key in ("responses", "response_tokens", "flops")]
+        probed = [row for row in rows if "probe/accuracy" in row]
+        for name, row in ((("start", probed[0]),) if number == 0 else ()) + ((Path(folder).name, probed[-1]),):
+            counts = spent if name != "start" else [0, 0, 0]
+            lines.append(
+                f"{name:24} {row['step']:5} {counts[0]:10,} {counts[1]:10,} {counts[2]:9.2g}  "
+                + " ".join(f"{row.get('probe/' + key, float('nan')):11.3f}" for key in keys)
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(compare(sys.argv[1:]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -19,7 +20,16 @@ from masking import LABELS, Mask, labelled_mask, random_span
 from model import gather
 from prompts import BOXED_OPENING, last_answer
 from rewards import exact_match
-from rollout import Sampler, derive_seed, predict_prefix, predict_prompt, rollout, sequence_logprobs
+from rollout import (
+    Sampler,
+    derive_seed,
+    predict_prefix,
+    predict_prompt,
+    question_prompt,
+    rollout,
+    sequence_logprobs,
+)  # fmt: skip
+from tasks import verify_predictions
 
 NO_THOUGHT_TOKENS = 64
 """An answer without a thought need not be longer."""
@@ -31,6 +41,8 @@ class Probe:
 
     passages: list[Passage]
     masks: list[Mask]
+    prompt: Callable
+    """predict_prompt, or question_prompt where the passages are questions."""
 
 
 def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
@@ -39,30 +51,35 @@ def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
     passages = rng.sample(corpus.heldout, min(config.probe_passages, len(corpus.heldout)))
     masks: list[Mask] = []
     for passage in passages:
-        if passage.labels:
+        if passage.answer:  # a question: its text is the masked text
+            drawn = [Mask(passage.answer, masked=passage.text, target=passage.answer)]
+        elif passage.labels:
             drawn = [labelled_mask(passage, label, config, rng) for label in LABELS]
         else:
             drawn = [random_span(passage, config, rng)]
         masks += [mask for mask in drawn if mask is not None and not mask.invalid]
-    masks = [mask for mask in masks if len(predict_prompt(sampler, mask.masked)) <= config.max_prompt_tokens]
-    return Probe(passages, masks)
+    probe = Probe(passages, masks, question_prompt if passages[0].answer else predict_prompt)
+    probe.masks = [mask for mask in masks if len(probe.prompt(sampler, mask.masked)) <= config.max_prompt_tokens]
+    return probe
 
 
 def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict:
     """Every rank calls it; all get the same numbers. Accuracies are means over masks."""
     metrics: dict = {}
     for thought, suffix in ((True, ""), (False, "_no_thought")):
-        prompts = [predict_prompt(sampler, mask.masked, thought) for mask in probe.masks]
+        prompts = [probe.prompt(sampler, mask.masked, thought) for mask in probe.masks]
         prefix = "" if thought else predict_prefix(config)
         longest = config.max_prediction_tokens if thought else min(NO_THOUGHT_TOKENS, config.max_prediction_tokens)
         for greedy, kind in ((False, ""), (True, "_greedy")):
             name, count = f"accuracy{kind}{suffix}", 1 if greedy else config.probe_samples
             groups = rollout(sampler, prompts, count, longest, BOXED_OPENING, (step, f"probe {name}"), greedy, prefix)
             answers = [[last_answer(prefix + response.text, "boxed") for response in group] for group in groups]
-            scores = [
-                fmean(exact_match(answer, mask.target) for answer in group)
-                for mask, group in zip(probe.masks, answers, strict=True)
-            ]
+            targets = [mask.target for mask in probe.masks]
+            if probe.prompt is question_prompt:
+                scores = [fmean(group) for group in verify_predictions(answers, targets, config, sampler.ranks)]
+            else:
+                pairs = zip(targets, answers, strict=True)
+                scores = [fmean(exact_match(answer, target) for answer in group) for target, group in pairs]
             metrics[f"probe/{name}"] = fmean(scores)
             for label in sorted({mask.label for mask in probe.masks} - {""}) if thought else ():
                 chosen = [score for mask, score in zip(probe.masks, scores, strict=True) if mask.label == label]

@@ -44,6 +44,12 @@ Passage:
 
 Reasoning:"""  # noqa: E501
 
+QUESTION_PROMPT = r"""{passage}
+
+Reason step by step, and put the final answer in \boxed{...}.
+
+Reasoning:"""
+
 PREDICT_PREFIX = r" \boxed{"
 """Appended to a prediction prompt, it leaves no room for a thought: the completion begins inside the box."""
 
@@ -96,8 +102,9 @@ def last_answer(text: str, command: str) -> str | None:
 def scan(state: AnswerScan, piece: str, opening: str) -> AnswerScan:
     r"""Reads on, from START, through the next piece of a text; CLOSED once the first answer is complete.
 
-    `opening` is MASK_OPENING or BOXED_OPENING. The pieces of a text, cut anywhere, are CLOSED from the very character
-    on at which `last_answer` of the text so far is no longer None; a sampler can stop there without parsing anew.
+    `opening` is MASK_OPENING or BOXED_OPENING (or a tag, complete by itself). The pieces of a text, cut anywhere, are
+    CLOSED from the very character on at which `last_answer` of the text so far is no longer None; a sampler can stop
+    there without parsing anew.
 
     >>> state = START
     >>> for piece in ["So", r" \bo", "xed{19", "84", "}."]:
@@ -109,13 +116,16 @@ def scan(state: AnswerScan, piece: str, opening: str) -> AnswerScan:
     '84' False
     '}.' True
     """
-    if state == CLOSED or (state == START and "\\" not in piece):
+    first = opening[0]
+    if state == CLOSED or (state == START and first not in piece):
         return state
     matched, depth, escaped = state
     for char in piece:
-        # The opening's only backslash is its first character, so a broken match can begin anew only there.
-        matched = matched + 1 if char == opening[matched] else int(char == "\\")
+        # No other character of an opening is like its first, so a broken match can begin anew only there.
+        matched = matched + 1 if char == opening[matched] else int(char == first)
         if matched == len(opening):
+            if not opening.endswith("{"):
+                return CLOSED  # a tag such as </think> is complete by itself
             matched, depth, escaped = 0, 1, False  # inside an open answer: the inner one will close first
         elif escaped:
             escaped = False

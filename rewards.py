@@ -117,7 +117,18 @@ def caseless_match(answer: str | None, target: str) -> float:
     return float(found != "" and found == normalise(target).casefold())
 
 
-def generator_reward(accuracy: float) -> float:
+def prefix_match(answer: str | None, prefixes: tuple[str, ...]) -> float:
+    """RPT's reward (arXiv 2506.08007): 1.0 if the answer is a prefix of the true continuation that ends on a token
+    border, else 0.0. Compared as written, outer white space aside; no answer or an empty one is 0.0.
+
+    >>> prefixes = ("the", "the old", "the old town")
+    >>> [prefix_match(answer, prefixes) for answer in ("the old", " the ", "the o", "", None)]
+    [1.0, 1.0, 0.0, 0.0, 0.0]
+    """
+    return float((answer or "").strip() in {prefix.strip() for prefix in prefixes} - {""})
+
+
+def generator_reward(accuracy: float, kind: str = "one_minus_accuracy") -> float:
     """The reward of a valid mask: 1 - accuracy of its G predictions, but 0 when none is right.
 
     Source: PretrainZero (arXiv 2512.03442). If each prediction is right with probability p, the expectation is
@@ -127,8 +138,14 @@ def generator_reward(accuracy: float) -> float:
     which is 0.37 at G = 4, 0.26 at G = 8 and 0.17 at G = 16: `predictions_per_mask` sets the difficulty that the
     generator aims at. Noise is discouraged only weakly: 0.29 at p = 0.05, G = 8.
 
+    `variance` is the known alternative, p (1 - p), largest at one half (SPICE, arXiv 2510.24684).
+
     >>> [generator_reward(right / 8) for right in (0, 1, 4, 8)]
     [0.0, 0.875, 0.5, 0.0]
+    >>> [generator_reward(right / 8, "variance") for right in (0, 1, 4, 8)]
+    [0.0, 0.109375, 0.25, 0.0]
     """
     assert 0 <= accuracy <= 1, f"accuracy {accuracy} is not a share"
+    if kind == "variance":
+        return accuracy * (1 - accuracy)
     return 1 - accuracy if accuracy > 0 else 0.0

@@ -32,7 +32,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from config import Config, ConfigError
 from model import Ranks, gather
 from ops import VARLEN, pack, token_logprobs
-from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill, scan
+from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, QUESTION_PROMPT, START, fill, scan
 
 # It asks for psutil at every start on a CPU, to size a cache that is sized here
 logging.getLogger("ContinuousBatchingLogger").addFilter(lambda record: "psutil" not in record.getMessage())
@@ -110,6 +110,12 @@ def predict_prompt(sampler: Sampler, masked: str, thought: bool = True) -> list[
     return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
 
 
+def question_prompt(sampler: Sampler, question: str, thought: bool = True) -> list[int]:
+    """The prompt of a question with a verifiable answer, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.question_prompt or QUESTION_PROMPT, question)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+
+
 def check_prompts(sampler: Sampler) -> None:
     """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens."""
     config = sampler.config
@@ -139,8 +145,9 @@ def rollout(
     """`count` responses to each prompt, the same result on every rank; prompts[rank::world] are sampled here.
 
     prompts: token ids, the same list on every rank. max_tokens: longest response. opening: MASK_OPENING or
-    BOXED_OPENING, what `stop_at_answer` waits for. noise: (step, phase), from which the seed is derived beside run,
-    rank and world size. prefix: text with which the prompts open the response already.
+    BOXED_OPENING, what `stop_at_answer` waits for, or a closing tag, which always ends a response. noise: (step,
+    phase), from which the seed is derived beside run, rank and world size. prefix: text with which the prompts open the
+    response already.
     Raises RuntimeError if a request fails.
     """
     rank, world = sampler.ranks.rank, sampler.ranks.world
@@ -167,7 +174,8 @@ def generate(
         max_new_tokens=max_tokens, num_return_sequences=count, eos_token_id=sorted(sampler.eos_ids), **sampling
     )
     hints = WorkloadHints(max_prompt_length=longest, max_generated_length=max_tokens, num_requests=count * len(prompts))
-    stop_early = config.stop_at_answer and not sampler.tokenizer.chat_template
+    # A tag ends a response by the method's definition, a brace only where a base model would ramble on
+    stop_early = not opening.endswith("{") or (config.stop_at_answer and not sampler.tokenizer.chat_template)
     start = scan(START, prefix, opening)
     results: dict[str, object] = {}
     wanted = count * len(prompts)

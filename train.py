@@ -15,9 +15,8 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -35,39 +34,28 @@ from evidence import (
     read_rows,
     sample_rows,
     save_prompts,
-)  # fmt: skip
+)
 from grpo import Group, make_optimizer, make_samples, update
-from masking import Mask, make_mask
+from masking import make_mask
 from metrics import step_line, step_metrics, summary_table
 from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, start_ranks
 from probe import make_probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
-from rewards import INVALID_MASK_REWARD, exact_match, generator_reward
-from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, predict_prompt, rollout
-
-
-@dataclass
-class Task:
-    """One generator response, the mask that it names and, if the mask is valid, what the predictor made of it."""
-
-    passage: Passage
-    proposal: Rollout
-    mask: Mask
-    prompt_ids: list[int] = field(default_factory=list)
-    """The prediction prompt; empty if the mask is invalid."""
-    predictions: list[Rollout] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    """Of the predictions."""
-
-    @property
-    def accuracy(self) -> float:
-        """Share of predictions that are right."""
-        return fmean(self.rewards)
-
-    @property
-    def proposal_reward(self) -> float:
-        """Of the generator: harder is better, impossible or invalid earns nothing."""
-        return INVALID_MASK_REWARD if self.mask.invalid else generator_reward(self.accuracy)
+from reference_model import add_ref_logprobs, build_reference, ema_update, needs_reference
+from rewards import exact_match, prefix_match
+from rlp import THINK_CLOSE, thought_samples
+from rollout import Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
+from tasks import (
+    GIVEN,
+    Task,
+    draw_tasks,
+    given_samples,
+    make_task,
+    method_at,
+    question_corpus,
+    thought_gains,
+    verify_predictions,
+)
 
 
 def propose(passages: list[Passage], sampler: Sampler, config: Config, step: int) -> list[list[Task]]:
@@ -80,12 +68,8 @@ def propose(passages: list[Passage], sampler: Sampler, config: Config, step: int
         rng = random.Random(derive_seed(config.seed, step, "mask", number))
         tasks = []
         for response in group:
-            task = Task(passage, response, make_mask(last_answer(response.text, "mask"), passage, config, rng))
-            if not task.mask.invalid:
-                task.prompt_ids = predict_prompt(sampler, task.mask.masked)
-                if len(task.prompt_ids) > config.max_prompt_tokens:
-                    task.mask.invalid, task.prompt_ids = "prompt_too_long", []
-            tasks.append(task)
+            mask = make_mask(last_answer(response.text, "mask"), passage, config, rng)
+            tasks.append(make_task(passage, mask, sampler, response))
         proposals.append(tasks)
     return proposals
 
@@ -93,24 +77,31 @@ def propose(passages: list[Passage], sampler: Sampler, config: Config, step: int
 def predict(tasks: list[Task], sampler: Sampler, config: Config, step: int) -> None:
     """The predictor answers each masked passage `predictions_per_mask` times, by chain of thought."""
     prompts, noise = [task.prompt_ids for task in tasks], (step, "predict")
-    groups = rollout(
-        sampler, prompts, config.predictions_per_mask, config.max_prediction_tokens, BOXED_OPENING, noise
-    )
+    ends = THINK_CLOSE if any(task.position for task in tasks) else BOXED_OPENING  # rlp: a thought, no answer
+    groups = rollout(sampler, prompts, config.predictions_per_mask, config.max_prediction_tokens, ends, noise)
     for task, group in zip(tasks, groups, strict=True):
         task.predictions = group
 
 
-def reward(proposals: list[list[Task]], config: Config, step: int) -> list[Group]:
+def reward(method: str, proposals: list[list[Task]], policy, reference, sampler: Sampler, step: int) -> list[Group]:
     """Exact match for predictions, 1 - accuracy (0 at 0) for masks; one group per mask and one per passage."""
-    groups = []
-    for tasks in proposals:
-        for task in tasks:
-            if not task.mask.invalid:
-                task.rewards = [
-                    exact_match(last_answer(response.text, "boxed"), task.mask.target) for response in task.predictions
-                ]
-                groups.append(Group("pred", task.predictions, task.rewards))
-        groups.append(Group("gen", [task.proposal for task in tasks], [task.proposal_reward for task in tasks]))
+    config, groups = sampler.config, []
+    tasks = [task for per_passage in proposals for task in per_passage if not task.mask.invalid]
+    answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
+    if method == "rlvr":
+        verdicts = verify_predictions(answers, [task.mask.target for task in tasks], config, sampler.ranks)
+    elif method == "rlp":
+        verdicts = thought_gains(tasks, policy, reference, sampler)
+    elif config.reward == "prefix":
+        verdicts = [[prefix_match(one, task.mask.prefixes) for one in answers[n]] for n, task in enumerate(tasks)]
+    else:
+        verdicts = [[exact_match(one, task.mask.target) for one in answers[n]] for n, task in enumerate(tasks)]
+    for task, rewards in zip(tasks, verdicts, strict=True):
+        task.rewards = rewards
+        groups.append(Group("pred", task.predictions, rewards))
+    for passage_tasks in proposals if method == "active" else ():
+        rewards = [task.proposal_reward(config.generator_reward) for task in passage_tasks]
+        groups.append(Group("gen", [task.proposal for task in passage_tasks], rewards))
     if config.shuffle_rewards:  # control: same rewards, no connection to the responses
         rng = random.Random(derive_seed(config.seed, step, "shuffle"))
         for group in groups:
@@ -129,12 +120,16 @@ def train(config: Config, ranks: Ranks) -> None:
         open_run(config)
     dist.barrier()
     tokenizer = load_tokenizer(config)
-    if ranks.rank == 0:
-        build_index(config, tokenizer, run / "cache", log=say)
-    dist.barrier()
-    corpus = load_corpus(run / "cache", config)
+    if config.method == "rlvr":
+        corpus = question_corpus(config, say)
+    else:
+        if ranks.rank == 0:
+            build_index(config, tokenizer, run / "cache", log=say)
+        dist.barrier()
+        corpus = load_corpus(run / "cache", config)
     replica = load_replica(config, ranks)
     policy = build_policy(replica, config, ranks)
+    reference = build_reference(replica, config, ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
     sampler = make_sampler(replica, tokenizer, config, ranks)
     check_prompts(sampler)
@@ -143,7 +138,7 @@ def train(config: Config, ranks: Ranks) -> None:
 
     first, checkpoint = 0, latest_checkpoint(config)
     if checkpoint:
-        first = load_checkpoint(checkpoint, policy, optimizer, replica)
+        first = load_checkpoint(checkpoint, policy, optimizer, replica, reference if config.method == "rlp" else None)
         say(f"resuming after step {first} from {checkpoint}")
         if first >= config.steps:
             say("this run is finished; resume=never starts it afresh, a larger steps= continues it")
@@ -163,29 +158,41 @@ def train(config: Config, ranks: Ranks) -> None:
             append_row(run / "metrics.jsonl", row)
         say(f"step 0: probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy")
     if config.steps == 0:
-        return dry_run(corpus, policy, optimizer, sampler, config, ranks, say)
+        return dry_run(corpus, policy, optimizer, reference, sampler, config, ranks, say)
     say(f"set up in {time.perf_counter() - begin:.0f} s")
 
+    saved: dict = {}
     bar = tqdm(total=config.steps, initial=first, desc="steps", disable=None if ranks.rank == 0 else True)
     for step in range(first, config.steps):
-        row, start = {"step": step + 1, "method": config.method}, time.perf_counter()
+        method = method_at(config, step)
+        row, start = {"step": step + 1, "method": method, **saved}, time.perf_counter()
         passages = step_passages(corpus, config, step)
 
         # -------------------------------------------------- 1. propose: the generator chooses words to mask
         with clock(row, "propose"):
-            proposals = propose(passages, sampler, config, step)
+            if method == "active":
+                proposals = propose(passages, sampler, config, step)
+            else:  # a rule draws them
+                proposals = draw_tasks(method, passages, reference, sampler, step)
             tasks = [task for group in proposals for task in group if not task.mask.invalid]
 
         # -------------------------------------------------- 2. predict: the predictor recovers them by chain of thought
         with clock(row, "predict"):
-            predict(tasks, sampler, config, step)
+            if method not in GIVEN:
+                predict(tasks, sampler, config, step)
 
-        # -------------------------------------------------- 3. reward: both roles
+        # -------------------------------------------------- 3. reward: both roles; advantages and token weights
         with clock(row, "reward"):
-            groups = reward(proposals, config, step)
-            row |= step_metrics(proposals, groups, sampler, config)
-            trained = [group for group in groups if group.role == "pred" or config.train_generator]
-            samples = make_samples(trained, config)  # advantages inside groups, token weights
+            groups = reward(method, proposals, policy, reference, sampler, step) if method not in GIVEN else []
+            if method in GIVEN:
+                samples = given_samples(method, proposals, passages, sampler)
+            elif method == "rlp":
+                samples = thought_samples(groups)
+            else:
+                samples = make_samples([g for g in groups if g.role == "pred" or config.train_generator], config)
+            if config.kl:
+                add_ref_logprobs(samples, reference, sampler)
+            row |= step_metrics(method, proposals, groups, samples, sampler)
 
         # -------------------------------------------------- 4. update: GRPO on the policy
         with clock(row, "update"):
@@ -194,6 +201,8 @@ def train(config: Config, ranks: Ranks) -> None:
         # -------------------------------------------------- 5. refresh: the sampler gets the new weights
         with clock(row, "refresh"):
             refresh(policy, replica)
+            if method == "rlp":
+                ema_update(reference, policy, config.ema_decay)
 
         # -------------------------------------------------- 6. probe, save, log
         done, last = step + 1, step + 1 == config.steps
@@ -205,34 +214,46 @@ def train(config: Config, ranks: Ranks) -> None:
         row["peak_memory_gb"] = peak_memory_gb()
         if ranks.rank == 0:
             append_row(run / "metrics.jsonl", row)
-            append_row(run / "samples.jsonl", *sample_rows(proposals[: config.samples_per_step], done))
+            append_row(run / "samples.jsonl", *sample_rows(proposals[: config.samples_per_step], config, done))
         say(step_line(row, config.steps))
         bar.update()
+        saved = {}  # seconds of a save stand in the next row: this one must be on disk before the checkpoint
         if config.save_every and (last or done % config.save_every == 0):
-            save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, done)
+            with clock(saved, "save"):
+                average = reference if config.method == "rlp" else None
+                save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, done, average)
     bar.close()
     say(summary_table(read_rows(run / "metrics.jsonl")))
     say(f"{config.run_dir}: done in {time.perf_counter() - begin:.0f} s")
 
 
-def dry_run(corpus, policy, optimizer, sampler: Sampler, config: Config, ranks: Ranks, say) -> None:
+def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Config, ranks: Ranks, say) -> None:
     """steps=0: one rollout of both roles on a few passages, before days are spent on all. Changes no weights.
 
     The update runs too, at learning rate 0, because it measures how far trainer and sampler disagree.
     """
-    passages = step_passages(corpus, config, 0)[:4]
-    proposals = propose(passages, sampler, config, 0)
+    method, config = config.method, replace(config, learning_rate=0.0, passages_per_step=4)
+    sampler = replace(sampler, config=config)
+    passages = step_passages(corpus, config, 0)
+    active = method == "active"
+    proposals = propose(passages, sampler, config, 0) if active else draw_tasks(method, passages, reference, sampler, 0)
     tasks = [task for group in proposals for task in group if not task.mask.invalid]
-    predict(tasks, sampler, config, 0)
-    groups = reward(proposals, config, 0)
-    row = step_metrics(proposals, groups, sampler, config)
-    row |= update(policy, optimizer, make_samples(groups, config), replace(config, learning_rate=0.0), ranks, 0)
+    if method in GIVEN:
+        groups, samples = [], given_samples(method, proposals, passages, sampler)
+    else:
+        predict(tasks, sampler, config, 0)
+        groups = reward(method, proposals, policy, reference, sampler, 0)
+        samples = thought_samples(groups) if method == "rlp" else make_samples(groups, config)
+    row = step_metrics(method, proposals, groups, samples, sampler)
+    row |= update(policy, optimizer, samples, config, ranks, 0)
     for key, value in sorted(row.items()):
         say(f"  {key:28} {value if isinstance(value, list) else format(value, '.4g')}")
-    for task in tasks[:2]:
-        say(f"\n--- {task.passage.title}\n{task.passage.text}\n--- generator: {task.proposal.text}")
+    for task in [task for task in tasks if task.predictions][:2]:
+        say(f"\n--- {task.passage.title}\n{task.mask.masked}")
+        if task.proposal:
+            say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
-    if row["gen/valid_rate"] < 0.2 or row["pred/valid_rate"] < 0.2:
+    if groups and min(row["gen/valid_rate"], row["pred/valid_rate"]) < 0.2 and method != "rlp":
         say("fewer than a fifth of the masks or boxes are valid: add a worked example to mask_prompt or predict_prompt")
     say("dry run done; no weights were changed")
 
@@ -243,7 +264,11 @@ def main() -> None:
     try:
         train(config, ranks)
     except (ConfigError, DataError) as error:
-        print(f"{'config' if isinstance(error, ConfigError) else 'data'} error: {error}", file=sys.stderr, flush=True)
+        if ranks.rank == 0:
+            kind = "config" if isinstance(error, ConfigError) else "data"
+            print(f"{kind} error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # rank 0 says it, once
         os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
     finally:
         gc.unfreeze()  # else extension modules report leaks at exit

@@ -1,0 +1,163 @@
+"""The second copy: starts equal, follows as a moving average or stays; scores as the plain model does; k3 by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from reference import FAMILIES, load_plain, same_bits, tiny_config, weights
+from reference_checks import GROUPS, SEQUENCES, distributed_checks, naive_score, score_error
+
+from grpo import k3, make_optimizer, make_samples, update
+from model import build_policy, load_replica
+from reference_model import build_reference, ema_update, score
+
+
+@pytest.fixture(scope="module")
+def build(folders, ranks):
+    """(family, config keys) -> config, policy, reference."""
+
+    def make(family="smollm3", **changes):
+        config = tiny_config(folders[family], **changes)
+        replica = load_replica(config, ranks)
+        return config, build_policy(replica, config, ranks), build_reference(replica, config, ranks)
+
+    return make
+
+
+def fill(model, value: float) -> None:
+    """All parameters of a sharded model become this number."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- the copy
+
+
+def test_everything_that_two_ranks_check_holds_on_one(ranks, folders):
+    results = distributed_checks(ranks, next(iter(folders.values())).parent)
+    assert results.pop("own") == results.pop("all")
+    assert all(error < 1e-5 for error in results.pop("score_errors").values())
+    for name in ("no_thought_gain", "ema_error", "moved_score_error"):
+        assert results.pop(name) < 1e-5, name
+    assert results and all(value is True for value in results.values()), json.dumps(results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copy_starts_as_the_replica_with_float32_masters_and_no_gradients(folders, ranks, dtype):
+    config = tiny_config(folders["smollm3"], dtype=dtype, gradient_checkpointing=True)
+    replica = load_replica(config, ranks)
+    reference = build_reference(replica, config, ranks)
+    assert {parameter.dtype for parameter in reference.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert same_bits(weights(reference), {name: one.float() for name, one in weights(replica).items()})
+    assert not reference.is_gradient_checkpointing
+
+
+def test_the_moving_average_by_hand(build):
+    """tau 0.5, a copy that begins at 0, a policy at 1, 2, 4: 0.5, then 0.25 + 1, then 0.625 + 2."""
+    _, policy, reference = build()
+    fill(reference, 0.0)
+    for value, expected in ((1.0, 0.5), (2.0, 1.25), (4.0, 2.625)):
+        fill(policy, value)
+        ema_update(reference, policy, 0.5)
+        assert all((one == expected).all() for one in weights(reference).values())
+        assert all((one == value).all() for one in weights(policy).values())  # which is only read
+
+
+def test_a_slow_average_still_moves_by_a_thousandth_of_a_small_step(build):
+    """The paper's tau beside an update of Adam's size, 1e-6: 1e-9 must not be lost, summed over a thousand steps."""
+    _, policy, reference = build()
+    fill(reference, 0.0)
+    fill(policy, 1e-6)
+    for _ in range(1000):
+        ema_update(reference, policy, 0.999)
+    expected = 1e-6 * (1 - 0.999**1000)
+    assert all(((one - expected).abs() < 1e-3 * expected).all() for one in weights(reference).values())
+
+
+@pytest.mark.parametrize("tau", [-0.1, 1.1])
+def test_an_impossible_tau_is_refused(build, tau):
+    _, policy, reference = build()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        ema_update(reference, policy, tau)
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [62, 10_000])
+def test_scores_are_those_of_the_plain_model_one_by_one(build, ranks, family, budget):
+    """In many micro-batches and in one; log-probs and entropies of uneven continuations, by both models."""
+    config, policy, reference = build(family, tokens_per_micro_batch=budget, gradient_checkpointing=True)
+    plain = load_plain(config.model).eval()
+    for temperature in (1.0, 0.6):
+        expected = naive_score(plain, SEQUENCES, temperature)
+        for model in (reference, policy):
+            assert score_error(score(model, SEQUENCES, config, ranks, temperature), expected) < 1e-5
+
+
+def test_scores_come_in_the_order_of_the_sequences(build, ranks):
+    """The plan takes the longest first; what comes out must not."""
+    config, _, reference = build(tokens_per_micro_batch=62)
+    forth, back = (score(reference, list(one), config, ranks) for one in (SEQUENCES, reversed(SEQUENCES)))
+    assert [len(logprobs) for logprobs, _ in forth] == [len(continuation) for _, continuation in SEQUENCES]
+    assert score_error(forth, back[::-1]) < 1e-5
+
+
+def test_scoring_leaves_the_policy_as_it_was_for_training(build, ranks):
+    """No gradient comes out, no parameter moves, and the next update is the one that would have been made anyway."""
+    results = []
+    for scored in (False, True):
+        config, policy, _ = build(learning_rate=1e-2, lr_schedule="constant", gradient_checkpointing=True)
+        if scored:
+            before, with_gradient = weights(policy), []
+            hook = policy.register_forward_hook(lambda *_, seen=with_gradient: seen.append(torch.is_grad_enabled()))
+            score(policy, SEQUENCES, config, ranks)
+            hook.remove()
+            assert with_gradient == [False]  # one forward, and nothing kept for a backward
+            assert same_bits(weights(policy), before) and all(one.grad is None for one in policy.parameters())
+            assert policy.training
+        update(policy, make_optimizer(policy, config), make_samples(GROUPS, config), config, ranks, 0)
+        results.append(weights(policy))
+    assert same_bits(*results)
+
+
+def test_nothing_to_score_is_no_error_but_an_empty_side_is(build, ranks):
+    config, _, reference = build()
+    assert score(reference, [], config, ranks) == []
+    for sequence in (([], [1]), ([1], [])):
+        with pytest.raises(ValueError, match="sequence 1: . prefix and . continuation"):
+            score(reference, [([1], [2]), sequence], config, ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------------- k3
+
+POLICY, REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.25, 0.25, 0.5]).double()
+
+
+def test_k3_by_hand():
+    values = k3(POLICY.log(), REFERENCE.log())
+    expected = [0.5 - 1 + math.log(2), 0.25 / 0.3 - 1 - math.log(0.25 / 0.3), 2.5 - 1 - math.log(2.5)]
+    assert values.tolist() == pytest.approx(expected)
+    assert (values > 0).all() and k3(POLICY.log(), POLICY.log()).tolist() == [0, 0, 0]
+
+
+def test_k3_is_the_divergence_of_the_policy_from_the_reference_on_average():
+    divergence = (POLICY * (POLICY / REFERENCE).log()).sum()
+    other = (REFERENCE * (REFERENCE / POLICY).log()).sum()
+    average = (POLICY * k3(POLICY.log(), REFERENCE.log())).sum()
+    assert average.item() == pytest.approx(divergence.item()) and abs(divergence - other) > 0.01
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_direction_and_only_the_policys():
+    """As the docstring says: with tokens drawn from the policy, on average d KL(reference || policy)."""
+    logits, ref_logprobs = POLICY.log().requires_grad_(), REFERENCE.log().requires_grad_()
+    drawn = POLICY  # how often each token is; a constant, as in a rollout
+    (found,) = torch.autograd.grad((drawn * k3(logits.log_softmax(-1), ref_logprobs)).sum(), logits)
+    (expected,) = torch.autograd.grad(-(REFERENCE * logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    k3(logits.log_softmax(-1), ref_logprobs).sum().backward()
+    assert ref_logprobs.grad is None and logits.grad.abs().max() > 0.1

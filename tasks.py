@@ -32,6 +32,7 @@ from rlp import (
     Position,
     close_thought,
     draw_position,
+    empty_thought_gain,
     information_gain,
     make_frame,
     thought_prompt,
@@ -158,6 +159,19 @@ def thought_gains(tasks: list[Task], policy, reference, sampler: Sampler) -> lis
     thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
     positions = [task.position for task in tasks]
     return information_gain(policy, reference, positions, thoughts, frame, sampler.config, sampler.ranks)
+
+
+def gains_without_thought(passages: list[Passage], policy, reference, sampler: Sampler) -> dict:
+    """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
+    an empty pair of think tags (not 0: the tags alone move the next token)."""
+    tasks = [task for group in draw_tasks("rlp", passages, reference, sampler, 0) for task in group]
+    frame, positions = rlp_frame(sampler), [task.position for task in tasks]
+    common = (frame, sampler.config, sampler.ranks)
+    nothing = information_gain(policy, reference, positions, [[[]]] * len(positions), *common)
+    return {
+        "rlp/no_thought_gain": fmean(gains[0] for gains in nothing),
+        "rlp/empty_thought_gain": empty_thought_gain(policy, reference, positions, *common),
+    }
 
 
 def token_entropies(passages: list[Passage], reference, sampler: Sampler) -> list[list[float]]:

@@ -49,6 +49,7 @@ from tasks import (
     GIVEN,
     Task,
     draw_tasks,
+    gains_without_thought,
     given_samples,
     make_task,
     method_at,
@@ -154,6 +155,8 @@ def train(config: Config, ranks: Ranks) -> None:
         row = {"step": 0, "method": config.method}
         with clock(row, "probe"):
             row |= run_probe(probe, sampler, config, 0)
+        if config.method == "rlp":
+            row |= gains_without_thought(step_passages(corpus, config, 0), policy, reference, sampler)
         if ranks.rank == 0 and not checkpoint:
             append_row(run / "metrics.jsonl", row)
         say(f"step 0: probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy")

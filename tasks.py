@@ -20,7 +20,7 @@ from statistics import fmean
 
 from config import Config
 from data import Corpus, Passage, is_heldout
-from grpo import Sample
+from grpo import Group, Sample, make_samples
 from masking import MASK, Mask, next_token_mask, random_span
 from model import Ranks, gather
 from questions import load_questions
@@ -36,6 +36,7 @@ from rlp import (
     information_gain,
     make_frame,
     thought_prompt,
+    thought_samples,
 )  # fmt: skip
 from rollout import Rollout, Sampler, derive_seed, predict_prompt, question_prompt
 from sources import DataError
@@ -229,7 +230,19 @@ def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] |
     return places
 
 
-def given_samples(method: str, proposals: list[list[Task]], passages: list[Passage], sampler: Sampler) -> list[Sample]:
+def training_samples(
+    method: str, groups: list[Group], tasks: list[Task], passages: list[Passage], sampler: Sampler
+) -> list[Sample]:
+    """What a step trains on: responses with advantages and token weights; the generator's unless it is frozen."""
+    if method in GIVEN:
+        return given_samples(method, tasks, passages, sampler)
+    if method == "rlp":
+        return thought_samples(groups)
+    config = sampler.config
+    return make_samples([group for group in groups if group.role == "pred" or config.train_generator], config)
+
+
+def given_samples(method: str, tasks: list[Task], passages: list[Passage], sampler: Sampler) -> list[Sample]:
     """`sft`: the masked words as the answer to the prediction prompt; `cpt`: the passage after its first token.
 
     Advantage 1 and a weight of one over all trained tokens: the update is then plain mean cross-entropy.
@@ -238,7 +251,7 @@ def given_samples(method: str, proposals: list[list[Task]], passages: list[Passa
     rollouts = []
     if method == "sft":
         end = [tokenizer.eos_token_id]
-        for task in (task for tasks in proposals for task in tasks if not task.mask.invalid):
+        for task in tasks:
             text = config.sft_answer.replace("{answer}", task.mask.target)
             rollouts.append(given_rollout(task.prompt_ids, tokenizer(text, add_special_tokens=False).input_ids + end))
     else:

@@ -35,7 +35,7 @@ from evidence import (
     sample_rows,
     save_prompts,
 )
-from grpo import Group, make_optimizer, make_samples, update
+from grpo import Group, make_optimizer, update
 from masking import make_mask
 from metrics import step_line, step_metrics, summary_table
 from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, start_ranks
@@ -43,18 +43,18 @@ from probe import make_probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from reference_model import add_ref_logprobs, build_reference, ema_update, needs_reference
 from rewards import exact_match, prefix_match
-from rlp import THINK_CLOSE, thought_samples
+from rlp import THINK_CLOSE
 from rollout import Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
 from tasks import (
     GIVEN,
     Task,
     draw_tasks,
     gains_without_thought,
-    given_samples,
     make_task,
     method_at,
     question_corpus,
     thought_gains,
+    training_samples,
     verify_predictions,
 )
 
@@ -84,10 +84,16 @@ def predict(tasks: list[Task], sampler: Sampler, config: Config, step: int) -> N
         task.predictions = group
 
 
-def reward(method: str, proposals: list[list[Task]], policy, reference, sampler: Sampler, step: int) -> list[Group]:
-    """Exact match for predictions, 1 - accuracy (0 at 0) for masks; one group per mask and one per passage."""
+def reward(
+    method: str, tasks: list[Task], proposals: list[list[Task]], policy, reference, sampler: Sampler, step: int
+) -> list[Group]:
+    """Exact match for predictions, 1 - accuracy (0 at 0) for masks; one group per mask and one per passage.
+
+    tasks: the valid ones of proposals, answered. With given completions there is nothing to reward.
+    """
     config, groups = sampler.config, []
-    tasks = [task for per_passage in proposals for task in per_passage if not task.mask.invalid]
+    if method in GIVEN:
+        return []
     answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
     if method == "rlvr":
         verdicts = verify_predictions(answers, [task.mask.target for task in tasks], config, sampler.ranks)
@@ -186,13 +192,8 @@ def train(config: Config, ranks: Ranks) -> None:
 
         # -------------------------------------------------- 3. reward: both roles; advantages and token weights
         with clock(row, "reward"):
-            groups = reward(method, proposals, policy, reference, sampler, step) if method not in GIVEN else []
-            if method in GIVEN:
-                samples = given_samples(method, proposals, passages, sampler)
-            elif method == "rlp":
-                samples = thought_samples(groups)
-            else:
-                samples = make_samples([g for g in groups if g.role == "pred" or config.train_generator], config)
+            groups = reward(method, tasks, proposals, policy, reference, sampler, step)
+            samples = training_samples(method, groups, tasks, passages, sampler)
             if config.kl:
                 add_ref_logprobs(samples, reference, sampler)
             row |= step_metrics(method, proposals, groups, samples, sampler)
@@ -241,12 +242,10 @@ def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Conf
     active = method == "active"
     proposals = propose(passages, sampler, config, 0) if active else draw_tasks(method, passages, reference, sampler, 0)
     tasks = [task for group in proposals for task in group if not task.mask.invalid]
-    if method in GIVEN:
-        groups, samples = [], given_samples(method, proposals, passages, sampler)
-    else:
+    if method not in GIVEN:
         predict(tasks, sampler, config, 0)
-        groups = reward(method, proposals, policy, reference, sampler, 0)
-        samples = thought_samples(groups) if method == "rlp" else make_samples(groups, config)
+    groups = reward(method, tasks, proposals, policy, reference, sampler, 0)
+    samples = training_samples(method, groups, tasks, passages, sampler)
     row = step_metrics(method, proposals, groups, samples, sampler)
     row |= update(policy, optimizer, samples, config, ranks, 0)
     for key, value in sorted(row.items()):

@@ -9,6 +9,8 @@ STEPS ?= 5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 export OMP_NUM_THREADS ?= 1
+# The laptop run and the tests are float32 on the CPU, also where there is a GPU
+tiny methods test test-slow base: export CUDA_VISIBLE_DEVICES =
 
 .PHONY: setup tiny methods test test-slow base lint clean
 setup: .venv/.installed

@@ -5,6 +5,8 @@
     checkpoints/latest               a link to the newest complete one
 
 Data order, learning rate and noise are functions of (seed, step), so the step is all else that a run must remember.
+On a CPU with as many ranks a resumed run equals an unbroken one bit for bit; on GPUs flash-attn's backward and the
+sampler's scheduling are not repeatable, and with another number of ranks the noise is other noise.
 A checkpoint is written beside and renamed when whole; `latest` moves last.
 """
 
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )  # fmt: skip
 
-from config import Config
+from config import Config, ConfigError
 from evidence import write_whole
 from model import Ranks, refresh
 
@@ -76,12 +78,18 @@ def _state(policy: nn.Module, optimizer, average) -> dict:
     return state if average is None else state | {"average": get_model_state_dict(average)}
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer, replica, average=None) -> int:
-    """Restore masters, optimizer, replica and average; every rank calls it. Returns the number of updates so far."""
+def load_checkpoint(path: Path, policy: nn.Module, optimizer, replica, config: Config, average=None) -> int:
+    """Restore masters, optimizer, replica and average; every rank calls it. Returns the number of updates so far.
+
+    Raises ConfigError if the seed is another than that of the run: its data order would be, too.
+    """
+    facts = json.loads((path / "checkpoint.json").read_text())
+    if facts["seed"] != config.seed:
+        raise ConfigError(f"seed={config.seed}: {path} was made with seed {facts['seed']}; resume=never starts afresh")
     state = _state(policy, optimizer, average)
     dcp.load(state, checkpoint_id=str(path / "state"))
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if average is not None:
         set_model_state_dict(average, state["average"])
     refresh(policy, replica)
-    return json.loads((path / "checkpoint.json").read_text())["step"]
+    return facts["step"]

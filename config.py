@@ -53,7 +53,7 @@ class Config:
     seed: int = 0
     """Decides data order, sampling noise and probe masks."""
     run_dir: str = ""
-    """Folder that gets all evidence of the run; empty: runs/NAME of the config file."""
+    """Folder that gets all evidence of the run; empty: runs/NAME of the config file, runs/NAME-dry with steps=0."""
     resume: str = "auto"
     """`auto`: continue from the latest checkpoint in run_dir, else start. `never`: start afresh; an earlier run in
     run_dir is moved aside, not deleted."""
@@ -177,7 +177,8 @@ class Config:
     use_cuda_graph: bool = True
     """CUDA graphs in the rollouts; only with flash-attn. Switch off if capture fails."""
     cache_memory: float = 0.85
-    """Share of the free GPU memory that a rollout phase takes for its paged cache."""
+    """Share of the free GPU memory that a rollout phase takes for its paged cache. What is free decides how many
+    requests run at once, and so which noise each meets: on a GPU two runs need not sample the same tokens."""
     max_requests: int = 0
     """Requests decoded at once on one rank; 0: 512 on a GPU, 256 on a CPU."""
 
@@ -187,15 +188,15 @@ class Config:
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted. 0 keeps all."""
     probe_every: int = 100
-    """Steps between probes on held-out passages; step 0 and the last are always probed; 0 is off."""
+    """Steps between probes on held-out passages; step 0 and the last are always probed; 0: before training only."""
     probe_passages: int = 128
     """Held-out passages in the probe."""
     probe_samples: int = 4
     """Sampled predictions per probe mask, beside one greedy one."""
     heldout: float = 0.01
     """Share of articles, by a hash of their id, that is never trained on."""
-    samples_per_step: int = 2
-    """Passages per step whose rollouts go to samples.jsonl."""
+    samples_per_step: int = 1
+    """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers up to 0.3 MB a step each."""
 
 
 POSITIVE_INTS = (
@@ -265,7 +266,8 @@ def read_config(words: list[str]) -> Config:
             raise ConfigError(f"{key}={value!r}: unknown key; known are {', '.join(sorted(known))}")
         values[key] = _typed(key, value, known[key].type)
     config = Config(**values)
-    config.run_dir = config.run_dir or f"runs/{name}"
+    # a dry run must not touch the evidence of the run that it prepares
+    config.run_dir = config.run_dir or f"runs/{name}" + ("-dry" if config.steps == 0 else "")
     check(config)
     return config
 
@@ -333,9 +335,12 @@ def check(config: Config) -> None:
             f"tokens_per_micro_batch={config.tokens_per_micro_batch}: must be at least {longest}, "
             "the longest prompt plus the longest response, or one sequence would not fit"
         )
-    if config.reward == "prefix" and not config.method.endswith("_token"):
-        raise ConfigError(f"reward='prefix': for random_token and entropy_token only, method is {config.method!r}")
-    if config.kl and config.method in ("rlp", "sft", "cpt"):
+    methods = {config.method, config.warmup_method} - {""}
+    if config.reward == "prefix" and not all(method.endswith("_token") for method in methods):
+        raise ConfigError(f"reward='prefix': for random_token and entropy_token only, not {', '.join(sorted(methods))}")
+    if config.method == "rlp" and config.min_passage_tokens < 9:
+        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be 9 or more with rlp")
+    if config.kl and methods & {"rlp", "sft", "cpt"}:
         raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
     if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -53,7 +54,8 @@ def environment() -> str:
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
     root = Path(__file__).resolve().parent
-    for name, words in (("git", ["rev-parse", "HEAD"]), ("git changes", ["status", "--porcelain", "-uno"])):
+    commands = {"git": ["rev-parse", "HEAD"], "git changes": ["status", "--porcelain", "-uno"]}
+    for name, words in commands.items() if which("git") else ():
         answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         lines.append(f"{name}: {' '.join(answer.stdout.split()) or 'none'}")
     lines.append(f"world size: {os.environ.get('WORLD_SIZE', '1')}")
@@ -78,7 +80,8 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a jsonl file; none if it is not there."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines: a JSON text may hold U+2028; what follows the last line end is a line cut short
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def keep_rows(path: Path, last_step: int) -> None:
@@ -89,12 +92,8 @@ def keep_rows(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= last_step:
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        if json.loads(line)["step"] <= last_step:
             kept.append(line + "\n")
     write_whole(path, "".join(kept))
 

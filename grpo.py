@@ -1,7 +1,7 @@
 """GRPO: group advantages, token weights, packed micro-batches, the clipped loss, one optimizer step.
 
 With responses o_i of a group, rewards r_i, and the policy pi over their tokens (PretrainZero; GRPO with DAPO's dropped
-groups, clip-higher and token mean, no KL term):
+groups, clip-higher and token mean; a KL term only if asked for):
 
     A_i   = (r_i - mean r) / (std r + 1e-6)                                   group advantage
     rho_t = pi(o_t) / pi_old(o_t)                                             1 at the first update of a batch
@@ -132,7 +132,7 @@ class MicroBatch:
 def pack_samples(samples: list[Sample], device: torch.device) -> MicroBatch:
     """Samples -> one packed row. Only completion tokens are trained: the token at position p is predicted at p - 1."""
     if not samples:  # nothing to train here, but every rank must run the same collectives: a dummy of weight zero
-        samples = [Sample(Rollout([0], [0], [0.0], "", "length"), 0.0, 0.0)]
+        samples = [Sample(Rollout([0], [0], [0.0], "", "length"), 0.0, 0.0, ref_logprobs=[-1e4])]  # k3 stays finite
     rows, predicts, per_token, begin = [], [], [], 0
     for sample in samples:
         prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
@@ -238,7 +238,7 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
             totals += torch.stack([*parts, (entropy * trained).sum(), (clipped & trained).sum()]).to(totals.dtype)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        _require_finite(totals[0], grad_norm, ranks, step)
+        _require_finite(totals[0], grad_norm, ranks, f"step {step + 1}, update {number + 1}")
         dist.all_reduce(totals)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -252,13 +252,13 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
     return metrics
 
 
-def _require_finite(loss: Tensor, grad_norm: Tensor, ranks: Ranks, step: int) -> None:
+def _require_finite(loss: Tensor, grad_norm: Tensor, ranks: Ranks, where: str) -> None:
     """All ranks learn which ranks hold a bad loss, so that all stop with the same message and none waits."""
     bad = torch.zeros(ranks.world, device=ranks.device)
     bad[ranks.rank] = float(not torch.isfinite(loss))
     dist.all_reduce(bad)
     culprits = bad.nonzero().flatten().tolist()
     if culprits:
-        raise FloatingPointError(f"step {step + 1}: loss not finite on rank {culprits}; weights unchanged")
+        raise FloatingPointError(f"{where}: loss not finite on rank {culprits}; it was not applied")
     if not torch.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step + 1}: gradient not finite, though every loss is; weights unchanged")
+        raise FloatingPointError(f"{where}: gradient not finite, though every loss is; it was not applied")

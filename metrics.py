@@ -20,7 +20,7 @@ from masking import LABELS
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from rewards import caseless_match
 from rollout import Rollout, Sampler
-from tasks import Task
+from tasks import GIVEN, Task
 
 
 def step_metrics(
@@ -124,15 +124,21 @@ def mean(values: list) -> float:
 
 
 def step_line(row: dict, steps: int) -> str:
-    """One line of the terminal."""
-    return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  reward {row['reward']:.3f}"
-        f" | gen {row['gen/reward']:.3f} valid {row['gen/valid_rate']:.2f} len {row['gen/length_mean']:.0f}"
-        f" | pred {row['pred/accuracy']:.3f} (0: {row['pred/accuracy_zero']:.2f} 1: {row['pred/accuracy_one']:.2f})"
-        f" len {row['pred/length_mean']:.0f}"
-        f" | entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} kl {row['mismatch_kl']:.1e}"
-        f" | {row['time/step']:.1f} s"
-    )
+    """One line of the terminal, with what the step's method has to say."""
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
+    if row["method"] in GIVEN:
+        parts[0] += f"  loss {row['loss']:.3f} on {row['trained_tokens']} tokens"
+    else:
+        parts[0] += f"  reward {row['reward']:.3f}"
+    if row["gen/responses"]:
+        valid, length = row["gen/valid_rate"], row["gen/length_mean"]
+        parts.append(f"gen {row['gen/reward']:.3f} valid {valid:.2f} len {length:.0f}")
+    if row["pred/responses"]:
+        zero, one, length = row["pred/accuracy_zero"], row["pred/accuracy_one"], row["pred/length_mean"]
+        right = "" if row["method"] == "rlp" else f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) "
+        parts.append(f"pred {right}len {length:.0f}")
+    parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} kl {row['mismatch_kl']:.1e}")
+    return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 
 
 def summary_table(rows: list[dict]) -> str:

@@ -84,8 +84,10 @@ def load_replica(config: Config, ranks: Ranks) -> nn.Module:
 
     Raises RuntimeError for heads that do more than a matrix product, since the chunked log-probs would be wrong.
     """
-    replica = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-    use_attention(replica, choose_attention(config.attention, ranks.device))
+    dtype = getattr(torch, config.dtype)
+    attention = choose_attention(config.attention, ranks.device, dtype)  # before gigabytes are read
+    replica = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    use_attention(replica, attention)
     head = replica.get_output_embeddings()
     extras = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
               if getattr(replica.config, key, None) not in (None, 1, 1.0)]  # fmt: skip
@@ -125,7 +127,7 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
         apply_liger(policy)
     policy.forward = types.MethodType(_policy_forward, policy)
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
     # Said for the root too: by default it would stay whole after a forward without gradient
     options = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}

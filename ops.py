@@ -5,14 +5,14 @@ sampler (transformers' continuous batching) does the same with the queries of al
 in a paged cache. Both say where a sequence begins and ends by cumulative lengths, so no mask and no padding exists:
 
     flash_attention_2/3   the flash-attn package, on CUDA, used by transformers itself
-    flash_varlen          ours: torch's variable-length kernel on CUDA, plain SDPA on the CPU
+    flash_varlen          ours: torch's variable-length kernel on CUDA, plain SDPA on the CPU and in float32
 
 Leaves out models: what is called here is wired up in model.py and rollout.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import inspect
 
 import torch
@@ -20,21 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 # Continuous batching builds no attention mask for names with "flash"; a digit would claim flash-attn's decode path.
 VARLEN = "flash_varlen"
 
 
-def choose_attention(wanted: str, device: torch.device) -> str:
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """config.attention -> a name that transformers knows. Raises RuntimeError where flash-attn is asked for in vain."""
-    packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    usable = {name for name, package in packages.items() if device.type == "cuda" and importlib.util.find_spec(package)}
+    usable = {"flash_attention_2": is_flash_attn_2_available(), "flash_attention_3": is_flash_attn_3_available()}
+    flash = device.type == "cuda" and dtype != torch.float32  # its kernels know 16-bit types only
     if wanted == "auto":
-        return "flash_attention_2" if "flash_attention_2" in usable else VARLEN
+        return "flash_attention_2" if flash and usable["flash_attention_2"] else VARLEN
     if wanted == "varlen":
         return VARLEN
-    if wanted not in usable:
-        raise RuntimeError(f"attention={wanted}: needs CUDA and the package {packages[wanted]}; try attention=auto")
+    if not (flash and usable[wanted]):
+        raise RuntimeError(f"attention={wanted}: needs CUDA, dtype bfloat16 and its package; try attention=auto")
     return wanted
 
 
@@ -58,7 +59,7 @@ def varlen_attention(
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         cu_seq_lens_k, max_length_k = kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
-    if q.is_cuda:
+    if q.is_cuda and q.dtype != torch.float32:
         borders = (cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(max_length_k))
         out = _torch_varlen(q, k, v, *borders, scaling)
     else:
@@ -69,21 +70,29 @@ def varlen_attention(
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
 
 
-def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
-    """torch's own kernel. Its keywords came one release after the other, so they are looked up by signature."""
+@functools.cache
+def _varlen_kernel():
+    """torch's own kernel and how to call it: its keywords came one release after the other."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
-        causal["enable_gqa"] = True
+    return varlen_attn, causal, "enable_gqa" in known
+
+
+def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
+    """On CUDA without flash-attn, 16-bit types."""
+    varlen_attn, options, grouped = _varlen_kernel()
+    if grouped:
+        options = options | {"enable_gqa": True}
     else:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **causal)
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
 
 
 def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None) -> Tensor:
-    """The CPU path: requests of one query (decoding) in one padded call, longer ones (prefill, training) one by one."""
+    """On the CPU, and for float32 on CUDA: requests of one query (decoding) in one padded call, longer ones (prefill,
+    training) one by one."""
     queries, keys = cu_q.diff(), cu_k.diff()
     if bool((queries == 1).all()):
         # (requests, longest): index of each request's keys, the surplus clamped to a valid row and masked
@@ -100,7 +109,7 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
             continue
         one = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]  # (1, heads, tokens, dim)
         fresh = b - a == d - c  # no past: the kernel's own causal mask is aligned
-        mask = None if fresh else torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        mask = None if fresh else torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril(d - c - (b - a))
         y = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=fresh, scale=scale, enable_gqa=True)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)

@@ -23,8 +23,8 @@ from data import Corpus, Passage, is_heldout
 from grpo import Group, Sample, make_samples
 from masking import MASK, Mask, next_token_mask, random_span
 from model import Ranks, gather
-from questions import load_questions
-from reference_model import score
+from questions import load_questions, strip_instruction
+from reference_model import add_ref_logprobs, score
 from rewards import INVALID_MASK_REWARD, answerable, generator_reward
 from rlp import (
     THOUGHT_PROMPT,
@@ -189,7 +189,7 @@ def question_corpus(config: Config, log=print) -> Corpus:
     questions, counts = load_questions(config, log)
     train, heldout = [], []
     for question in questions:
-        passage = Passage(question.id, "", "", question.text, answer=question.answer)
+        passage = Passage(question.id, "", "", strip_instruction(question.text), answer=question.answer)
         (heldout if is_heldout(question.text, config.heldout) else train).append(passage)
     if not train or not heldout:
         raise DataError(f"{config.data}: {len(train)} questions to train on, {len(heldout)} held out; change heldout")
@@ -231,15 +231,21 @@ def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] |
 
 
 def training_samples(
-    method: str, groups: list[Group], tasks: list[Task], passages: list[Passage], sampler: Sampler
+    method: str, groups: list[Group], tasks: list[Task], passages: list[Passage], reference, sampler: Sampler
 ) -> list[Sample]:
-    """What a step trains on: responses with advantages and token weights; the generator's unless it is frozen."""
+    """What a step trains on: responses with advantages and token weights; the generator's unless it is frozen.
+
+    Every rank calls it: with a KL penalty the frozen copy scores them.
+    """
     if method in GIVEN:
         return given_samples(method, tasks, passages, sampler)
     if method == "rlp":
         return thought_samples(groups)
     config = sampler.config
-    return make_samples([group for group in groups if group.role == "pred" or config.train_generator], config)
+    samples = make_samples([group for group in groups if group.role == "pred" or config.train_generator], config)
+    if config.kl:
+        add_ref_logprobs(samples, reference, sampler)
+    return samples
 
 
 def given_samples(method: str, tasks: list[Task], passages: list[Passage], sampler: Sampler) -> list[Sample]:

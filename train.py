@@ -41,10 +41,10 @@ from metrics import step_line, step_metrics, summary_table
 from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, start_ranks
 from probe import make_probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
-from reference_model import add_ref_logprobs, build_reference, ema_update, needs_reference
+from reference_model import build_reference, ema_update, needs_reference
 from rewards import exact_match, prefix_match
 from rlp import THINK_CLOSE
-from rollout import Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
+from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
 from tasks import (
     GIVEN,
     Task,
@@ -53,6 +53,7 @@ from tasks import (
     make_task,
     method_at,
     question_corpus,
+    rlp_frame,
     thought_gains,
     training_samples,
     verify_predictions,
@@ -84,6 +85,14 @@ def predict(tasks: list[Task], sampler: Sampler, config: Config, step: int) -> N
         task.predictions = group
 
 
+def grade(task: Task, response: Rollout, config: Config) -> float:
+    """The reward of one prediction. It sees the whole record: a reward of your own goes here."""
+    answer = last_answer(response.text, "boxed")
+    if config.reward == "prefix":
+        return prefix_match(answer, task.mask.prefixes)
+    return exact_match(answer, task.mask.target)
+
+
 def reward(
     method: str, tasks: list[Task], proposals: list[list[Task]], policy, reference, sampler: Sampler, step: int
 ) -> list[Group]:
@@ -94,15 +103,13 @@ def reward(
     config, groups = sampler.config, []
     if method in GIVEN:
         return []
-    answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
     if method == "rlvr":
+        answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
         verdicts = verify_predictions(answers, [task.mask.target for task in tasks], config, sampler.ranks)
     elif method == "rlp":
         verdicts = thought_gains(tasks, policy, reference, sampler)
-    elif config.reward == "prefix":
-        verdicts = [[prefix_match(one, task.mask.prefixes) for one in answers[n]] for n, task in enumerate(tasks)]
     else:
-        verdicts = [[exact_match(one, task.mask.target) for one in answers[n]] for n, task in enumerate(tasks)]
+        verdicts = [[grade(task, response, config) for response in task.predictions] for task in tasks]
     for task, rewards in zip(tasks, verdicts, strict=True):
         task.rewards = rewards
         groups.append(Group("pred", task.predictions, rewards))
@@ -140,19 +147,23 @@ def train(config: Config, ranks: Ranks) -> None:
     optimizer = make_optimizer(policy, config)
     sampler = make_sampler(replica, tokenizer, config, ranks)
     check_prompts(sampler)
+    if config.method == "rlp":
+        rlp_frame(sampler)  # raises now if its prompt does not fit
     probe = make_probe(corpus, sampler, config)
     say(describe(config, ranks, sampler, corpus, probe))
 
     first, checkpoint = 0, latest_checkpoint(config)
     if checkpoint:
-        first = load_checkpoint(checkpoint, policy, optimizer, replica, reference if config.method == "rlp" else None)
+        average = reference if config.method == "rlp" else None
+        first = load_checkpoint(checkpoint, policy, optimizer, replica, config, average)
         say(f"resuming after step {first} from {checkpoint}")
         if first >= config.steps:
             say("this run is finished; resume=never starts it afresh, a larger steps= continues it")
     if ranks.rank == 0:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if config.steps else ():  # a dry run deletes nothing
             keep_rows(run / name, first if checkpoint else -1)
-        save_prompts(run / "prompts.txt", sampler, corpus)
+        if config.method not in ("rlvr", "rlp"):
+            save_prompts(run / "prompts.txt", sampler, corpus)
     # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
     gc.collect()
     gc.freeze()
@@ -163,7 +174,7 @@ def train(config: Config, ranks: Ranks) -> None:
             row |= run_probe(probe, sampler, config, 0)
         if config.method == "rlp":
             row |= gains_without_thought(step_passages(corpus, config, 0), policy, reference, sampler)
-        if ranks.rank == 0 and not checkpoint:
+        if ranks.rank == 0 and config.steps:
             append_row(run / "metrics.jsonl", row)
         say(f"step 0: probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy")
     if config.steps == 0:
@@ -193,9 +204,7 @@ def train(config: Config, ranks: Ranks) -> None:
         # -------------------------------------------------- 3. reward: both roles; advantages and token weights
         with clock(row, "reward"):
             groups = reward(method, tasks, proposals, policy, reference, sampler, step)
-            samples = training_samples(method, groups, tasks, passages, sampler)
-            if config.kl:
-                add_ref_logprobs(samples, reference, sampler)
+            samples = training_samples(method, groups, tasks, passages, reference, sampler)
             row |= step_metrics(method, proposals, groups, samples, sampler)
 
         # -------------------------------------------------- 4. update: GRPO on the policy
@@ -227,7 +236,8 @@ def train(config: Config, ranks: Ranks) -> None:
                 average = reference if config.method == "rlp" else None
                 save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, done, average)
     bar.close()
-    say(summary_table(read_rows(run / "metrics.jsonl")))
+    if ranks.rank == 0:
+        say(summary_table(read_rows(run / "metrics.jsonl")))
     say(f"{config.run_dir}: done in {time.perf_counter() - begin:.0f} s")
 
 
@@ -245,7 +255,7 @@ def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Conf
     if method not in GIVEN:
         predict(tasks, sampler, config, 0)
     groups = reward(method, tasks, proposals, policy, reference, sampler, 0)
-    samples = training_samples(method, groups, tasks, passages, sampler)
+    samples = training_samples(method, groups, tasks, passages, reference, sampler)
     row = step_metrics(method, proposals, groups, samples, sampler)
     row |= update(policy, optimizer, samples, config, ranks, 0)
     for key, value in sorted(row.items()):

@@ -122,6 +122,9 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
     """What runs, on what, in the lines that a user would ask for first."""
     parameters = sum(parameter.numel() for parameter in sampler.replica.parameters())
     end = ", ".join(f"{token} {sampler.piece(token)!r}" for token in sorted(sampler.eos_ids))
+    steps = f"{config.steps} steps of {config.passages_per_step} passages"
+    if config.method == "active":
+        steps += f" x {config.masks_per_passage} masks x {config.predictions_per_mask} predictions"
     early = config.stop_at_answer and not sampler.tokenizer.chat_template
     return "\n".join(
         (
@@ -131,8 +134,7 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
             f"data {config.data}: {len(corpus.train):,} passages to train on, {len(corpus.heldout):,} held out, "
             f"{len(probe.masks)} probe masks on {len(probe.passages)} of them",
             "counts: " + ", ".join(f"{name} {count:,}" for name, count in corpus.counts.items()),
-            f"a step: {config.passages_per_step} passages x {config.masks_per_passage} masks x "
-            f"{config.predictions_per_mask} predictions; seed {config.seed}; everything goes to {config.run_dir}",
+            f"method {config.method}; {steps}; seed {config.seed}; everything goes to {config.run_dir}",
         )
     )
 

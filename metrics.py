@@ -186,4 +186,6 @@ def compare(folders: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python metrics.py RUN [RUN ...]")
     print(compare(sys.argv[1:]))

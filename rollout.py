@@ -183,7 +183,7 @@ def generate(
     stopping = _stop_at_answer(sampler, opening, start) if stop_early else nullcontext(set())
     with _restored_rng(), bar, stopping as answered:
         manager = replica.init_continuous_batching(
-            generation, _batching(config, replica, longest + max_tokens, wanted, seed), hints
+            generation, _batching(config, replica, prompts, max_tokens, wanted, seed), hints
         )
         try:
             for number, prompt in enumerate(prompts):
@@ -232,7 +232,9 @@ def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fat
     return Rollout(list(prompt), tokens, logprobs, "", finish)
 
 
-def _batching(config: Config, replica, longest: int, requests: int, seed: int) -> ContinuousBatchingConfig:
+def _batching(
+    config: Config, replica, prompts: list[list[int]], max_tokens: int, requests: int, seed: int
+) -> ContinuousBatchingConfig:
     """The sampler's settings. On a GPU the cache takes its share of free memory; on a CPU just what the phase needs."""
     options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
     options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
@@ -242,11 +244,11 @@ def _batching(config: Config, replica, longest: int, requests: int, seed: int) -
         options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
     else:
         at_once, page = config.max_requests or 256, 32
-        pages = -(-longest // page) + 1
+        pages = -(-(max(map(len, prompts)) + max_tokens) // page) + 1
         # A quarter more than what runs at once, for shared prompts and forks; the rest waits its turn
         options |= {"page_size": page, "num_blocks": min(requests, 2 * at_once) * pages * 5 // 4 + 8}
         # Room for many prompts in one forward: one that mixes prompts and decoding is the slow case of ops.py
-        options |= {"max_batch_tokens": max(8192, at_once)}
+        options |= {"max_batch_tokens": max(at_once, min(8192, sum(map(len, prompts)) + requests))}
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
 
 

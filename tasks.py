@@ -122,8 +122,10 @@ def draw_tasks(method: str, passages: list[Passage], reference, sampler: Sampler
         else:
             spans = token_spans(sampler, passage.text)
             places = candidates(spans, passage.text, entropies[number], config.entropy_share)
-            # distinct tokens while there are enough; a text without any word has none
-            chosen = rng.sample(places, count) if count <= len(places) else rng.choices(places or [0], k=count)
+            if len(places) >= count:
+                chosen = rng.sample(places, count)  # distinct while there are enough
+            else:
+                chosen = rng.choices(places, k=count) if places else []
             proposals.append([make_task(passage, next_token_mask(passage, spans, n), sampler) for n in chosen])
     return proposals
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of a launcher around pytest
     os.environ.pop(name, None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -7,6 +7,8 @@ process and by worker.py's two ranks.
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,10 +24,12 @@ from transformers import (
 )  # fmt: skip
 
 from config import Config
+from data import Passage
 from grpo import Group
 from rollout import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY_BASE = ROOT / "assets" / "tiny_base"
 EOS = "<|end|>"
 FAMILIES = ("smollm3", "qwen3_tied", "qwen3_untied", "qwen3_moe")
 DENSE = FAMILIES[:3]
@@ -79,6 +83,13 @@ def save_model(family: str, folder: Path) -> Path:
 def load_plain(folder: Path | str) -> torch.nn.Module:
     """The ordinary model, as anyone would load it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+def wiki_passages(count: int) -> list[Passage]:
+    """The first articles of the shipped mini-wiki."""
+    with gzip.open(ROOT / "assets" / "tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    return [Passage(one["id"] + "#0", one["title"], one["url"], one["text"], one["labels"]) for one in records]
 
 
 # ------------------------------------------------------------------------------------------- rollouts without a sampler

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 import pytest
 from reference import ROOT
 
-from config import RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
+from config import METHODS, RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
+from rlp import MIN_PREFIX
 
 LOCAL = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
 
@@ -43,8 +44,67 @@ def test_a_number_without_a_dot_is_a_number_though_yaml_reads_text(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_every_shipped_config_is_valid(file):
-    assert read_config([f"configs/{file}"]).run_dir == f"runs/{file.removesuffix('.yaml')}"
+def test_every_shipped_config_is_valid_and_begins_by_saying_what_it_is_for(file):
+    config = read_config([f"configs/{file}"])
+    assert config.run_dir == f"runs/{file.removesuffix('.yaml')}"
+    first = (ROOT / "configs" / file).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# What: ") and len(first) > 30
+
+
+def test_there_is_a_small_and_a_large_config_of_every_method():
+    for base in ("tiny", "smollm3"):
+        methods = {read_config([f"configs/{path.name}"]).method for path in (ROOT / "configs").glob(f"{base}*.yaml")}
+        assert methods == set(METHODS)
+
+
+def write(folder, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_file_says_only_what_differs_from_its_base(tmp_path):
+    write(tmp_path, top="steps: 1\nseed: 1\nclip_low: 0.1\n", middle="base: top.yaml\nsteps: 2\nseed: 2\n",
+          child="base: middle.yaml\nsteps: 3\n", same="base: top.yaml\n")  # fmt: skip
+    config = read_config([str(tmp_path / "child.yaml"), "keep_last=5"])
+    assert (config.steps, config.seed, config.clip_low, config.keep_last) == (3, 2, 0.1, 5)
+    assert config.run_dir == "runs/child"
+    assert read_config([str(tmp_path / "child.yaml"), "steps=4"]).steps == 4  # words win over all files
+    assert read_config([str(tmp_path / "same.yaml")]).seed == 1
+
+
+def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, top="seed: 7\n")
+    write(tmp_path / "sub", child="base: ../top.yaml\n")
+    assert read_config([str(tmp_path / "sub" / "child.yaml")]).seed == 7
+    assert read_config(["configs/tiny-cpt.yaml"]).model == "assets/tiny_base"
+
+
+@pytest.mark.parametrize(
+    ("bases", "named", "reason"),
+    [
+        ({"a": "a.yaml"}, "a.yaml", "must name another file and not lead back"),
+        ({"a": "b.yaml", "b": "a.yaml"}, ".yaml", "must name another file and not lead back"),
+        ({"a": "7"}, "a.yaml", "base=7 must name another file"),
+        ({"a": "[b.yaml]"}, "a.yaml", "must name another file"),
+        ({"a": "missing.yaml"}, "missing.yaml", "cannot be read (FileNotFoundError)"),
+        ({"a": "."}, "", "cannot be read (IsADirectoryError)"),
+    ],
+)
+def test_a_base_that_leads_nowhere_is_one_line(tmp_path, bases, named, reason):
+    write(tmp_path, **{name: f"base: {base}\n" for name, base in bases.items()})
+    with pytest.raises(ConfigError) as caught:
+        read_config([str(tmp_path / "a.yaml")])
+    line = str(caught.value)
+    assert line.startswith("config file ") and named in line and reason in line and "\n" not in line
+
+
+def test_a_bad_key_of_a_base_is_found_and_base_is_no_key_of_the_command_line(tmp_path):
+    write(tmp_path, top="stepz: 1\n", child="base: top.yaml\n")
+    with pytest.raises(ConfigError, match="stepz=1: unknown key"):
+        read_config([str(tmp_path / "child.yaml")])
+    with pytest.raises(ConfigError, match="base='configs/tiny.yaml': unknown key"):
+        read_config(["base=configs/tiny.yaml"])
 
 
 def test_a_dumped_config_reads_back_equal(tmp_path):
@@ -89,6 +149,17 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
         ("model=./no_such_folder", "no such file or folder"),
         ("data=no_such.jsonl", "no such file or folder"),
         ("data=''", "no such file or folder"),
+        ("question_prompt=Solve!", "must contain {passage} once"),
+        ("rlp_prompt='{passage} {passage}'", "must contain {passage} once"),
+        ("sft_answer=box", "must contain {answer}"),
+        ("warmup_method=magic", "one of , active"),
+        ("warmup_method_steps=-1", "0 or more"),
+        ("generator_reward=hard", "one of one_minus_accuracy, variance"),
+        ("reward=prefix", "for random_token and entropy_token only"),
+        ("kl=-1", "0 or more"),
+        ("ema_decay=1.1", "between 0 and 1"),
+        ("entropy_share=0", "above 0, at most 1"),
+        ("verify_seconds=0", "a number above 0"),
         ("chat_template=no_such.jinja", "none, auto or the path"),
         ("steps=[", "not valid YAML"),
     ],
@@ -100,6 +171,42 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(word, allowe
     key, value = word.split("=", 1)
     assert line.startswith(f"{key}=") and value.strip("[]'").lstrip(".+")[:4].lower() in line.lower()
     assert allowed in line and "\n" not in line
+
+
+@pytest.mark.parametrize("method", ["rlp", "sft", "cpt"])
+def test_a_penalty_is_refused_where_nothing_stays_near_a_frozen_copy(method):
+    with pytest.raises(ConfigError, match="^kl=0.1: must be 0 with rlp, sft and cpt"):
+        read_config([*LOCAL, f"method={method}", "kl=0.1"])
+    assert read_config([*LOCAL, f"method={method}", "kl=0"]).method == method
+    if method != "rlp":
+        with pytest.raises(ConfigError, match="^kl=0.1: must be 0 with rlp, sft and cpt"):
+            read_config([*LOCAL, f"warmup_method={method}", "kl=0.1"])
+
+
+@pytest.mark.parametrize("words", [["method=rlp", "warmup_method=random_span"], ["warmup_method=rlvr"]])
+def test_questions_and_thoughts_share_no_run_with_masks(words):
+    with pytest.raises(ConfigError, match="^warmup_method=.*cannot be combined with rlvr or rlp"):
+        read_config([*LOCAL, *words, "warmup_method_steps=3"])
+
+
+@pytest.mark.parametrize("method", ["random_token", "entropy_token"])
+def test_the_prefix_reward_is_for_next_tokens(method):
+    assert read_config([*LOCAL, f"method={method}", "reward=prefix"]).reward == "prefix"
+    assert read_config([*LOCAL, f"method={method}", "warmup_method=random_token", "reward=prefix"]).reward == "prefix"
+    both = ", ".join(sorted((method, "random_span")))
+    with pytest.raises(ConfigError, match=f"^reward='prefix': for random_token and entropy_token only, not {both}$"):
+        read_config([*LOCAL, f"method={method}", "warmup_method=random_span", "reward=prefix"])
+
+
+def test_rlp_needs_texts_that_have_a_position():
+    with pytest.raises(ConfigError, match="^min_passage_tokens=8: must be 9 or more with rlp"):
+        read_config([*LOCAL, "method=rlp", "min_passage_tokens=8"])
+    assert read_config([*LOCAL, "method=rlp", "min_passage_tokens=9"]).min_passage_tokens == 1 + MIN_PREFIX
+
+
+def test_a_dry_run_has_a_folder_of_its_own():
+    assert read_config(["configs/tiny.yaml", "steps=0"]).run_dir == "runs/tiny-dry"
+    assert read_config(["configs/tiny.yaml", "steps=0", "run_dir=here"]).run_dir == "here"
 
 
 @pytest.mark.parametrize(

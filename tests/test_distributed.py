@@ -1,6 +1,7 @@
 """Two ranks compute what one would, and meet without waiting for ever. The checks themselves are in worker.py."""
 
 import json
+import math
 
 import pytest
 import worker
@@ -11,7 +12,7 @@ from reference import DENSE, FAMILIES, ROOT
 def both(command, tmp_path_factory):
     """(name of a check) -> what it returned on rank 0 and on rank 1. All checks ran in one go, at the first request."""
     out = tmp_path_factory.mktemp("two_ranks")
-    ended = command([ROOT / "tests/worker.py", out], limit=worker.LIMIT + 30, ranks=2)
+    ended = command([ROOT / "tests/worker.py", out], limit=240, ranks=2)
     printed = f"\n{ended.stdout[-3000:]}\n{ended.stderr[-5000:]}"
 
     def results(name: str) -> list:
@@ -52,7 +53,8 @@ def test_two_updates_on_one_batch_equal_the_naive_loop(both):
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_is_named(both):
     for result in both("check_a_loss_that_is_not_finite_on_one_rank"):
-        assert result == {"message": "step 5: loss not finite on rank [1]; weights unchanged", "unchanged": True}
+        message = "step 5, update 1: loss not finite on rank [1]; it was not applied"
+        assert result == {"message": message, "unchanged": True}
 
 
 # ---- two copies
@@ -117,6 +119,12 @@ def test_a_checkpoint_restores_every_bit(both):
         assert result["next_step"]  # and the run goes on as it would have
 
 
+def test_a_checkpoint_of_another_seed_is_refused(both):
+    """Its passages would be other ones."""
+    for result in both("check_a_checkpoint_restores_every_bit"):
+        assert result["refused"].startswith("seed=1: ") and "was made with seed 0" in result["refused"]
+
+
 def test_a_checkpoint_is_a_folder_for_from_pretrained(both):
     for result in both("check_a_checkpoint_restores_every_bit"):
         assert result["exported"] and result["tokenizer"]
@@ -129,3 +137,91 @@ def test_the_probe_gives_the_same_numbers_on_both_ranks(both):
     assert first["probe"]["probe/perplexity"] == pytest.approx(first["perplexity"], rel=1e-4)
     names = {"accuracy", "accuracy_greedy", "accuracy_no_thought", "accuracy_greedy_no_thought", "valid_rate"}
     assert set(first["probe"]) == {f"probe/{name}" for name in names | {"perplexity"}}
+
+
+# ---- the second copy, tasks, verdicts
+
+
+def test_the_second_copy_is_cut_scores_and_follows_on_two_ranks_as_on_one(both):
+    results = both("check_the_second_copy")
+    assert sum(result["own"] for result in results) == results[0]["all"] == results[1]["all"]
+    for result in results:
+        assert 0.4 < result.pop("own") / result.pop("all") < 0.6
+        errors = [*result.pop("score_errors").values()]
+        errors += [result.pop(name) for name in ("no_thought_gain", "ema_error", "moved_score_error")]
+        assert max(errors) < 1e-5
+        assert result and all(value is True for value in result.values()), result
+
+
+def test_both_ranks_draw_the_same_tasks(both):
+    """5 passages, 3 masks, 2 predictions: 45 responses, so 22 masks by rule."""
+    first, second = both("check_tasks_are_drawn_alike")
+    assert first == second
+    assert {method: sum(map(len, groups)) for method, groups in first.items()} == {
+        "random_span": 22, "random_token": 22, "entropy_token": 22, "sft": 45, "rlp": 5,
+    }  # fmt: skip
+
+
+def test_each_rank_verifies_its_share_and_both_get_all_verdicts(both):
+    first, second = both("check_answers_are_verified_in_shares")
+    for result in (first, second):
+        assert result["verdicts"] == [[1.0, 1.0, 0.0, 0.0], [1.0], [1.0, 0.0]] and result["none"] == []
+    assert (set(first["asked"]), set(second["asked"])) == ({"1/2", "7"}, {"12"})
+
+
+def test_a_checkpoint_restores_the_moving_average_bit_for_bit(both):
+    for result in both("check_a_checkpoint_restores_the_moving_average"):
+        assert result.pop("done") == 2 and all(result.values()), result
+
+
+# ---- a step of every method
+
+
+@pytest.mark.parametrize("name", worker.METHODS)
+def test_a_step_of_every_method_is_finite_and_the_same_on_both_ranks(both, name):
+    first, second = both(name)
+    assert first == second and len(first["rows"]) == (2 if name in ("tiny", "tiny-rlp") else 1)
+    for row in first["rows"]:
+        numbers = [value for value in row.values() if not isinstance(value, str | list)]
+        assert all(map(math.isfinite, numbers)) and len(numbers) > 30, row
+
+
+CERTAIN = {"tiny-sft": ["Predict:"], "tiny-cpt": ["<bos>"], "tiny-rlp": ["<think>"], "tiny": ["Mask:", "Predict:"]}
+"""Configs of which a step trains for certain, and how the prompts end whose responses it trains on."""
+
+
+@pytest.mark.parametrize("name", worker.METHODS)
+def test_a_step_trains_on_the_responses_of_its_method(both, name):
+    """By rule, or with the generator frozen: on predictions at most. Sums are beyond the tiny base: every group is
+    all wrong and dropped."""
+    result = both(name)[0]
+    if name in CERTAIN:
+        assert result["trained"] == CERTAIN[name] and result["rows"][-1]["trained_tokens"] > 0
+    else:
+        assert set(result["trained"]) <= {"Predict:"}
+
+
+def test_methods_spend_the_responses_that_the_config_says(both):
+    """4 passages, 3 masks, 4 predictions: 60 responses of active, if all masks are valid; so the others have 60."""
+    rows = {name: both(name)[0]["rows"][-1] for name in worker.METHODS}
+    assert {name: row["responses"] for name, row in rows.items() if row["method"] != "active"} == {
+        "tiny-random-span": 60, "tiny-random-token": 60, "tiny-entropy-token": 60, "tiny-sft": 60,
+        "tiny-rlvr": 16, "tiny-rlp": 16, "tiny-cpt": 4,
+    }  # fmt: skip
+    for name in ("tiny", "tiny-frozen-generator"):
+        assert rows[name]["responses"] == 12 + 4 * round(12 * rows[name]["gen/valid_rate"])
+
+
+def test_a_warm_up_method_makes_its_steps_and_hands_over(both):
+    rows = both("tiny")[0]["rows"]
+    assert [row["method"] for row in rows] == ["random_span", "active"]
+    assert [row["gen/responses"] for row in rows] == [0, 12]
+
+
+def test_the_moving_average_follows_in_rlp_once_a_step_and_nowhere_else(both):
+    assert {name: both(name)[0]["kept"] for name in worker.METHODS if both(name)[0]["kept"]} == {"tiny-rlp": [0.5, 0.5]}
+
+
+def test_a_resumed_run_of_rlp_has_the_average_that_it_had(both):
+    (row,) = both("rewound")[0]
+    assert row == both("tiny-rlp")[0]["rows"][1] and row["step"] == 2

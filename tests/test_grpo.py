@@ -24,6 +24,7 @@ from grpo import (
     Group,
     clipped_loss,
     group_advantages,
+    k3,
     keep_group,
     learning_rate,
     make_optimizer,
@@ -159,6 +160,9 @@ def test_only_completion_tokens_are_trained_each_predicted_by_the_token_before()
 def test_a_rank_without_work_packs_a_dummy_of_weight_zero():
     batch = pack_samples([], CPU)
     assert batch.inputs["input_ids"].shape == (1, 2) and batch.weights.tolist() == [0.0]
+    logprobs = torch.tensor([-500.0], requires_grad=True)  # however improbable the dummy, 0 times its penalty is 0
+    (batch.weights * k3(logprobs, batch.ref_logprobs)).sum().backward()
+    assert logprobs.grad.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
@@ -335,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(build
     samples = make_samples(make_groups(plain, REWARDS), config)
     setattr(samples[0], field, math.nan)
     before = weights(policy)
-    with pytest.raises(FloatingPointError, match=r"step 8: loss not finite on rank \[0\]; weights unchanged"):
+    with pytest.raises(FloatingPointError, match=r"step 8, update 1: loss not finite on rank \[0\]; it was not"):
         update(policy, make_optimizer(policy, config), samples, config, ranks, 7)
     assert same_bits(weights(policy), before)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+import ops
 from ops import VARLEN, choose_attention, pack, token_logprobs, varlen_attention
 
 CPU = torch.device("cpu")
@@ -120,9 +121,20 @@ def test_what_it_would_compute_wrongly_is_refused(extra):
 
 
 def test_attention_is_chosen_by_what_the_machine_has():
-    assert choose_attention("auto", CPU) == choose_attention("varlen", CPU) == VARLEN
+    assert choose_attention("auto", CPU, torch.bfloat16) == choose_attention("varlen", CPU, torch.bfloat16) == VARLEN
     with pytest.raises(RuntimeError, match="flash_attention_2.*CUDA"):
-        choose_attention("flash_attention_2", CPU)
+        choose_attention("flash_attention_2", CPU, torch.bfloat16)
+
+
+def test_flash_attn_is_taken_on_a_gpu_that_has_it_but_not_for_float32(monkeypatch):
+    monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: False)
+    gpu = torch.device("cuda", 0)
+    assert choose_attention("auto", gpu, torch.bfloat16) == "flash_attention_2"
+    assert choose_attention("auto", gpu, torch.float32) == choose_attention("varlen", gpu, torch.bfloat16) == VARLEN
+    for wanted, dtype in (("flash_attention_2", torch.float32), ("flash_attention_3", torch.bfloat16)):
+        with pytest.raises(RuntimeError, match=f"attention={wanted}: needs CUDA, dtype bfloat16 and its package"):
+            choose_attention(wanted, gpu, dtype)
 
 
 # ------------------------------------------------------------------------------------------------- log-probs, entropies

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import ROOT, load_plain, tiny_config
+from reference import TINY_BASE, load_plain, tiny_config
 from reference_checks import naive_score
 
 from config import ConfigError
 from grpo import Group
 from model import build_policy, load_replica, load_tokenizer
+from prompts import CLOSED, START, scan
 from reference_model import build_reference
 from rlp import (
     MIN_PREFIX,
@@ -21,7 +22,6 @@ from rlp import (
     Frame,
     Position,
     close_thought,
-    cut_thought,
     draw_position,
     empty_thought_gain,
     information_gain,
@@ -30,10 +30,9 @@ from rlp import (
     thought_prompt,
     thought_samples,
 )
-from rollout import Rollout
+from rollout import Rollout, generate
 
 TEXT = "The moon turns around the earth, and the earth around the sun."  # the tests' tokenizer: one token per byte
-TINY_BASE = ROOT / "assets" / "tiny_base"
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,6 @@ def tokenizer(folders):
 @pytest.fixture(scope="module")
 def frame(tokenizer):
     return make_frame(tokenizer, THOUGHT_PROMPT, 1000)
-
-
-@pytest.fixture
-def sampler(folders, build_sampler):
-    return build_sampler(folders["smollm3"])
 
 
 def setting(folder, ranks, text_limit=1000, **changes):
@@ -139,30 +133,61 @@ def test_a_limit_without_room_for_text_is_refused_with_the_least_that_would_do(t
 # ------------------------------------------------------------------------------------------------------------- thoughts
 
 
-def test_a_thought_ends_with_the_token_that_completes_its_first_closing_tag(sampler):
-    whole = response("a</th</think>b</think>", sampler.tokenizer)
-    cut = cut_thought(whole, sampler)
-    assert cut.text == sampler.tokenizer.decode(cut.completion_ids) == "a</th</think>"
-    assert cut.completion_ids == whole.completion_ids[:13] and cut.sampler_logprobs == whole.sampler_logprobs[:13]
-    assert (cut.finish, whole.finish) == ("answer", "length") and cut.prompt_ids == whole.prompt_ids
-    assert len(whole.completion_ids) == 22  # which is left as it was
+def closes_after(pieces: list[str]) -> int | None:
+    """How many pieces a thought has when its closing tag is complete."""
+    state = START
+    for number, piece in enumerate(pieces, 1):
+        state = scan(state, piece, THINK_CLOSE)
+        if state == CLOSED:
+            return number
+    return None
 
 
-@pytest.mark.parametrize("text", ["a thought", "</think", "</ think>", "<think>"])
-def test_a_thought_without_its_closing_tag_stays_whole(sampler, text):
-    whole = response(text, sampler.tokenizer)
-    assert cut_thought(whole, sampler) == whole
+@pytest.mark.parametrize(
+    ("pieces", "closes"),
+    [
+        (list("a</th</think>b</think>"), 13),  # the first one; what only begins like it does not count
+        (["a", "</think>", "b"], 2),  # a token of its own
+        (["a", "</thi", "nk>\n", "b"], 3),  # part of tokens
+        (["so</think>then"], 1),
+        (["</thi", "a", "nk>"], None),
+        (["<think>", "</think", "</ think>", "\\", "}"], None),
+        (["<" * 9 + "/think>"], 1),
+        ([], None),
+    ],
+)
+def test_a_thought_closes_with_the_piece_that_completes_its_first_closing_tag(pieces, closes):
+    assert closes_after(pieces) == closes
 
 
-def test_a_tag_that_is_one_token_or_part_of_one_is_seen(sampler):
-    """Tokenizers differ: a token of its own, hidden by decoding without special tokens, or merged with others."""
-    sampler.pieces |= {300: THINK_CLOSE, 301: "</thi", 302: "nk>\n"}
-    for tokens, kept in (([65, 300, 66], 2), ([300], 1), ([65, 301, 302, 66], 3), ([301, 66, 302], 3)):
-        ids = cut_thought(Rollout([1], tokens, [0.0] * len(tokens), "", "length"), sampler).completion_ids
-        assert ids == tokens[:kept]
+def thoughts(sampler, **more) -> list[Rollout]:
+    prompts = [[number] * 3 for number in range(12)]
+    return [group[0] for group in generate(sampler, prompts, 1, 12, THINK_CLOSE, 0, **more)]
 
 
-CLOSED = Frame([], [], [7], [7], [8], 100)
+@pytest.mark.parametrize("tag", [("</think>",), ("</th", "ink>")])
+@pytest.mark.parametrize("mode", ["base model", "stop_at_answer off", "chat template"])
+def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, build_sampler, tag, mode):
+    """Whatever the setting: the tag ends a thought by definition. A random model seldom writes one, so tokens of the
+    lower half are declared to be (the beginning of) the tag, those of the upper half its end."""
+    sampler = build_sampler(folders["smollm3"], stop_at_answer=mode != "stop_at_answer off")
+    whole = thoughts(sampler, greedy=True)
+    assert {one.finish for one in whole} == {"length"}
+    sampler.tokenizer.chat_template = "{{ messages[0].content }}" if mode == "chat template" else None
+    sampler.pieces |= {token: tag[0] if token < 128 else tag[-1] for token in range(256)}
+    if len(tag) == 1:
+        sampler.pieces |= {token: "a" for token in range(100, 256)}
+    for cut, long in zip(thoughts(sampler, greedy=True), whole, strict=True):
+        closes = closes_after([sampler.pieces[token] for token in long.completion_ids])
+        assert cut.finish == ("answer" if closes else "length")
+        assert cut.completion_ids == long.completion_ids[:closes]
+        assert cut.sampler_logprobs == pytest.approx(long.sampler_logprobs[:closes], abs=1e-5)
+        assert len(cut.sampler_logprobs) == len(cut.completion_ids)
+    lengths = {len(one.completion_ids) for one in thoughts(sampler, greedy=True)}
+    assert len(lengths) > 1 and min(lengths) < 12
+
+
+FRAME = Frame([], [], [7], [7], [8], 100)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +201,7 @@ CLOSED = Frame([], [], [7], [7], [8], 100)
 )
 def test_every_thought_is_closed_once_before_it_is_scored(sampled, finish, scored):
     thought = Rollout([1], sampled, [0.0] * len(sampled), "", finish)
-    assert close_thought(thought, CLOSED) == scored
+    assert close_thought(thought, FRAME) == scored
     assert thought.completion_ids == sampled  # what is trained: sampled tokens, no others
 
 
@@ -270,13 +295,11 @@ def test_every_thought_weighs_the_same_whatever_its_length():
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 16, 1 / 40, 1 / 20])
 
 
-def test_a_thoughts_way_through_a_step(sampler, frame):
-    """Cut at its tag, scored closed, trained on what was sampled, and no more."""
-    tokenizer = sampler.tokenizer
-    sampled = [response("so: ice</think> ice.", tokenizer), response("sal", tokenizer),
-               response("no", tokenizer, "eos", tuple(sampler.eos_ids))]  # fmt: skip
-    thoughts = [cut_thought(one, sampler) for one in sampled]
-    scored = [tokenizer.decode(close_thought(one, frame)) for one in thoughts]
+def test_a_thoughts_way_through_a_step(tokenizer, frame):
+    """Scored closed, trained on what was sampled, and no more."""
+    sampled = [response("so: ice</think>", tokenizer, "answer"), response("sal", tokenizer),
+               response("no", tokenizer, "eos", (tokenizer.eos_token_id,))]  # fmt: skip
+    scored = [tokenizer.decode(close_thought(one, frame)) for one in sampled]
     assert scored == ["<think>so: ice</think>", "<think>sal</think>", "<think>no</think>"]
-    trained = [sample.rollout.completion_ids for sample in thought_samples([Group("pred", thoughts, [1.0, 0.0, 0.0])])]
+    trained = [sample.rollout.completion_ids for sample in thought_samples([Group("pred", sampled, [1.0, 0.0, 0.0])])]
     assert [tokenizer.decode(ids) for ids in trained] == ["so: ice</think>", "sal", "no<|end|>"]

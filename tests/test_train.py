@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from transformers import AutoTokenizer
 from config import Config, read_config
 from data import Corpus, Passage, step_passages
 from evidence import append_row, keep_rows, open_run, read_rows
+from grpo import Group
 from masking import make_mask
 from rollout import Rollout
-from train import Task, reward
+from tasks import Task
+from train import reward
 
 SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]
 STEP_METRICS = """
     step method lr loss grad_norm mismatch_kl mismatch_abs reward entropy surprisal clip_fraction
+    responses response_tokens flops trained_responses trained_tokens
     gen/reward gen/valid_rate gen/groups_kept gen/length_mean gen/length_max gen/truncated gen/tokens_after_answer
     pred/reward pred/valid_rate pred/groups_kept pred/length_mean pred/length_max pred/truncated
     pred/tokens_after_answer gen/distinct gen/span_words gen/occurrences gen/share_fact
@@ -44,7 +48,14 @@ def said(text: str) -> Rollout:
 def task(words: str | None, answers: list[str]) -> Task:
     """A generator response that names these words, and predictions that say these answers."""
     text = "none" if words is None else rf"\mask{{{words}}}"
-    return Task(BONN, said(text), make_mask(words, BONN, Config(), random.Random(0)), [1], list(map(said, answers)))
+    mask = make_mask(words, BONN, Config(), random.Random(0))
+    return Task(BONN, mask, said(text), prompt_ids=[1], predictions=list(map(said, answers)))
+
+
+def rewarded(proposals: list[list[Task]], step: int = 0, method: str = "active", **keys) -> list[Group]:
+    """`reward` of methods that look at texts alone, which need no model."""
+    tasks = [task for group in proposals for task in group if not task.mask.invalid]
+    return reward(method, tasks, proposals, None, None, SimpleNamespace(config=Config(**keys), ranks=None), step)
 
 
 def test_rewards_of_one_passage():
@@ -57,7 +68,7 @@ def test_rewards_of_one_passage():
         task("Danube", []),  # not in the passage: 0, and no predictions
         task(None, []),
     ]
-    groups = reward([tasks], Config(), 0)
+    groups = rewarded([tasks])
     assert [(group.role, group.rewards) for group in groups] == [
         ("pred", [1.0, 0.0, 0.0, 1.0]),
         ("pred", [1.0, 0.0, 0.0, 0.0]),
@@ -69,10 +80,24 @@ def test_rewards_of_one_passage():
     assert groups[0].rollouts == tasks[0].predictions
 
 
+def test_the_generators_reward_may_be_the_variance_of_its_predictions():
+    """p (1 - p) with 0 to 4 right of four; an invalid mask earns nothing here either."""
+    right, wrong = [r"\boxed{Rhine}"], [r"\boxed{Elbe}"]
+    tasks = [task("Rhine", right * n + wrong * (4 - n)) for n in range(5)] + [task("Danube", [])]
+    groups = rewarded([tasks], generator_reward="variance")
+    assert groups[-1].role == "gen" and groups[-1].rewards == [0, 3 / 16, 1 / 4, 3 / 16, 0, 0]
+    assert groups[0].rewards == [0.0] * 4 and groups[1].rewards == [1.0, 0.0, 0.0, 0.0]  # predictions: as ever
+
+
+def test_masks_that_a_rule_drew_reward_no_generator():
+    tasks = [task("Rhine", [r"\boxed{Rhine}", r"\boxed{Elbe}"]), task("Danube", [])]
+    assert [(one.role, one.rewards) for one in rewarded([tasks], method="random_span")] == [("pred", [1.0, 0.0])]
+
+
 def test_shuffled_rewards_are_the_same_rewards_elsewhere_and_repeatable():
     answers = [r"\boxed{Rhine}"] * 4 + [r"\boxed{Elbe}"] * 4
-    plain = reward([[task("Rhine", answers)]], Config(), 0)[0].rewards
-    shuffled = [reward([[task("Rhine", answers)]], Config(shuffle_rewards=True), step)[0].rewards for step in (0, 0, 1)]
+    plain = rewarded([[task("Rhine", answers)]])[0].rewards
+    shuffled = [rewarded([[task("Rhine", answers)]], step, shuffle_rewards=True)[0].rewards for step in (0, 0, 1)]
     assert sorted(shuffled[0]) == sorted(plain) and shuffled[0] == shuffled[1]
     assert plain not in shuffled and shuffled[0] != shuffled[2]
 
@@ -103,11 +128,13 @@ def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path):
 
 def test_rows_after_the_checkpoint_and_a_line_cut_by_a_kill_are_forgotten(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    append_row(file, *({"step": step, "text": "é"} for step in range(5)))
+    text = "é \u2028\u0085 \r\n"  # line ends that are none of ours
+    append_row(file, *({"step": step, "text": text} for step in range(5)))
     with file.open("a") as end:
         end.write('{"step": 2, "te')
+    assert len(read_rows(file)) == 5
     keep_rows(file, 2)
-    assert read_rows(file) == [{"step": step, "text": "é"} for step in range(3)]
+    assert read_rows(file) == [{"step": step, "text": text} for step in range(3)]
     keep_rows(tmp_path / "none.jsonl", 2)
 
 
@@ -216,6 +243,8 @@ def test_a_killed_run_continues_as_if_it_had_not_been(unbroken, command, tmp_pat
 
     rows, again = (read_rows(folder / "metrics.jsonl") for folder in (run, killed))
     assert [row["step"] for row in again] == [0, 1, 2, 3, 4]
+    # a save's seconds stand in the next row, so that the row of its own step is on disk before the checkpoint is
+    assert [row["step"] for row in rows if "time/save" in row] == [3]
     assert list(map(comparable, again)) == list(map(comparable, rows))
     assert read_rows(killed / "samples.jsonl") == read_rows(run / "samples.jsonl")
     models = [load_plain(folder / "checkpoints/latest/hf") for folder in (run, killed)]
@@ -224,13 +253,18 @@ def test_a_killed_run_continues_as_if_it_had_not_been(unbroken, command, tmp_pat
 
 
 def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path):
-    ended = command(["train.py", *SMALL, "steps=0", f"run_dir={tmp_path / 'run'}"], limit=90)
+    """Nor does it forget what a run of the same folder has written."""
+    (tmp_path / "run").mkdir()
+    append_row(tmp_path / "run/metrics.jsonl", {"step": 0}, {"step": 1})
+    ended = command(["train.py", *SMALL, "steps=0", "kl=0.1", f"run_dir={tmp_path / 'run'}"], limit=90)
     printed = ended.stdout + ended.stderr
     assert ended.returncode == 0, printed
     for words in ("gen/valid_rate", "pred/valid_rate", "mismatch_kl", "dry run done; no weights were changed"):
         assert words in printed, printed
     assert printed.count("--- generator:") == printed.count("--- predictor:") == 2
-    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0]
+    (loss,) = [float(line.split()[1]) for line in printed.splitlines() if line.split()[:1] == ["loss"]]
+    assert abs(loss) < 1  # the penalty at the start is 0
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert not (tmp_path / "run/checkpoints").exists()
 
 

@@ -5,16 +5,19 @@
 Every `check_...` below runs on both ranks, in this order, and returns plain values; OUT/rank0.json and OUT/rank1.json
 hold what each returned, or the traceback with which it ended. test_distributed.py says what the values must be.
 A check that ends on one rank alone leaves the other waiting: after LIMIT seconds both print where they stand, and end.
+`METHODS` are whole runs of train.py's own loop, of a step or two each.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import hashlib
 import json
 import sys
 import traceback
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +28,8 @@ from reference import (
     DENSE,
     FAMILIES,
     REWARDS,
+    ROOT,
+    TINY_BASE,
     CaptureGradients,
     largest_error,
     load_plain,
@@ -34,18 +39,25 @@ from reference import (
     save_model,
     tiny_config,
     weights,
+    wiki_passages,
 )
+from reference_checks import distributed_checks
 
+import train
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from config import ConfigError, read_config
 from data import Corpus, Passage
 from grpo import make_optimizer, make_samples, plan, update
 from model import Ranks, build_policy, gather, load_replica, load_tokenizer, refresh, start_ranks
 from probe import make_probe, perplexity, run_probe
 from prompts import BOXED_OPENING
+from reference_model import build_reference, ema_update
 from rollout import generate, make_sampler, rollout
+from tasks import draw_tasks, training_samples, verify_predictions
 from train import predict, propose, reward
 
-LIMIT = 120
+LIMIT = 60
+"""Seconds for one check."""
 TEXTS = ["The moon turns around the earth.", "Bonn lies on the Rhine.", "Salt melts ice.", "An owl hunts by night."]
 PASSAGES = [Passage(f"{number}#0", f"T{number}", "", text) for number, text in enumerate(TEXTS)]
 
@@ -181,6 +193,10 @@ def check_masters_are_cut_over_the_ranks(folder, ranks):
     return {"own": own, "all": sum(parameter.numel() for parameter in replica.parameters())}
 
 
+def check_the_second_copy(folder, ranks):
+    return distributed_checks(ranks, folder)
+
+
 # ---- rollouts
 
 
@@ -226,14 +242,49 @@ def check_masks_that_are_all_invalid(folder, ranks):
     proposals = propose(PASSAGES[:3], sampler, config, 0)
     tasks = [task for group in proposals for task in group if not task.mask.invalid]
     predict(tasks, sampler, config, 0)
-    groups = reward(proposals, config, 0)
-    result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
+    groups = reward("active", tasks, proposals, policy, None, sampler, 0)
+    samples = training_samples("active", groups, tasks, PASSAGES[:3], None, sampler)
+    result = update(policy, optimizer, samples, config, ranks, 0)
     return {
         "causes": sorted({task.mask.invalid for group in proposals for task in group}),
         "groups": [[group.role, group.rewards] for group in groups],
         "metrics": {key: value for key, value in result.items() if key != "lr"},
         "unchanged": digest(weights(policy)) == before and not optimizer.state,
     }
+
+
+# ---- tasks
+
+
+def check_tasks_are_drawn_alike(folder, ranks):
+    sizes = {"passages_per_step": 5, "masks_per_passage": 3, "max_prompt_tokens": 192, "tokens_per_micro_batch": 256}
+    config = tiny_config(TINY_BASE, **sizes)
+    replica = load_replica(config, ranks)
+    sampler = make_sampler(replica, load_tokenizer(config), config, ranks)
+    reference, passages = build_reference(replica, config, ranks), wiki_passages(5)
+    methods = ("random_span", "random_token", "entropy_token", "sft", "rlp")
+    drawn = {method: draw_tasks(method, passages, reference, sampler, 3) for method in methods}
+    return {
+        method: [[[asdict(task.mask), task.prompt_ids, repr(task.position)] for task in group] for group in groups]
+        for method, groups in drawn.items()
+    }
+
+
+def check_answers_are_verified_in_shares(folder, ranks):
+    """Three questions: two on one rank, one on the other."""
+    answers = [["0.5", r"\frac12", "2", None], ["12.0"], ["7", "8"]]
+    asked, check = [], verify_predictions.__globals__["check_answers"]
+
+    def counted(pairs, seconds):
+        asked.extend(gold for gold, _ in pairs)
+        return check(pairs, seconds)
+
+    verify_predictions.__globals__["check_answers"] = counted
+    try:
+        verdicts = verify_predictions(answers, ["1/2", "12", "7"], tiny_config(), ranks)
+    finally:
+        verify_predictions.__globals__["check_answers"] = check
+    return {"verdicts": verdicts, "asked": asked, "none": verify_predictions([], [], tiny_config(), ranks)}
 
 
 # ---- evidence
@@ -259,10 +310,15 @@ def check_a_checkpoint_restores_every_bit(folder, ranks):
     config, other_replica, other = setting(folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant")
     other_optimizer = make_optimizer(other, config)
     latest = latest_checkpoint(config)
-    done = load_checkpoint(latest, other, other_optimizer, other_replica)
+    done = load_checkpoint(latest, other, other_optimizer, other_replica, config)
     exported = load_plain(latest / "hf")
+    try:
+        refused = load_checkpoint(latest, other, other_optimizer, other_replica, replace(config, seed=1))
+    except ConfigError as error:
+        refused = str(error)
     results = {
         "kept": kept,
+        "refused": refused,
         "latest": latest.name,
         "done": done,
         "masters": same_bits(weights(other), weights(policy)),
@@ -274,6 +330,30 @@ def check_a_checkpoint_restores_every_bit(folder, ranks):
     step(policy, optimizer, replica, 3)
     step(other, other_optimizer, other_replica, 3)
     return results | {"next_step": same_bits(weights(other), weights(policy))}
+
+
+def check_a_checkpoint_restores_the_moving_average(folder, ranks):
+    changes = {"run_dir": str(folder / "average"), "learning_rate": 1e-2, "lr_schedule": "constant"}
+    config, replica, policy = setting(folder, ranks, **changes)
+    average, optimizer, tokenizer = build_reference(replica, config, ranks), make_optimizer(policy, config), None
+    groups, tokenizer = make_groups(load_plain(config.model), REWARDS), load_tokenizer(config)
+    for number in range(2):
+        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
+        refresh(policy, replica)
+        ema_update(average, policy, 0.9)
+    saved = save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, 2, average)
+
+    _, other_replica, other = setting(folder, ranks, **changes)
+    other_average, other_optimizer = build_reference(other_replica, config, ranks), make_optimizer(other, config)
+    start = weights(other_average)
+    done = load_checkpoint(saved, other, other_optimizer, other_replica, config, other_average)
+    return {
+        "done": done,
+        "average": same_bits(weights(other_average), weights(average)),
+        "masters": same_bits(weights(other), weights(policy)),
+        "apart": not same_bits(weights(average), start) and not same_bits(weights(average), weights(policy)),
+        "no_gradients": not any(parameter.requires_grad for parameter in other_average.parameters()),
+    }
 
 
 def state(optimizer) -> dict:
@@ -302,6 +382,59 @@ def check_the_probe_is_the_same_on_every_rank(folder, ranks):
     }
 
 
+# ---- whole runs
+
+SMALL = """
+    passages_per_step=4 masks_per_passage=3 predictions_per_mask=4 probe_passages=4 probe_samples=1 probe_every=0
+    save_every=0 samples_per_step=1 max_mask_tokens=10 max_prediction_tokens=10 steps=1
+""".split()
+METHODS = {path.stem: [] for path in sorted((ROOT / "configs").glob("tiny*.yaml"))} | {
+    "tiny": ["warmup_method=random_span", "warmup_method_steps=1", "steps=2"],
+    "tiny-rlp": ["passages_per_step=4", "steps=2", "ema_decay=0.5", "save_every=1"],
+}
+"""Every tiny config of configs/, and what is changed beside SMALL."""
+
+
+def run_method(name: str, folder: Path, ranks: Ranks, *words: str) -> dict:
+    """The loop itself with this config: its rows, the endings of the prompts whose responses were trained on, and the
+    shares that the moving average kept of itself."""
+    config = read_config([f"configs/{name}.yaml", *SMALL, *METHODS[name], *words, f"run_dir={folder / name}"])
+    rows, trained, kept = [], set(), []
+    originals = step_line, update_, ema_update_ = train.step_line, train.update, train.ema_update
+
+    def noted_line(row, steps):  # which every rank calls
+        rows.append({key: value for key, value in row.items() if not key.startswith(("time/", "tokens_per", "peak_"))})
+        return step_line(row, steps)
+
+    def noted_update(policy, optimizer, samples, *rest):
+        tokenizer = load_tokenizer(config)
+        trained.update(tokenizer.decode(one.rollout.prompt_ids).split()[-1] for one in samples)
+        return update_(policy, optimizer, samples, *rest)
+
+    def noted_average(reference, policy, tau):
+        kept.append(tau)
+        ema_update_(reference, policy, tau)
+
+    train.step_line, train.update, train.ema_update = noted_line, noted_update, noted_average
+    try:
+        train.train(config, ranks)
+    finally:
+        train.step_line, train.update, train.ema_update = originals
+        gc.unfreeze()
+    return {"rows": rows, "trained": sorted(trained), "kept": kept}
+
+
+def check_a_run_of_rlp_continues_with_its_moving_average(folder, ranks):
+    """Rewound to its first checkpoint, the run makes its second step again."""
+    latest = folder / "tiny-rlp" / "checkpoints" / "latest"
+    dist.barrier()
+    if ranks.rank == 0:
+        latest.unlink()
+        latest.symlink_to("step_000001")
+    dist.barrier()
+    return run_method("tiny-rlp", folder, ranks)["rows"]
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     faulthandler.dump_traceback_later(LIMIT, exit=True)
@@ -311,7 +444,11 @@ def main() -> None:
             save_model(family, out / family)
     dist.barrier()
     results = {}
-    for name, check in [(name, one) for name, one in globals().items() if name.startswith("check_")]:
+    checks = {name: one for name, one in globals().items() if name.startswith("check_")}
+    rewound = checks.pop("check_a_run_of_rlp_continues_with_its_moving_average")
+    checks |= {name: partial(run_method, name) for name in METHODS} | {"rewound": rewound}
+    for name, check in checks.items():
+        faulthandler.dump_traceback_later(LIMIT, exit=True)  # from now
         try:
             results[name] = {"value": check(out, ranks)}
         except Exception:  # kept for the test that asks for this check

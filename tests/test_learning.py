@@ -1,0 +1,50 @@
+"""The README's claim about the first run, held to what the first run does: configs/tiny.yaml, 100 steps, two ranks."""
+
+import json
+import re
+from statistics import fmean
+
+import pytest
+from reference import ROOT
+
+SLACK = 0.10
+"""Beyond the range of the README's three seeds: an accuracy on 84 facts has a standard error of 0.05."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, command):
+    run = tmp_path_factory.mktemp("learning")
+    command(["train.py", "configs/tiny.yaml", f"run_dir={run}", "save_every=0"], limit=280, ranks=2)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def claimed(column: int) -> dict[int, tuple[float, float]]:
+    """The README's table of the first run: step -> (lowest, highest) of a column."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- first run -->")[1]
+    table = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"0|50|100", cells[0]):
+            table[int(cells[0])] = tuple(float(number) for number in cells[column].split(" to "))
+    assert set(table) == {0, 50, 100}
+    return table
+
+
+@pytest.mark.parametrize(
+    ("column", "metric"),
+    [(1, "probe/accuracy_fact"), (2, "probe/accuracy_greedy_fact"), (3, "probe/accuracy_template")],
+)
+def test_the_readme_states_what_the_first_run_prints(rows, column, metric):
+    for step, (lowest, highest) in claimed(column).items():
+        assert lowest - SLACK <= rows[step][metric] <= highest + SLACK, (step, rows[step][metric])
+
+
+def test_greedy_accuracy_on_facts_rises_by_a_third_or_more(rows):
+    assert rows[100]["probe/accuracy_greedy_fact"] - rows[0]["probe/accuracy_greedy_fact"] >= 0.35
+
+
+def test_the_generator_finds_the_facts_and_leaves_the_noise(rows):
+    late = rows[-20:]
+    assert fmean(row["gen/share_fact"] for row in rows[1:6]) < 0.2
+    assert fmean(row["gen/share_fact"] for row in late) >= 0.5
+    assert fmean(row["gen/share_noise"] for row in late) <= 0.05

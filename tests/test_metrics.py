@@ -1,0 +1,181 @@
+"""What a step reports, by hand, and the table that compares runs."""
+
+import runpy
+from types import SimpleNamespace
+
+import pytest
+
+from config import Config
+from data import Passage
+from evidence import append_row, read_rows, sample_rows
+from grpo import Group, make_samples
+from masking import Mask
+from metrics import compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
+from prompts import BOXED_OPENING
+from rollout import Rollout
+from tasks import Task, given_rollout, given_samples
+
+PIECES = ["", "so ", r"\boxed{", "Rhine", "}", " and", "<end>"]
+"""Of the tokens 1 to 6: a response reads as its tokens' pieces."""
+
+
+def said(*ids: int, prompt: int = 3, finish: str = "eos") -> Rollout:
+    return Rollout([9] * prompt, list(ids), [-0.5] * len(ids), "".join(PIECES[n] for n in ids if n < 6), finish)
+
+
+def stub_sampler(**keys) -> SimpleNamespace:
+    """As much of a sampler as metrics look at; a model of 1000 parameters."""
+    config = Config(predictions_per_mask=2, **keys)
+    replica = SimpleNamespace(num_parameters=lambda: 1000)
+    return SimpleNamespace(config=config, piece=PIECES.__getitem__, replica=replica)
+
+
+@pytest.fixture
+def step():
+    """Of one passage three generator responses: a mask found by one of two, one found by none, none at all."""
+    passage = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
+    right, wrong = said(1, 2, 3, 4, 5, 6), said(2, 4, finish="answer")
+    masks = [Mask("Rhine", "", "m", "Rhine", 1, 17, "fact"), Mask("on the", "", "m", "on the", 1, 10, "noise"),
+             Mask("", invalid="no_answer")]  # fmt: skip
+    predictions = [[right, wrong], [wrong, said(1, 1, 1, finish="length")], []]
+    rewards = [[1.0, 0.0], [0.0, 0.0], []]
+    tasks = [
+        Task(passage, mask, said(1, 1, prompt=5), predictions=group, rewards=earned)
+        for mask, group, earned in zip(masks, predictions, rewards, strict=True)
+    ]
+    groups = [Group("pred", task.predictions, task.rewards) for task in tasks[:2]]
+    groups.append(Group("gen", [task.proposal for task in tasks], [0.5, 0.0, 0.0]))
+    return [tasks], groups
+
+
+def test_metrics_of_a_step_by_hand(step):
+    proposals, groups = step
+    sampler = stub_sampler()
+    metrics = step_metrics("active", proposals, groups, make_samples(groups, sampler.config), sampler)
+    expected = {
+        "reward": 1.5 / 7, "surprisal": 0.5, "responses": 7, "response_tokens": 6 + 2 + 2 + 3 + 3 * 2,
+        "gen/reward": 0.5 / 3, "gen/responses": 3, "gen/groups_kept": 1, "gen/valid_rate": 2 / 3, "gen/distinct": 2,
+        "gen/span_words": 1.5, "gen/occurrences": 1, "gen/invalid_no_answer": 1 / 3, "gen/share_fact": 0.5,
+        "gen/share_noise": 0.5, "gen/share_copy": 0, "gen/length_mean": 2, "gen/length_max": 2, "gen/truncated": 0,
+        "pred/reward": 0.25, "pred/responses": 4, "pred/groups_kept": 0.5, "pred/accuracy": 0.25,
+        "pred/accuracy_zero": 0.5, "pred/accuracy_one": 0,
+        "pred/valid_rate": 0.75, "pred/truncated": 0.25, "pred/length_max": 6, "pred/tokens_after_answer": 0.25,
+    }  # fmt: skip
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+    assert metrics["pred/accuracy_histogram"] == [1, 1, 0]  # masks with 0, 1 and 2 right answers
+
+
+def test_tokens_after_the_first_answer_are_counted_without_the_end():
+    sampler = stub_sampler()
+    for response, count in (
+        (said(2, 3, 4, 6), 0),
+        (said(2, 3, 4, 5, 2, 4, 6), 3),
+        (said(2, 3, 4, 5, finish="length"), 1),
+        (said(2, 3, 4, finish="answer"), 0),
+        (said(1, 1, 6), 0),
+        (said(2, 3, finish="length"), 0),
+    ):
+        assert tokens_after_answer(response, sampler, BOXED_OPENING) == count
+
+
+def test_flops_by_hand(step):
+    """2 N a token read, each prompt once, or sampled; 6 N a token trained, in each update."""
+    _, groups = step
+    samples = make_samples(groups, Config())  # the first predictor group and the generator's
+    sampled = (3 + 6 + 2) + (3 + 2 + 3) + (5 + 2 + 2 + 2)
+    trained = (3 + 6) + (3 + 2) + 3 * (5 + 2)
+    assert step_flops(groups, samples, 1000, Config()) == 2000 * sampled + 6000 * trained
+    assert step_flops(groups, samples, 1000, Config(updates_per_batch=2)) == 2000 * sampled + 12000 * trained
+
+
+def test_given_completions_count_as_responses_that_nobody_sampled():
+    sampler = stub_sampler()
+    sampler.tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()))
+    samples = given_samples("cpt", [], [Passage("1#0", "", "", "abcd"), Passage("2#0", "", "", "ab")], sampler)
+    assert samples[0].rollout == given_rollout([97], [98, 99, 100])
+    metrics = step_metrics("cpt", [[], []], [], samples, sampler)
+    assert (metrics["responses"], metrics["response_tokens"], metrics["flops"]) == (2, 4, 6000 * 6)
+    assert metrics["surprisal"] == metrics["reward"] == metrics["gen/valid_rate"] == 0
+
+
+def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
+    proposals, groups = step
+    for group in groups:
+        group.rewards = [0.5] * len(group.rewards)
+    metrics = step_metrics("rlp", proposals, groups, [], stub_sampler())
+    assert metrics["reward"] == 0.5 and metrics["pred/accuracy_histogram"] == [0, 0, 0]
+    assert metrics["pred/accuracy"] == metrics["pred/valid_rate"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "untold"),
+    [
+        ("active", ["reward 0.214", "gen 0.167 valid 0.67", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
+        ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
+        ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
+        ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),
+    ],
+)
+def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
+    proposals, groups = step
+    groups = [group for group in groups if method == "active" or (group.role == "pred" and method != "cpt")]
+    row = step_metrics("active", *step, [], stub_sampler()) | {"step": 7, "method": method, "loss": 1.25}
+    row |= {"gen/responses": 3 * (method == "active"), "pred/responses": 4 * (method != "cpt"), "trained_tokens": 40}
+    row |= {"entropy": 1.0, "grad_norm": 0.5, "mismatch_kl": 1e-9, "time/step": 2.0}
+    line = step_line(row, 100)
+    assert line.startswith("step   7/100") and "\n" not in line
+    assert all(one in line for one in told) and not any(one in line for one in untold), line
+
+
+def test_samples_tell_of_a_generator_only_where_there_was_one(step):
+    proposals, _ = step
+    proposals[0][1].proposal = None
+    rows = list(sample_rows(proposals, Config(generator_reward="variance"), 4))
+    assert [row["proposal"] and row["proposal"]["reward"] for row in rows] == [0.25, None, 0]
+    assert [len(row["predictions"]) for row in rows] == [2, 2, 0] and {row["step"] for row in rows} == {4}
+    assert [one["reward"] for one in rows[0]["predictions"]] == [1.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------- tables of runs
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of two steps; the second's corpus labels no words."""
+    for name, labels in (("first", {"probe/accuracy_fact": 0.5}), ("second", {})):
+        spent = {"responses": 1500, "response_tokens": 6000, "flops": 1e9}
+        probed = {"probe/accuracy": 0.125, "probe/accuracy_greedy": 0.25, **labels}
+        numbers = {key: 0.5 for key in ("reward", "gen/reward", "gen/valid_rate", "pred/accuracy", "entropy")}
+        numbers |= {"pred/groups_kept": 0.5, "surprisal": 0.5}
+        (tmp_path / name).mkdir()
+        append_row(tmp_path / name / "metrics.jsonl", {"step": 0, **probed}, {"step": 1, **spent, **numbers})
+        probed["probe/accuracy"] += 0.25
+        append_row(tmp_path / name / "metrics.jsonl", {"step": 2, **spent, **numbers, **probed})
+    return tmp_path
+
+
+def test_runs_are_compared_by_what_they_spent_and_where_their_probes_ended(runs):
+    head, start, first, second = compare([str(runs / "first"), str(runs / "second")]).splitlines()
+    assert head.split()[:7] == ["run", "step", "responses", "tokens", "FLOPs", "sampled", "greedy"]
+    assert start.split()[:8] == ["start", "0", "0", "0", "0", "0.125", "0.250", "0.500"]
+    assert first.split()[:8] == ["first", "2", "3,000", "12,000", "2e+09", "0.375", "0.250", "0.500"]
+    assert second.split()[:8] == ["second", "2", "3,000", "12,000", "2e+09", "0.375", "0.250", "nan"]
+    assert len({len(line) for line in (head, start, first, second)}) == 1  # columns line up
+
+
+def test_the_table_is_a_command(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["metrics.py", str(runs / "first"), str(runs / "second")])
+    runpy.run_module("metrics", run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[2].startswith("first  ")
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="nothing: no metrics.jsonl"):
+        compare([str(tmp_path / "nothing")])
+
+
+def test_the_summary_tells_before_and_after(runs):
+    lines = summary_table(read_rows(runs / "first" / "metrics.jsonl")).splitlines()
+    assert lines[0].split()[-4:] == ["step", "0", "step", "2"]
+    assert ["probe/accuracy", "0.125", "0.375"] in [line.split() for line in lines]
+    assert ["entropy", "0.500", "0.500"] in [line.split() for line in lines]

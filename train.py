@@ -123,16 +123,14 @@ def reward(
     return groups
 
 
-def train(config: Config, ranks: Ranks) -> None:
-    """The whole run. Raises what goes wrong; nothing is caught here."""
-    begin = time.perf_counter()
-    say = tqdm.write if ranks.rank == 0 else lambda *_: None
+def set_up(config: Config, ranks: Ranks, say) -> tuple:
+    """Everything that a run keeps: (corpus, policy, reference, optimizer, sampler, probe, steps done before)."""
     run = Path(config.run_dir)
-
-    # ------------------------------------------------------------------ set up: run directory, text, two copies, probe
     if ranks.rank == 0:
         open_run(config)
     dist.barrier()
+
+    # ---- text
     tokenizer = load_tokenizer(config)
     if config.method == "rlvr":
         corpus = question_corpus(config, say)
@@ -141,6 +139,8 @@ def train(config: Config, ranks: Ranks) -> None:
             build_index(config, tokenizer, run / "cache", log=say)
         dist.barrier()
         corpus = load_corpus(run / "cache", config)
+
+    # ---- the model: a replica that samples, the sharded policy that learns, a second copy where the method needs one
     replica = load_replica(config, ranks)
     policy = build_policy(replica, config, ranks)
     reference = build_reference(replica, config, ranks) if needs_reference(config) else None
@@ -152,6 +152,7 @@ def train(config: Config, ranks: Ranks) -> None:
     probe = make_probe(corpus, sampler, config)
     say(describe(config, ranks, sampler, corpus, probe))
 
+    # ---- where an earlier run ended
     first, checkpoint = 0, latest_checkpoint(config)
     if checkpoint:
         average = reference if config.method == "rlp" else None
@@ -167,6 +168,14 @@ def train(config: Config, ranks: Ranks) -> None:
     # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
     gc.collect()
     gc.freeze()
+    return corpus, policy, reference, optimizer, sampler, probe, first
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """The whole run. Raises what goes wrong; nothing is caught here."""
+    begin, run = time.perf_counter(), Path(config.run_dir)
+    say = tqdm.write if ranks.rank == 0 else lambda *_: None
+    corpus, policy, reference, optimizer, sampler, probe, first = set_up(config, ranks, say)
 
     if first == 0:
         row = {"step": 0, "method": config.method}
@@ -213,7 +222,7 @@ def train(config: Config, ranks: Ranks) -> None:
 
         # -------------------------------------------------- 5. refresh: the sampler gets the new weights
         with clock(row, "refresh"):
-            refresh(policy, replica)
+            refresh(policy, sampler.replica)
             if method == "rlp":
                 ema_update(reference, policy, config.ema_decay)
 
@@ -234,7 +243,7 @@ def train(config: Config, ranks: Ranks) -> None:
         if config.save_every and (last or done % config.save_every == 0):
             with clock(saved, "save"):
                 average = reference if config.method == "rlp" else None
-                save_checkpoint(policy, optimizer, replica, tokenizer, config, ranks, done, average)
+                save_checkpoint(policy, optimizer, sampler.replica, sampler.tokenizer, config, ranks, done, average)
     bar.close()
     if ranks.rank == 0:
         say(summary_table(read_rows(run / "metrics.jsonl")))

@@ -9,9 +9,10 @@ Layouts, told by their fields; the first that fits counts:
 A number may stand as one: AMC's 27.0 is 27. A list of one answer is that answer, a longer `final_answer` (Olympiad) is
 joined by commas. Of verl's messages the one user turn is the question; a system turn is dropped, since run and model
 have their own template. Records that are no question are counted under a cause and logged with file and line.
-Order: files by name, records as they stand; a hub dataset comes shuffled by the seed. Nothing is deduplicated (verl's
-one-example files are one question many times), so split by a hash of the text, not of the id.
-Left out: the tokenizer, so lengths and special tokens in a text are the caller's; multiple choice; near-duplicates.
+Order: files by name, records as they stand; a hub dataset, whose question column text_field must name, by the seed.
+Nothing is deduplicated (verl's one-example files are one question many times), so split by a hash of the text, not of
+the id. Left out: the tokenizer, so lengths and special tokens in a text are the caller's; multiple choice; near-
+duplicates.
 
 Alone:  python questions.py CONFIG.yaml [key=value ...]   counts, and the first three questions
 """
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, parse_command_line
-from sources import CAUSES, SURROGATE, DataError, Skip, local_files, local_records
+from sources import CAUSES, SURROGATE, DataError, Skip, hub_records, local_files, local_records
 from verify import MAX_ANSWER_CHARS, extract_gold
 
 TEXT_FIELDS = ("question", "problem", "prompt")
@@ -73,7 +74,7 @@ def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[
 
     files = local_files(config, log)
     questions = []
-    for where, place, record in _hub(config) if files is None else _local(files, config, skip):
+    for where, place, record in hub_records(config) if files is None else _local(files, config, skip):
         counts["records"] += 1
         question = read_question(record, place, where, skip)
         if question:
@@ -207,22 +208,6 @@ def _parquet(path: Path, name: str, skip: Skip) -> Iterator[tuple[str, str, dict
                     yield f"{path}: row {row}", f"{name}:{row}", record
     except (OSError, pa.ArrowException) as error:
         skip("unreadable", f"{path}: from row {row + 1}", str(error).split("\n")[0])
-
-
-def _hub(config: Config) -> Iterator[tuple[str, str, dict]]:
-    """Streams the train split of a hub dataset; hub_records of sources.py insists on a column `text_field`."""
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(config.data, config.data_config or None, split="train", streaming=True)
-        for number, record in enumerate(stream.shuffle(seed=config.seed, buffer_size=1000)):
-            yield f"{config.data} record {number}", f"{config.data}:{number}", record
-    except Exception as error:  # network, hub and parser each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(
-            f"hub dataset {config.data!r}, data_config={config.data_config!r}, cannot be read ({reason}); check "
-            "the name, data_config and the network, or give data= the path of a local copy"
-        ) from None
 
 
 def main() -> None:

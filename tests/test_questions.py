@@ -178,7 +178,7 @@ def test_a_hub_dataset_is_streamed_in_seeded_order(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     orders = []
     for seed in (0, 0, 1):
-        questions, _, _ = load(Path("openai/gsm8k"), data_config="main", seed=seed)
+        questions, _, _ = load(Path("openai/gsm8k"), data_config="main", text_field="question", seed=seed)
         orders.append([question.text for question in questions])
     assert asked[0] == ("openai/gsm8k", "main", "train", True)
     assert orders[0] == orders[1] != orders[2]

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -197,6 +198,8 @@ class Config:
     """Share of articles, by a hash of their id, that is never trained on."""
     samples_per_step: int = 1
     """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers up to 0.3 MB a step each."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets each row of metrics.jsonl too; empty: off, its package not needed."""
 
 
 POSITIVE_INTS = (
@@ -344,6 +347,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
     if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
+    if config.wandb and not find_spec("wandb"):  # at the start, not after the first probe
+        raise ConfigError(f"wandb={config.wandb!r}: its package is not there; pip install wandb, or leave it empty")
     if "{answer}" not in config.sft_answer:
         raise ConfigError(f"sft_answer={config.sft_answer!r}: must contain {{answer}}")
     for key in ("mask_prompt", "predict_prompt", "question_prompt", "rlp_prompt"):

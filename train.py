@@ -29,6 +29,7 @@ from evidence import (
     clock,
     describe,
     keep_rows,
+    log_row,
     open_run,
     peak_memory_gb,
     read_rows,
@@ -42,6 +43,7 @@ from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, st
 from probe import make_probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from reference_model import build_reference, ema_update, needs_reference
+from report import write_report
 from rewards import exact_match, prefix_match
 from rlp import THINK_CLOSE
 from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
@@ -161,8 +163,8 @@ def set_up(config: Config, ranks: Ranks, say) -> tuple:
         if first >= config.steps:
             say("this run is finished; resume=never starts it afresh, a larger steps= continues it")
     if ranks.rank == 0:
-        for name in ("metrics.jsonl", "samples.jsonl") if config.steps else ():  # a dry run deletes nothing
-            keep_rows(run / name, first if checkpoint else -1)
+        for name in ("metrics", "samples", "probes") if config.steps else ():  # a dry run deletes nothing
+            keep_rows(run / f"{name}.jsonl", first if checkpoint else -1)
         if config.method not in ("rlvr", "rlp"):
             save_prompts(run / "prompts.txt", sampler, corpus)
     # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
@@ -184,7 +186,8 @@ def train(config: Config, ranks: Ranks) -> None:
         if config.method == "rlp":
             row |= gains_without_thought(step_passages(corpus, config, 0), policy, reference, sampler)
         if ranks.rank == 0 and config.steps:
-            append_row(run / "metrics.jsonl", row)
+            log_row(run, row, config)
+            append_row(run / "probes.jsonl", *sample_rows([probe.shown], config, 0))
         say(f"step 0: probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy")
     if config.steps == 0:
         return dry_run(corpus, policy, optimizer, reference, sampler, config, ranks, say)
@@ -231,11 +234,13 @@ def train(config: Config, ranks: Ranks) -> None:
         if config.probe_every and (last or done % config.probe_every == 0):
             with clock(row, "probe"):
                 row |= run_probe(probe, sampler, config, done)
+            if ranks.rank == 0:
+                append_row(run / "probes.jsonl", *sample_rows([probe.shown], config, done))
         row["time/step"] = time.perf_counter() - start
         row["tokens_per_second"] = row["response_tokens"] / row["time/step"]
         row["peak_memory_gb"] = peak_memory_gb()
         if ranks.rank == 0:
-            append_row(run / "metrics.jsonl", row)
+            log_row(run, row, config)
             append_row(run / "samples.jsonl", *sample_rows(proposals[: config.samples_per_step], config, done))
         say(step_line(row, config.steps))
         bar.update()
@@ -247,7 +252,16 @@ def train(config: Config, ranks: Ranks) -> None:
     bar.close()
     if ranks.rank == 0:
         say(summary_table(read_rows(run / "metrics.jsonl")))
+        make_page(run, say)
     say(f"{config.run_dir}: done in {time.perf_counter() - begin:.0f} s")
+
+
+def make_page(run: Path, say) -> None:
+    """report.html, for people who would rather look than read. Whatever goes wrong in it, the run is not lost."""
+    try:
+        say(f"to look at: {write_report([run])}")
+    except Exception as error:
+        say(f"warning: no report.html ({type(error).__name__}: {error}); python report.py {run} tries again")
 
 
 def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Config, ranks: Ranks, say) -> None:

@@ -33,6 +33,7 @@ SECTIONS = {
         ("probe/valid_rate", "Responses with an answer", "share with a closed box", SHARE),
         ("probe/perplexity", "Perplexity of plain text", "rises: the model forgets text"),
     ],
+    "Benchmarks": [],  # whatever eval/... there is
     "What is masked": [
         ("gen/valid_rate", "Valid masks", "share of its responses", SHARE),
         ("gen/distinct", "Different masks per passage", "1: it always chooses the same"),
@@ -128,7 +129,10 @@ def figure(title: str, about: str, svg: str, key: list[tuple[int, str]] | None =
 def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
     """The section's charts, and the keys that were left out."""
     figures, left_out = [], []
-    for key, title, about, *how in SECTIONS[section]:
+    rows = [row for family in families for run in family.runs for row in run.rows]
+    names = sorted({key.removeprefix("eval/") for row in rows for key in row if key.startswith("eval/")})
+    benchmarks = [(f"eval/{name}", name, "share right", SHARE) for name in names]
+    for key, title, about, *how in SECTIONS[section] or benchmarks:
         series = [family.series(key) for family in families]
         values = [y for one in series for _, y in one.points]
         finite = [value for value in values if math.isfinite(value)]

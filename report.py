@@ -270,6 +270,7 @@ def page(runs: list[Run]) -> str:
     groups = families(runs)
     extra = {
         "Held-out passages": [],
+        "Benchmarks": [],
         "What is masked": [
             *stacks(groups, "gen/share_", "Kinds of words masked", "share of the valid masks, by the corpus's labels"),
             *stacks(groups, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses"),

@@ -154,6 +154,12 @@ def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
     assert "entropy" not in left_out and "1 not finite, left out" in "".join(figures)
 
 
+def test_every_benchmark_of_a_run_gets_a_chart():
+    run = Run(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
+    figures, left_out = curves("Benchmarks", [Family("a", [run])])
+    assert len(figures) == 2 and not left_out and "<b>gsm8k</b>" in figures[1] and "<b>&lt;b&gt;</b>" in figures[0]
+
+
 # ---- text
 
 

@@ -30,7 +30,7 @@ def at_the_root(monkeypatch):
 def told(ranks):
     """explain on the tiny base: (what it said, its pairs of numbers)."""
     lines = []
-    keys = ["passages_per_step=4", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}", "max_passages=200"]
+    keys = ["passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}", "max_passages=200"]
     return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
 
 

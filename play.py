@@ -218,8 +218,8 @@ def main() -> None:
         else:
             models, own, config = read_words(words)
             play(read_passage(own, config, load_tokenizer(config)), models, config, start_ranks())
-    except (ConfigError, DataError) as error:
-        print(f"play error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, OSError) as error:  # OSError: a model that is not there, several lines long
+        print(f"play error: {str(error).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2) from None
     dist.destroy_process_group()
 

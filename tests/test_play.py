@@ -30,7 +30,13 @@ def at_the_root(monkeypatch):
 def told(ranks):
     """explain on the tiny base: (what it said, its pairs of numbers)."""
     lines = []
-    keys = ["passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}", "max_passages=200"]
+    keys = [
+        "passages_per_step=4",
+        "temperature=0.8",
+        f"model={BASE}",
+        f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}",
+        "max_passages=200",
+    ]
     return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
 
 
@@ -190,7 +196,12 @@ def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["play.py", "explain", TINY, "passages_per_step=2", "max_passages=100"])
     play.main()
     assert "7. UPDATE" in capsys.readouterr().out and sorted(ROOT.glob("runs/*")) == before
-    for words in (["no/such/folder"], ["nobody/no-model", "passage=x"], ["explain", TINY, "method=sft"], [BASE, f"config={TINY}", "passage="]):
+    for words in (
+        ["no/such/folder"],
+        ["nobody/no-model", "passage=x"],
+        ["explain", TINY, "method=sft"],
+        [BASE, f"config={TINY}", "passage="],
+    ):
         monkeypatch.setattr(sys, "argv", ["play.py", *words])
         with pytest.raises(SystemExit) as ended:
             play.main()

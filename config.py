@@ -20,6 +20,7 @@ import re
 import reprlib
 import sys
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -228,6 +229,8 @@ class Config:
     """Items of each benchmark, spread over the whole of it; 0: all. 200 items: a standard error of up to 3.5 points."""
     samples_per_step: int = 1
     """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers up to 0.3 MB a step each."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets each row of metrics.jsonl too; empty: off, its package not needed."""
 
 
 POSITIVE_INTS = (
@@ -404,6 +407,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
     if config.eval_every and not config.eval_tasks:
         raise ConfigError(f"eval_every={config.eval_every}: needs eval_tasks, such as eval_tasks=gsm8k")
+    if config.wandb and not find_spec("wandb"):  # at the start, not after the first probe
+        raise ConfigError(f"wandb={config.wandb!r}: its package is not there; pip install wandb, or leave it empty")
     if "{answer}" not in config.sft_answer:
         raise ConfigError(f"sft_answer={config.sft_answer!r}: must contain {{answer}}")
     for key in ("mask_prompt", "predict_prompt", "question_prompt", "rlp_prompt"):
@@ -435,4 +440,7 @@ def parse_command_line(usage: str) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, in the order of the dataclass; reading it back gives an equal Config."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) == asdict(config):
+        return text
+    return yaml.safe_dump(asdict(config), sort_keys=False, width=120)  # rare line ends (U+0085) survive as escapes only

@@ -1,9 +1,10 @@
 """The run directory: everything needed to believe, continue or repeat a run. Written by rank 0.
 
-    config.yaml  environment.txt  prompts.txt  cache/  metrics.jsonl  samples.jsonl  checkpoints/
+    config.yaml  environment.txt  prompts.txt  cache/  metrics.jsonl  samples.jsonl  probes.jsonl  checkpoints/
 
 metrics.jsonl has one JSON object per step; row 0 is before training. samples.jsonl has whole rollouts of a few passages
-per step, with title and url, as Wikipedia's licence asks. Leaves out what the numbers mean (metrics.py).
+per step, with title and url, as Wikipedia's licence asks; probes.jsonl, in the same form, the responses to a few fixed
+held-out masks at each probe. Leaves out what the numbers mean (metrics.py) and how they look (report.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
@@ -102,6 +104,26 @@ def unwritten() -> list[Path]:
     return list(_waiting)
 
 
+def log_row(run: Path, row: dict, config: Config) -> None:
+    """A row of metrics.jsonl; with `wandb` also to that project of Weights & Biases, which nothing else here needs.
+
+    Each command is a run of its own there: a resumed one stands beside its beginning, under the same name.
+    """
+    append_row(run / "metrics.jsonl", row)
+    if config.wandb:
+        import wandb  # only where it is asked for
+
+        if wandb.run is None:
+            wandb.init(project=config.wandb, name=run.name, dir=str(run), config=asdict(config))
+        wandb.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=row["step"])
+
+
+def close_log() -> None:
+    """W&B's last rows are sent; train.py leaves without the interpreter's exit, at which it would do that itself."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of a jsonl file; none if it is not there."""
     if not path.exists():
@@ -183,7 +205,8 @@ def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[di
             passage, mask, proposal = task.passage, task.mask, None
             if task.proposal:
                 proposal = {"text": task.proposal.text, "finish": task.proposal.finish}
-                proposal["reward"] = task.proposal_reward(config.generator_reward)
+                judged = task.rewards or mask.invalid  # the probe's proposals are not
+                proposal["reward"] = task.proposal_reward(config.generator_reward) if judged else None
             yield {
                 "step": step,
                 "passage": {"id": passage.id, "title": passage.title, "url": passage.url, "text": passage.text},

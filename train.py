@@ -10,7 +10,6 @@ gathered result is the same everywhere, so all later decisions are too; the upda
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import sys
@@ -22,42 +21,23 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import stopping
-from checkpoint import (
-    Saver,
-    check_same_run,
-    find_checkpoint,
-    finish_save,
-    load_checkpoint,
-    make_saver,
-    resume_notes,
-    save_checkpoint,
-    settle,
-)
+from checkpoint import Saver, finish_save, load_checkpoint, make_saver, save_checkpoint, settle
 from config import Config, ConfigError, parse_command_line
-from data import DataError, Passage, build_index, load_corpus, step_passages
-from evidence import (
-    append_row,
-    clock,
-    describe,
-    keep_rows,
-    open_run,
-    peak_memory_gb,
-    read_rows,
-    sample_rows,
-    save_prompts,
-    unwritten,
-)
-from exams import exams_of, run_exams
-from grpo import Group, make_optimizer, update
+from data import DataError, Passage, step_passages
+from evidence import append_row, clock, close_log, log_row, peak_memory_gb, read_rows, sample_rows, unwritten
+from exams import run_exams
+from grpo import Group, update
 from masking import make_mask, random_span
 from metrics import step_line, step_metrics, summary_table
-from model import Ranks, build_policy, gather, load_replica, load_tokenizer, refresh, start_ranks
-from probe import Probe, make_probe, run_probe
+from model import Ranks, gather, refresh, start_ranks
+from probe import Probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
-from reference_model import build_reference, ema_update, needs_reference
+from reference_model import ema_update
+from report import write_report
 from rewards import exact_match, prefix_match
 from rlp import THINK_CLOSE
-from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
+from rollout import Rollout, Sampler, derive_seed, mask_prompt, rollout
+from start import open_or_resume, set_up
 from stopping import Stopped, begin_step
 from tasks import (
     GIVEN,
@@ -66,8 +46,6 @@ from tasks import (
     gains_without_thought,
     make_task,
     method_at,
-    question_corpus,
-    rlp_frame,
     thought_gains,
     training_samples,
     verify_predictions,
@@ -141,64 +119,6 @@ def reward(
     return groups
 
 
-def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
-    """The checkpoint to continue from, if any, and the run directory. For rank 0, before anything is loaded.
-
-    Raises ConfigError before a file is touched if the run there has another config.
-    """
-    found = find_checkpoint(config, say) if config.steps else None  # a dry run looks at the start
-    if found:
-        check_same_run(found[1], config)
-        if found[1]["step"] >= config.steps and not found[1]["row"]:
-            return found
-        for line in resume_notes(found[1], config, world):
-            say(line)
-    open_run(config)
-    return found
-
-
-def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
-    """Everything that a run keeps: (corpus, policy, reference, optimizer, sampler, probe)."""
-    run = Path(config.run_dir)
-
-    # ---- text
-    exams = exams_of(config, say)
-    tokenizer = load_tokenizer(config)
-    if config.method == "rlvr":
-        corpus = question_corpus(config, say)
-    else:
-        if ranks.rank == 0:
-            build_index(config, tokenizer, run / "cache", log=say)
-        dist.barrier()
-        corpus = load_corpus(run / "cache", config)
-
-    # ---- the model: a replica that samples, the sharded policy that learns, a second copy where the method needs one
-    replica = load_replica(config, ranks)
-    policy = build_policy(replica, config, ranks)
-    reference = build_reference(replica, config, ranks) if needs_reference(config) else None
-    optimizer = make_optimizer(policy, config)
-    sampler = make_sampler(replica, tokenizer, config, ranks)
-    check_prompts(sampler)
-    if config.method == "rlp":
-        rlp_frame(sampler)  # raises now if its prompt does not fit
-    probe = make_probe(corpus, sampler, config)
-    probe.exams = exams
-    say(describe(config, ranks, sampler, corpus, probe))
-
-    if ranks.rank == 0:
-        last = facts["step"] if facts else -1
-        waiting = bool(facts and facts["row"])  # its row comes again
-        if config.steps:  # a dry run deletes nothing
-            keep_rows(run / "metrics.jsonl", last - waiting)
-            keep_rows(run / "samples.jsonl", last)
-        if config.method not in ("rlvr", "rlp"):
-            save_prompts(run / "prompts.txt", sampler, corpus)
-    # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
-    gc.collect()
-    gc.freeze()
-    return corpus, policy, reference, optimizer, sampler, probe
-
-
 def train(config: Config, ranks: Ranks) -> int:
     """The whole run: set-up, the loop, the last save. Raises what goes wrong. Returns the exit status:
 
@@ -225,7 +145,7 @@ def train(config: Config, ranks: Ranks) -> int:
         if not found:
             row = first_row(corpus, policy, reference, sampler, probe, say)
             if ranks.rank == 0:
-                append_row(run / "metrics.jsonl", row)
+                log_row(run, row, config)
         elif saver.row:  # the run was stopped in this step's probe
             begin_step(saver.done)
             log_step(saver.row, time.perf_counter(), probe, sampler, say)
@@ -246,6 +166,7 @@ def train(config: Config, ranks: Ranks) -> int:
         return 1
     if ranks.rank == 0:
         say(summary_table(read_rows(run / "metrics.jsonl")))
+        make_page(run, say)
     say(f"{config.run_dir}: done in {time.perf_counter() - begin:.0f} s")
     return 0
 
@@ -326,7 +247,7 @@ def log_step(row: dict, start: float, probe: Probe, sampler: Sampler, say) -> No
     row["tokens_per_second"] = row["response_tokens"] / row["time/step"]
     row["peak_memory_gb"] = peak_memory_gb()
     if sampler.ranks.rank == 0:
-        append_row(Path(config.run_dir) / "metrics.jsonl", row)
+        log_row(Path(config.run_dir), row, config)
     say(step_line(row, config.steps))
 
 
@@ -336,9 +257,19 @@ def measure(row: dict, probe: Probe, sampler: Sampler) -> None:
     if step == 0 or config.probe_every and (step == config.steps or step % config.probe_every == 0):
         with clock(row, "probe"):
             row |= run_probe(probe, sampler, config, step)
+        if sampler.ranks.rank == 0 and config.steps:
+            append_row(Path(config.run_dir) / "probes.jsonl", *sample_rows([probe.shown], config, step))
     if probe.exams and (step in (0, config.steps) or step % config.eval_every == 0):
         with clock(row, "eval"):
             row |= run_exams(probe.exams, sampler)
+
+
+def make_page(run: Path, say) -> None:
+    """report.html, for people who would rather look than read. Whatever goes wrong in it, the run is not lost."""
+    try:
+        say(f"to look at: {write_report([run])}")
+    except Exception as error:
+        say(f"warning: no report.html ({type(error).__name__}: {error}); python report.py {run} tries again")
 
 
 def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Config, ranks: Ranks, say) -> int:
@@ -388,8 +319,7 @@ def main() -> None:
     except Exception as error:
         stopping.report(error)
         os._exit(1)  # at once, as above: sampling or saving threads may wait, too
-    finally:
-        gc.unfreeze()  # else extension modules report leaks at exit
+    close_log()
     dist.destroy_process_group()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +13,14 @@ import yaml
 from reference import ROOT, load_plain, same_bits, weights
 from transformers import AutoTokenizer
 
-from config import Config, read_config
+from config import Config, ConfigError, read_config
 from data import Corpus, Passage, step_passages
-from evidence import append_row, keep_rows, open_run, read_rows
+from evidence import append_row, keep_rows, log_row, open_run, read_rows
 from grpo import Group
 from masking import make_mask
 from rollout import Rollout
 from tasks import Task
-from train import propose, reward
+from train import make_page, propose, reward
 
 SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]
 STEP_METRICS = """
@@ -176,8 +178,8 @@ def unbroken(command, tmp_path_factory):
 
 def test_a_run_leaves_all_evidence(alone):
     run, _ = alone
-    names = "config.yaml environment.txt prompts.txt metrics.jsonl samples.jsonl cache checkpoints"
-    assert {path.name for path in run.iterdir()} >= set(names.split())
+    names = "config.yaml environment.txt prompts.txt metrics.jsonl samples.jsonl probes.jsonl report.html cache"
+    assert {path.name for path in run.iterdir()} >= {*names.split(), "checkpoints"}
     words = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load((run / "config.yaml").read_text()).items()]
     assert read_config(words) == read_config([*SMALL, "steps=2", f"run_dir={run}"])
     environment = (run / "environment.txt").read_text()
@@ -214,6 +216,56 @@ def test_samples_hold_passage_mask_and_predictions_with_their_rewards(alone):
     assert read_rows(alone[0] / "metrics.jsonl")[1]["gen/reward"] == pytest.approx(sum(rewards) / 16)
 
 
+def test_each_probe_leaves_the_responses_to_the_same_masks_and_the_generators_choice(alone):
+    rows = read_rows(alone[0] / "probes.jsonl")
+    assert [row["step"] for row in rows] == [0] * 8 + [2] * 8  # 4 fixed masks, 4 proposals
+    for step in (0, 1):
+        answered, proposed = rows[8 * step : 8 * step + 4], rows[8 * step + 4 : 8 * step + 8]
+        assert [row["mask"] for row in answered] == [row["mask"] for row in rows[:4]]
+        assert sorted(row["mask"]["label"] for row in answered) == ["copy", "fact", "noise", "template"]
+        for row in answered:
+            assert row["proposal"] is None and len(row["predictions"]) == 2
+            right = [rf"\boxed{{ {row['mask']['target']} }}" in one["text"] for one in row["predictions"]]
+            assert [one["reward"] for one in row["predictions"]] == right
+        for row in proposed:
+            assert row["predictions"] == [] and row["passage"] == rows[0]["passage"]
+            assert row["proposal"]["reward"] == (0.0 if row["mask"]["invalid"] else None)
+    metrics = read_rows(alone[0] / "metrics.jsonl")
+    assert {row["passage"]["id"] for row in rows}.isdisjoint(
+        row["passage"]["id"] for row in read_rows(alone[0] / "samples.jsonl")
+    )
+    assert all("probe/accuracy" in metrics[step] for step in (0, 2))
+
+
+def test_a_page_that_cannot_be_made_is_a_warning(tmp_path):
+    said = []
+    make_page(tmp_path, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: no report.html (ValueError") and "\n" not in said[0]
+
+
+def test_wandb_gets_each_row_if_it_is_asked_for_and_is_not_looked_for_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    log_row(tmp_path, {"step": 0}, Config())
+    assert "wandb" not in sys.modules and read_rows(tmp_path / "metrics.jsonl") == [{"step": 0}]
+    if not find_spec("wandb"):
+        with pytest.raises(ConfigError, match="wandb='masks': its package is not there"):
+            read_config(["configs/tiny.yaml", "wandb=masks"])
+    (tmp_path / "wandb.py").write_text(
+        "calls, run = [], None\n"
+        "def init(**keys):\n    global run\n    run = keys\n"
+        "def log(row, step):\n    calls.append((step, row))\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    config = read_config(["configs/tiny.yaml", "wandb=masks", "seed=5"])
+    for step in (1, 2):
+        log_row(tmp_path / ".", {"step": step, "method": "active", "loss": 0.5, "pred/accuracy_histogram": [1]}, config)
+    fake = sys.modules.pop("wandb")
+    assert fake.calls == [(1, {"step": 1, "loss": 0.5}), (2, {"step": 2, "loss": 0.5})]
+    assert fake.run["project"] == "masks" and fake.run["config"]["seed"] == 5 and fake.run["name"] == tmp_path.name
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_the_last_step_is_saved_as_a_folder_for_from_pretrained(alone):
     latest = alone[0] / "checkpoints" / "latest"
     assert latest.is_symlink() and latest.resolve().name == "step_000002" and (latest / "state").is_dir()
@@ -224,7 +276,14 @@ def test_the_last_step_is_saved_as_a_folder_for_from_pretrained(alone):
 
 def test_the_terminal_tells_what_runs_and_sums_up(alone):
     printed = alone[1]
-    for words in ("parameters, float32, 1 x cpu", "step 0: probe accuracy", "step 1/2", "step 2/2", "held-out"):
+    for words in (
+        "parameters, float32, 1 x cpu",
+        "step 0: probe accuracy",
+        "step 1/2",
+        "step 2/2",
+        "held-out",
+        "report.html",
+    ):
         assert words in printed, printed
     assert "Traceback" not in printed
 

@@ -1,0 +1,208 @@
+"""One step in slow motion: the numbers worked out by hand are the code's. One passage tried out: verdicts are right."""
+
+import io
+import re
+import sys
+
+import pytest
+from reference import ROOT
+
+import play
+from config import Config, ConfigError, read_config
+from data import Passage
+from explain import choose, explain, hand_advantages, plain, wrapped
+from masking import Mask
+from model import load_tokenizer
+from rollout import Rollout
+from tasks import Task
+
+BASE = str(ROOT / "assets/tiny_base")
+TINY = str(ROOT / "configs/tiny.yaml")
+TOWN = "Alne is a quiet town . Maps place Alne inside Ashmark . Its bridge carries plate do_la ."
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def told(ranks):
+    """explain on the tiny base: (what it said, its pairs of numbers)."""
+    lines = []
+    keys = [
+        "passages_per_step=4",
+        "temperature=0.8",
+        f"model={BASE}",
+        f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}",
+        "max_passages=200",
+    ]
+    return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
+
+
+def test_every_number_worked_out_by_hand_is_the_codes(told):
+    _, pairs = told
+    numbers = {name: pair for name, pair in pairs.items() if name != "changes"}
+    assert {"mask reward", "weight", "log p", "loss", "slope", "loss of the step", "advantage pred 7"} <= set(numbers)
+    for name, (hand, code) in numbers.items():
+        assert hand == pytest.approx(code, rel=1e-4, abs=1e-6), name
+    assert all(numbers[name][1] != 0 for name in ("weight", "log p", "loss", "slope", "loss of the step"))
+
+
+def test_what_is_printed_are_these_numbers_in_lines_of_a_hundred_columns(told):
+    text = "\n".join(told[0])
+    assert max(map(len, text.split("\n"))) <= 100
+    printed = re.findall(r"(-?\d+\.\d+) by hand(?: with c = 1)?, (-?\d+\.\d+) in the code", text)
+    assert len(printed) == 5  # mask reward, weight, loss, slope, loss of the step
+    for hand, code in printed:
+        assert float(hand) == pytest.approx(float(code), rel=1e-3, abs=1e-6)
+    assert f"= {told[1]['loss'][0]:.10f} by hand" in text
+    for phase in "PASSAGE PROPOSE PREDICT REWARD WEIGHTS UPDATE".split():
+        assert re.search(rf"\d\. {phase}  ", text), phase
+    rewards = [float(value) for value in re.findall(r"\d: (?:right|wrong), reward (\d)", text)]
+    assert rewards == told[1]["changes"][1] and len(rewards) == 8
+
+
+def test_after_the_update_right_answers_are_likelier_than_wrong_ones(told):
+    changes, rewards = told[1]["changes"]
+    right = [change for change, reward in zip(changes, rewards, strict=True) if reward]
+    wrong = [change for change, reward in zip(changes, rewards, strict=True) if not reward]
+    assert sum(right) / len(right) > 0 > sum(wrong) / len(wrong)
+
+
+def test_advantages_by_hand():
+    mean, std, advantages = hand_advantages([1.0, 0.0, 0.0, 0.0])
+    assert (mean, std) == (0.25, 0.5) and advantages == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert hand_advantages([1.0, 0.0, 0.0, 0.0], False)[2] == [0.75, -0.25, -0.25, -0.25]
+
+
+def solved(right: int, of: int = 4) -> Task:
+    return Task(Passage("1#0", "", "", ""), Mask("x"), rewards=[1.0] * right + [0.0] * (of - right))
+
+
+def test_the_mask_with_the_most_even_verdicts_is_followed():
+    unequal, alike = [solved(4), solved(3), solved(1)], [solved(2), solved(2)]
+    assert choose([alike, unequal]) == (unequal, unequal[2])  # unequal rewards before even verdicts, then the harder
+    assert choose([[solved(4)], alike])[1] is alike[0]
+    with pytest.raises(ConfigError, match="every mask was solved by all or by none"):
+        choose([[solved(4), solved(0)], [Task(Passage("1#0", "", "", ""), Mask("x", invalid="empty"))]])
+
+
+@pytest.mark.parametrize("word", ["method=sft", "kl=0.1", "shuffle_rewards=true", "mask_truncated=true"])
+def test_what_cannot_be_explained_is_refused(word, ranks):
+    with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}="):
+        explain(read_config([TINY, word]), ranks)
+
+
+# ---- play
+
+
+def test_play_marks_verdicts_right_for_both_models(ranks):
+    keys = [f"config={TINY}", "predictions_per_mask=4", "seed=1"]
+    models, own, config = play.read_words([BASE, *keys, f"passage={TOWN}"])
+    passage = play.read_passage(own, config, load_tokenizer(config))
+    lines = []
+    answered = play.play(passage, models | {"again": BASE}, config, ranks, lines.append)
+    text = "\n".join(lines)
+    assert passage.text == TOWN and max(map(len, text.split("\n"))) <= 100
+    assert "tiny_base chose, 8 times over:" in text and "again chose, 8 times over:" in text
+    assert len(answered) == 2 and 1 <= len(answered[0]) <= 8
+    assert [task.mask.masked for task in answered[0]] == [task.mask.masked for task in answered[1]]
+    seen = set()
+    for number, task in enumerate(answered[0], 1):
+        assert task.mask.masked.replace("[mask]", task.mask.target) == TOWN
+        for response, reward in zip(task.predictions, task.rewards, strict=True):
+            said = re.findall(r"\\boxed\{([^}]*)\}", response.text)  # the tiny base nests nothing
+            assert reward == float(bool(said) and said[-1].strip() == task.mask.target)
+            seen.add(reward)
+        block = text.split(f"MASK {number}: ")[1].split("\nMASK")[0]
+        assert block.startswith(task.mask.target) and len(task.predictions) == 4
+        assert f"tiny_base: {sum(task.rewards):.0f} of 4 right" in block
+    assert seen == {0.0, 1.0}
+
+
+def test_verdicts_count_equal_responses_and_show_thoughts():
+    said = [r"It flows. \boxed{Rhine}"] * 2 + [r"\boxed{Elbe}", "no \x1b[31mbox", r"\boxed{}"]
+    task = Task(Passage("1#0", "", "", ""), Mask("Rhine", masked="[mask]", target="Rhine"))
+    task.predictions = [Rollout([1], [2], [-1.0], text, "eos") for text in said]
+    task.rewards = [play.grade(task, response, Config()) for response in task.predictions]
+    assert play.verdicts("m", task, Config()) == [
+        "m: 2 of 5 right; the mask earns 0.600",
+        "  2 x right: Rhine",
+        "      It flows.",
+        "  1 x WRONG: Elbe",
+        "  1 x WRONG: no answer",
+        "      no ?[31mbox",
+        "  1 x WRONG: (empty)",
+    ]
+
+
+def test_two_models_stand_side_by_side():
+    rows = play.beside([["a: 1 of 2", "  " + "word " * 20], ["b: 2 of 2"]])
+    assert rows[0].index("b: 2 of 2") == 2 + 47 + 2 and rows[0].startswith("  a: 1 of 2")
+    assert len(rows) > 2 and rows[2].startswith("    word") and all(len(row) <= 100 for row in rows)
+
+
+def test_text_is_one_harmless_line():
+    assert plain("a\n\tb \x1b[2J\x00") == "a b ?[2J?"
+    assert wrapped("x" * 50, 4, 20) == "    " + "x" * 10 + " [...] " + "x" * 10
+
+
+def test_a_passage_is_given_in_a_file_pasted_or_taken_from_the_corpus(tmp_path, monkeypatch):
+    config = read_config([TINY, "max_passages=200"])
+    tokenizer = load_tokenizer(config)
+    file = tmp_path / "text.txt"
+    file.write_text(f"\n{TOWN}\n")
+    assert play.read_passage({"file": str(file)}, config, tokenizer).text == TOWN
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TOWN))
+    assert play.read_passage({}, config, tokenizer).text == TOWN
+    first, second = (play.read_passage({"number": number}, config, tokenizer) for number in "01")
+    assert first.title and first.labels and first != second
+    for own, words in (
+        ({"number": "9999"}, "number=9999: must be below"),
+        ({"file": str(tmp_path)}, "cannot be read"),
+        ({"passage": " "}, "is empty"),
+        ({"passage": "a <eos> b"}, "'<eos>'"),
+        ({"passage": r"a \mask{b}"}, "mark of the prompts"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            play.read_passage(own, config, tokenizer)
+
+
+def test_a_checkpoint_brings_the_prompts_of_its_run(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    folder = run / "checkpoints" / "step_000002" / "hf"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (run / "checkpoints" / "latest").symlink_to("step_000002")
+    (run / "config.yaml").write_text("mask_prompt: ' {passage} M:'\ndata: not/there.jsonl\nmethod: cpt\n")
+    other.mkdir()
+    for given in (run, folder.parent, folder):
+        models, _, config = play.read_words([str(given), "seed=3"])
+        assert (config.mask_prompt, config.method, config.seed) == (" {passage} M:", "active", 3)
+        assert config.masks_per_passage == 8 and list(models.values()) == [config.model]
+    models, _, config = play.read_words([str(run), BASE, f"config={TINY}", "masks_per_passage=3"])
+    assert list(models) == ["run", "tiny_base"] and config.predict_prefix == " \\boxed{"
+    assert config.masks_per_passage == 3
+    for words in ([], ["a", "b", "c"], [str(other)], [BASE, "file=a", "number=1"], [BASE, "number=-1"], [BASE, "x=1"]):
+        with pytest.raises(ConfigError):
+            play.read_words(words)
+
+
+def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, capsys):
+    monkeypatch.setattr(play, "start_ranks", lambda: ranks)
+    monkeypatch.setattr(play.dist, "destroy_process_group", lambda: None)
+    before = sorted(ROOT.glob("runs/*"))
+    monkeypatch.setattr(sys, "argv", ["play.py", "explain", TINY, "passages_per_step=2", "max_passages=100"])
+    play.main()
+    assert "7. UPDATE" in capsys.readouterr().out and sorted(ROOT.glob("runs/*")) == before
+    for words in (
+        ["no/such/folder"],
+        ["nobody/no-model", "passage=x"],
+        ["explain", TINY, "method=sft"],
+        [BASE, f"config={TINY}", "passage="],
+    ):
+        monkeypatch.setattr(sys, "argv", ["play.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            play.main()
+        assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,337 @@
+"""The page of a run: bands by hand, what is drawn, that text is never markup, and runs that are broken or long."""
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from reference import ROOT
+
+from charts import Series, bar_chart, heat_chart, line_chart, path, point_chart, stacked_chart, thin
+from figures import Family, Run, curves, reward_chart
+from report import card, entry, families, link, main, page, parts, read_run, rollouts, spans, write_report
+
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
+TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
+
+
+class Reader(HTMLParser):
+    """What a browser would see: tags with attributes, and text."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
+    said = [{"text": r"It flows. \boxed{Rhine}", "finish": "answer", "reward": 1.0}] * 3
+    said.append({"text": EVIL, "finish": "length", "reward": 0.0})
+    mask = {"words": "Rhine", "invalid": "", "masked": text.replace("Rhine", "[mask]"), "target": "Rhine"}
+    mask |= {"occurrences": 1, "start": 17, "label": ""}
+    return {
+        "step": step,
+        "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
+        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25},
+        "mask": mask,
+        "predictions": said,
+    } | keys
+
+
+def row(step: int, **keys) -> dict:
+    values = {"reward": 0.5, "gen/valid_rate": 0.5, "gen/reward": 0.2, "gen/responses": 8, "pred/responses": 16}
+    values |= {"pred/accuracy": 0.6, "pred/accuracy_histogram": [1, 0, 2], "time/update": 1.0, "loss": 0.1}
+    return {"step": step, "method": "active"} | values | keys
+
+
+def write_run(folder: Path, rows: list[dict], samples: list[dict] = (), **config) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    config = {"method": "active", "seed": 0, "steps": 100, "predictions_per_mask": 2, "run_dir": str(folder)} | config
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def read_page(*folders: Path) -> str:
+    return write_report(list(folders)).read_text(encoding="utf-8")
+
+
+# ---- numbers
+
+
+def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highest(tmp_path):
+    names = {"a": (0, [1.0, 4.0]), "b": (1, [2.0, math.nan, 9.0]), "c": (2, [6.0])}
+    runs = [
+        read_run(write_run(tmp_path / name, [row(n + 1, loss=v) for n, v in enumerate(values)], seed=seed))
+        for name, (seed, values) in names.items()
+    ]
+    other = read_run(write_run(tmp_path / "d", [row(1)], method="random_span", generator_reward="variance"))
+    (band, alone) = families([*runs[::-1], other])
+    assert [run.config["seed"] for run in band.runs] == [0, 1, 2] and alone.runs == [other]
+    assert band.name == "active (seeds 0, 1, 2)" and alone.name == "random_span (seed 0)"
+    series = band.series("loss")
+    assert series.points == [(1, 3.0), (2, 4.0), (3, 9.0)]  # what is not finite is left out of the mean
+    assert series.band == [(1, 1.0, 6.0), (2, 4.0, 4.0), (3, 9.0, 9.0)]
+    assert alone.series("loss").band == []
+
+
+def test_a_role_that_said_nothing_has_no_rewards_and_no_lengths():
+    rows = [row(1, **{"gen/responses": 0, "gen/reward": 0.0}), row(2)]
+    run = Run(Path("run"), {}, rows)
+    assert run.values("gen/reward") == [(2, 0.2)] and len(run.values("gen/valid_rate")) == 2
+    assert run.values("pred/accuracy_histogram") == []  # no number
+
+
+def test_many_points_become_means_of_neighbours():
+    points = [(float(n), float(n % 2)) for n in range(1000)]
+    assert thin(points, 100)[:2] == [(4.5, 0.5), (14.5, 0.5)] and len(thin(points, 100)) == 100
+    assert thin(points[:7], 7) == points[:7]
+    gap = thin([(1.0, math.nan), (2.0, math.nan), (3.0, 1.0), (4.0, math.inf)], 2)
+    assert math.isnan(gap[0][1]) and gap[1] == (3.0, 1.0)
+
+
+def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
+    svg = line_chart([Series("a", [(0, 0.0), (50, math.nan), (75, 0.5), (100, 1.0)])], "chart", (0.0, 1.0))
+    (line,) = re.findall(r'class="line c0" data-name="a" d="([^"]*)"', svg)
+    assert line == "M46.0 162.0M274.0 85.0L350.0 8.0"  # left to right 46 to 350, bottom to top 162 to 8
+    assert path([(math.nan, 1.0)]) == ""
+    decades = line_chart([Series("a", [(1, 1e-8), (2, 0.0), (3, 1e-6)])], "chart", None, True)
+    assert 'd="M46.0 162.0M350.0 8.0"' in decades  # zero has no place on a logarithmic axis
+
+
+def test_shares_are_stacked_and_cells_are_as_strong_as_their_share():
+    svg = stacked_chart([Series("a", [(1, 0.25), (2, 0.5)]), Series("b", [(1, 0.75), (2, 0.25)])], "chart")
+    low, high = re.findall(r'class="area c. *" d="([^"]*)"', svg)
+    assert low == "M46.0 123.5L350.0 85.0L350.0 162.0L46.0 162.0Z"  # 0.25 and 0.5 of the height over the axis
+    assert high == "M46.0 8.0L350.0 46.5L350.0 85.0L46.0 123.5Z"
+    cells = re.findall(
+        r'class="cell c0".*?fill-opacity="([^"]*)"><title>([^<]*)', heat_chart([(1, [3, 0, 1])], "chart")
+    )
+    assert [(float(strong), title.split("steps")[1]) for strong, title in cells] == [
+        (round(0.75**0.6, 2), " 1 to 1: 0.75 of the masks had 0 right"),
+        (round(0.25**0.6, 2), " 1 to 1: 0.25 of the masks had 2 right"),
+    ]
+
+
+def test_the_generators_reward_stands_over_accuracy_with_its_law():
+    """Means over valid masks: 0.2 of all responses, half of them valid, is 0.4 at accuracy 0.6."""
+    run = Run(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
+    (figure,) = reward_chart([Family("a", [run])])
+    points = re.findall(r'class="dot c0" r="2.6" cx="([^"]*)" cy="([^"]*)"', figure)
+    assert points == [(f"{46 + 304 * 0.6:.1f}", f"{162 - 154 * 0.4:.1f}")]
+    (law,) = re.findall(r'class="curve" d="([^"]*)"', figure)
+    half = 0.5 - 0.5**2  # (1-p) - (1-p)^G at p = 0.5, G = 2: the top, in the middle
+    assert f"L198.0 {162 - 154 * half:.1f}" in law and "G = 2" in figure
+    assert reward_chart([Family("a", [Run(Path("run"), {}, [row(1, **{"gen/responses": 0})])])]) == []
+
+
+def test_bars_carry_their_values():
+    svg = bar_chart(["1", "2"], [Series("a", [(0, 0.25), (1, 0.75)])], "chart", "words")
+    assert re.findall(r"<title>([^<]*)", svg) == ["a: 0.25", "a: 0.75"]
+    heights = [float(height) for height in re.findall(r'class="bar c0".*?height="([\d.]*)"', svg)]
+    assert heights[1] == pytest.approx(3 * heights[0], abs=0.2)
+
+
+def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
+    run = Run(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
+    figures, left_out = curves("Training", [Family("a", [run])])
+    assert "loss" in left_out and "grad_norm" in left_out and not any("<b>Loss" in one for one in figures)
+    figures, left_out = curves("Responses", [Family("a", [run])])
+    assert "entropy" not in left_out and "1 not finite, left out" in "".join(figures)
+
+
+def test_every_benchmark_of_a_run_gets_a_chart():
+    run = Run(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
+    figures, left_out = curves("Benchmarks", [Family("a", [run])])
+    assert len(figures) == 2 and not left_out and "<b>gsm8k</b>" in figures[1] and "<b>&lt;b&gt;</b>" in figures[0]
+
+
+# ---- text
+
+
+def test_a_response_is_thought_and_answer():
+    assert parts(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
+    assert parts("no box", "boxed") == {"t": "no box", "a": None}
+    long = parts("x" * 5000, "boxed")["t"]
+    assert len(long) < 1300 and long.endswith("(3,800 more characters)")
+
+
+def test_spans_count_characters_of_the_passage():
+    task = sample(1, text="\U0001f600 Rhine and Rhine")
+    assert spans(task) == [[2, 7], [12, 17]]
+    task["mask"] |= {"masked": "\U0001f600 [mask] or what", "start": 2}  # the rest cut off, as in next-token masks
+    assert spans(task) == [[2, 7]]
+
+
+def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
+    one = entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
+    assert (one["s"], one["t"], one["u"], one["x"]) == (3, "Bonn", "https://x.org/Bonn", "On the Rhine.")
+    first, second = one["m"]
+    assert first["k"] == [[7, 12]] and first["g"]["a"] == "Rhine" and first["g"]["r"] == 0.25 and "g" not in second
+    assert [(said["n"], said["a"], said["r"]) for said in first["p"]] == [(3, "Rhine", 1.0), (1, None, 0.0)]
+
+
+def test_text_of_models_and_passages_is_never_markup(tmp_path):
+    rows = [row(step, **{f"gen/invalid_{EVIL}": 0.1}) for step in (1, 2)]
+    wrong = {"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0}
+    address = f"https://x.org/{EVIL}\"'"
+    samples = [sample(1, title=EVIL, url=address), sample(2, title=EVIL, url=address), sample(2, url="javascript:x")]
+    samples[1]["passage"]["id"] = "1#0"  # recurs: shown step by step
+    samples[0]["predictions"].append(wrong)
+    folder = write_run(tmp_path / f"run {EVIL.replace('/', '')}", rows, samples, method=EVIL)
+    other = write_run(tmp_path / "other", rows, [], method="cpt")
+    text = read_page(folder, other)
+    read = Reader(text)
+    assert "alert(1)" in text and "alert(2)" in text  # it is there, as text
+    assert sum(EVIL in words for words in read.words) > 10
+    tags = [tag for tag, _ in read.tags]
+    assert tags.count("script") == 2 and "img" not in tags and tags.count("body") == 1
+    assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
+    links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
+    assert links == [address]
+    data = json.loads(re.search(r'id="rollouts">(.*?)</script>', text, re.DOTALL)[1])
+    assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
+
+
+def test_titles_lead_only_to_addresses_of_the_web():
+    passage = {"title": "Bonn", "id": "1#0"}
+    linked = link(passage | {"url": "https://x.org/?a&b"})
+    assert linked == '<a href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    for url in ("javascript:alert(1)//https://x.org", "mini-wiki/3", "", "data:text/html,x"):
+        assert link(passage | {"url": url}) == f"Bonn <small>{url}</small>"
+    assert link({"title": "", "id": "1#0", "url": ""}).startswith("1#0")
+
+
+def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
+    text = read_page(write_run(tmp_path / "run", [row(1), row(2)], [sample(1)]))
+    read = Reader(text)
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [a["content"] for tag, a in read.tags if tag == "meta" and "http-equiv" in a]
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}';" in policy
+    assert not any("src" in attributes or tag == "link" for tag, attributes in read.tags)
+    assert not re.search(r"@import|url\(|fetch\(|innerHTML", text)
+
+
+def test_rollouts_are_cut_to_their_room_evenly():
+    entries = [[sample(step)] for step in range(64)]
+    whole = rollouts([Run(Path("run"), {}, [], entries)], 10**9)
+    (data,) = json.loads(rollouts([Run(Path("run"), {}, [], entries)], len(whole) // 5))
+    steps = [one["s"] for one in data["e"]]
+    assert steps[:3] == [0, 8, 16] and len(steps) == 8
+    assert json.loads(rollouts([Run(Path("run"), {}, [], entries)], 10)) == [{"n": "run", "e": []}]
+
+
+def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
+    recurring = [sample(step, passage=sample(1)["passage"]) for step in (3, 4)]
+    folder = write_run(tmp_path / "run", [row(step) for step in range(1, 41)], recurring)
+    probes = []
+    for step in range(0, 41, 5):
+        probes.append(sample(step, proposal=None))
+        probes.append(sample(step, predictions=[]))
+        for one in probes[-2:]:
+            one["passage"]["id"] = "9#0"
+    (folder / "probes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in probes))
+    html = page([read_run(folder)])
+    assert [int(step) for step in re.findall(r"<h4>Step (\d+)", html)] == [0, 10, 20, 30, 40] * 2
+    assert html.count('<li class="yes">3 x <b>Rhine</b> <q>It flows.</q></li>') == 5
+    assert "on the <mark>Rhine</mark>." in html and html.count("<li><b>Rhine</b></li>") == 5
+    (folder / "probes.jsonl").unlink()  # next best: what recurs
+    html = page([read_run(folder)])
+    assert re.findall(r"<h4>Step (\d+)", html) == ["3", "4"] and html.count("Answers to <b>Rhine</b>") == 2
+    assert "no probes.jsonl" in page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
+
+
+def test_a_mask_that_cannot_be_used_says_why():
+    invalid = {"words": "Elbe", "invalid": "not_in_passage", "masked": "", "target": "", "occurrences": 0}
+    task = sample(1, mask=invalid | {"start": -1, "label": ""}, predictions=[])
+    assert "<li class=no><b>Elbe</b> <small>not in passage</small></li>" in card(1, [task])
+    assert entry([task])["m"] == [entry([task])["m"][0] | {"w": "Elbe", "i": "not_in_passage", "p": []}]
+
+
+# ---- whole runs
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 0, "method": "active", "probe/accuracy": 0.5}],
+        [{"step": 1, "method": "cpt"}],
+        [row(7)],
+        [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
+        [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
+        [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],
+    ],
+)  # fmt: skip
+def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
+    folder = write_run(tmp_path / "run", rows)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "meth')  # it is being written
+    (folder / "samples.jsonl").unlink()
+    text = read_page(folder)
+    assert f"<td>{rows[-1]['step']} of 100" in text and "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL)
+    (folder / "config.yaml").unlink()
+    assert "run (seed ?)" in read_page(folder)
+
+
+def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_path):
+    """Two runs over 2000 steps, one of them with a paper-like sample (8 masks, 8 predictions of 4,000 characters) every
+    hundred steps, texts outside ASCII, all metrics noisy."""
+    rng = random.Random(0)
+    keys = [key for key in json.loads(json.dumps(row(1))) if "histogram" not in key and key not in ("step", "method")]
+    keys += "entropy surprisal grad_norm mismatch_kl mismatch_abs lr trained_tokens time/step gen/span_words".split()
+    keys += ["gen/distinct", "gen/occurrences", "gen/length_mean", "pred/length_mean", "pred/truncated"]
+    keys += [f"gen/share_{label}" for label in ("fact", "copy", "noise")] + ["gen/invalid_too_long"]
+    keys += ["pred/valid_rate", "pred/groups_kept", "gen/groups_kept", "pred/accuracy_zero", "pred/accuracy_one"]
+    folders = []
+    for name in "ab":
+        rows = [row(step, **{key: rng.random() for key in keys}) for step in range(1, 2001)]
+        for one in rows:
+            one["pred/accuracy_histogram"] = [rng.randrange(30) for _ in range(9)]
+        samples = []
+        for step in range(1, 2001, 100) if name == "a" else ():
+            text = "Über den Rhine 北京 " * 250
+            said = [{"text": f"{rng.random()} Größe 東 " * 250, "finish": "length", "reward": 0.0} for _ in range(8)]
+            samples += [sample(step, text=text, predictions=said) for _ in range(8)]
+        folders.append(write_run(tmp_path / name, rows, samples, method=name))
+    target = write_report(folders)
+    assert 500_000 < target.stat().st_size < 3_000_000
+    lines = re.findall(r'class="line [^>]* d="([^"]*)"', target.read_text())
+    assert len(lines) > 40 and all(line.count("L") < 200 for line in lines)
+
+
+def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run", [row(1)])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+    main()
+    assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0")
+    assert not list(folder.glob("*.part"))
+    for words in ([str(tmp_path)], [str(tmp_path / "none")], [str(folder), str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_page_needs_no_torch():
+    text = "\n".join((ROOT / name).read_text() for name in ("report.py", "figures.py", "charts.py", "prompts.py"))
+    assert not re.search(r"^(from|import) (torch|transformers|evidence|metrics|grpo|rollout|train)", text, re.MULTILINE)
+
+
+def test_points_outside_of_the_frame_are_not_drawn_as_numbers():
+    svg = point_chart([Series("a", [(0.5, math.nan), (math.nan, 0.5)])], [], "chart", "accuracy")
+    assert "nan" not in svg

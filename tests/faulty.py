@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import checkpoint
 import grpo
+import start
 import stopping
 import train
 import verify
@@ -141,11 +142,11 @@ STRIKES = {
 MODELS: list = []
 
 if __name__ == "__main__":
-    build = train.build_policy
+    build = start.build_policy
 
     def build_policy(*words):
         MODELS.append(build(*words))
         return MODELS[-1]
 
-    train.build_policy = build_policy
+    start.build_policy = build_policy
     main()

@@ -126,7 +126,8 @@ def state(run: Path, scratch: Path) -> dict:
 
 def assert_equal_runs(run: Path, other: Path) -> None:
     assert rows(run) == rows(other)
-    assert read_rows(run / "samples.jsonl") == read_rows(other / "samples.jsonl")
+    for name in ("samples.jsonl", "probes.jsonl"):
+        assert read_rows(run / name) == read_rows(other / name), name
     first, second = (folder / "checkpoints/latest" for folder in (run, other))
     assert first.resolve().name == second.resolve().name
     assert (first / "hf/model.safetensors").read_bytes() == (second / "hf/model.safetensors").read_bytes()

@@ -1,0 +1,87 @@
+"""The comparison with other trainers: every peer gets the same work. No time is judged here, and TRL is not needed."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from reference import ROOT
+
+import bench_trl
+from bench_trl import PeerOptions, fitted_settings, main, naive, plain_model, rows_per_batch, table, texts
+from config import ConfigError, read_config
+
+SMALL = PeerOptions(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return read_config(["configs/tiny.yaml", "max_prediction_tokens=5"])
+
+
+def test_prompts_are_prediction_prompts_on_articles_one_or_several_each(tiny):
+    one, two = texts(tiny, SMALL), texts(tiny, PeerOptions(prompts=3, articles=2))
+    assert len(one) == len(two) == 3 and len(set(one)) == 3
+    assert all(text.endswith("\nPredict:") for text in one)
+    for short, long in zip(one, two, strict=True):
+        assert long.startswith(short.removesuffix("\nPredict:")) and len(long) > len(short)
+
+
+def test_a_padded_batch_holds_the_rows_that_its_tokens_allow_and_that_divide_the_step(tiny):
+    """12 responses of 40 + 5 tokens: 200 tokens hold 4 rows; 230 hold 5, of which 4 divide 12; 10 hold one at least."""
+    for budget, rows in ((200, 4), (230, 4), (270, 6), (10, 1), (10**6, 12)):
+        tiny.tokens_per_micro_batch = budget
+        assert rows_per_batch(tiny, SMALL, 40) == rows
+
+
+def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, monkeypatch):
+    model, shapes = plain_model(tiny, "sdpa"), []
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    generate = model.generate
+
+    def watched(**words):
+        whole = generate(**words)
+        shapes.append((words["input_ids"].shape, whole.shape))
+        return whole
+
+    model.generate = watched
+    monkeypatch.setattr(bench_trl, "plain_model", lambda *_: model)
+    times = naive(tiny, SMALL)
+    assert len(times) == 2 and all(before < after for one in times for before, after in zip(*one, strict=True))
+    for prompt, whole in shapes:
+        assert prompt[0] == 3 and whole == (12, prompt[1] + 5)
+    assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_fitted_cache_has_room_for_its_requests():
+    settings = fitted_settings(SMALL, longest=40)
+    assert settings["num_blocks"] * settings["page_size"] >= settings["max_requests_per_batch"] * (40 + SMALL.tokens)
+    assert settings["max_batch_tokens"] >= settings["max_requests_per_batch"]
+
+
+def test_the_table_gives_medians_of_medians_and_ratios_to_the_first_peer():
+    def runs(*seconds):
+        return [
+            {"warmup": 9.0, "seconds": list(one), "cpu_seconds": [2 * value for value in one], "memory_gb": 1.5}
+            for one in seconds
+        ]
+
+    lines = table({"ours": runs((1, 2, 3), (4, 4, 4), (1, 1, 9)), "trl": runs((6, 6, 6), (5, 5, 5), (8, 8, 8))}, SMALL)
+    ours, trl = (line.split() for line in lines.splitlines()[-2:])
+    assert ours == ["ours", "2.00", "1.00", "4.00", "9.00", "1.00", "4.00", "1.00", "1.50"]
+    assert trl == ["trl", "6.00", "5.00", "8.00", "9.00", "3.00", "12.00", "3.00", "1.50"]
+
+
+def test_an_unknown_peer_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="peers='ours,verl': must be some of ours,trl"):
+        main(["peers=ours,verl"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed")
+def test_all_peers_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    main(["prompts=4", "completions=4", "tokens=6", "repeats=1", "rounds=1", f"out={tmp_path / 'all.json'}"])
+    runs = json.loads((tmp_path / "all.json").read_text())
+    assert list(runs) == list(bench_trl.PEERS) and all(len(one[0]["seconds"]) == 1 for one in runs.values())

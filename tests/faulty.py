@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import checkpoint
 import grpo
+import start
 import stopping
 import train
 import verify
@@ -42,7 +43,7 @@ POINTS = {
     "update, second micro-batch": (grpo, "clipped_loss", "update", 2),
     "update, before the optimizer": (grpo, "_require_finite", "update", 1),
     "update, in the optimizer": (torch.optim.AdamW, "step", "update", 1),
-    "refresh": (train, "refresh", "refresh", 1),
+    "refresh": (train, "to_sampler", "refresh", 1),
     "probe": (train, "run_probe", "probe", 1),
     "probe, sampling": (RequestState, "update_and_check_completion", "probe", 40),
     "log": (train, "append_row", "log", 2),
@@ -141,11 +142,11 @@ STRIKES = {
 MODELS: list = []
 
 if __name__ == "__main__":
-    build = train.build_policy
+    build = start.build_policy
 
     def build_policy(*words):
         MODELS.append(build(*words))
         return MODELS[-1]
 
-    train.build_policy = build_policy
+    start.build_policy = build_policy
     main()

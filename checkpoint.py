@@ -40,13 +40,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from config import Config, ConfigError
 from evidence import unwritten, write_whole
-from model import refresh
+from offload import Lender, at_hand, make_lender, to_sampler
 from rollout import Sampler
 
 MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout".split()
 """Keys that a resumed run may change: how long, where, how often. `steps` moves a cosine's end, and the run says so."""
 ENGINE = (
-    "tokens_per_micro_batch gradient_checkpointing attention liger use_cuda_graph cache_memory max_requests"
+    "tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory max_requests"
 ).split()
 """Keys that another machine may need. Weights, optimizer and passages stay; rounding and samples may not."""
 
@@ -60,6 +60,8 @@ class Saver:
     sampler: Sampler
     average: nn.Module | None
     """The moving average of `rlp`, the only other copy with a history."""
+    lender: Lender
+    """Brings masters and moments to the GPU, should they be elsewhere."""
     group: dist.ProcessGroup
     """Of its own: the threads' collectives must not come between those of training."""
     stager: DefaultStager
@@ -75,14 +77,17 @@ class Saver:
     """Whether the last save that was finished succeeded."""
 
 
-def make_saver(policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None) -> Saver:
+def make_saver(
+    policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None, lender: Lender | None = None
+) -> Saver:  # fmt: skip
     """Every rank calls it. Removes what killed saves have left."""
+    lender = lender or make_lender(policy, optimizer, sampler.replica, sampler.config)
     config, cuda = sampler.config, sampler.ranks.device.type == "cuda"
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.rank_timeout))
     stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned memory and its faster copies on a GPU
     for part in _folder(config).glob("*.part") if sampler.ranks.rank == 0 else ():
         part.unlink() if part.is_symlink() else shutil.rmtree(part)
-    return Saver(policy, optimizer, sampler, average, group, stager, ThreadPoolExecutor(1, "publish"))
+    return Saver(policy, optimizer, sampler, average, lender, group, stager, ThreadPoolExecutor(1, "publish"))
 
 
 def save_checkpoint(saver: Saver) -> None:
@@ -92,9 +97,9 @@ def save_checkpoint(saver: Saver) -> None:
     part = _folder(config) / f"step_{saver.done:06d}.part"
     saver.optimizer.zero_grad(set_to_none=True)  # a step that was abandoned may have left some
     trained = bool(saver.optimizer.state)
-    written = dcp.async_save(
-        _state(saver, trained), checkpoint_id=str(part / "state"), process_group=saver.group, async_stager=saver.stager
-    )
+    options = {"checkpoint_id": str(part / "state"), "process_group": saver.group, "async_stager": saver.stager}
+    with at_hand(saver.lender):  # afterwards the replica is whole, too
+        written = dcp.async_save(_state(saver, trained), **options)
     saver.step, saver.pending = saver.done, written
     if ranks.rank == 0:
         # The next refresh changes the replica in place. Its memo makes deepcopy put copies on the CPU, tied ones tied
@@ -247,19 +252,20 @@ def load_checkpoint(saver: Saver, path: Path, facts: dict) -> None:
 
     Raises RuntimeError if a file has the right size and the wrong content.
     """
-    state = _state(saver, facts["optimizer"])
-    try:
-        dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
-    except CheckpointException as error:  # no Exception, and a traceback per rank
-        raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
-    set_model_state_dict(saver.policy, state["model"])
-    if facts["optimizer"]:
-        set_state_dict(
-            saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
-    if saver.average is not None:
-        set_model_state_dict(saver.average, state["average"])
-    refresh(saver.policy, saver.sampler.replica)
+    with at_hand(saver.lender):
+        state = _state(saver, facts["optimizer"])
+        try:
+            dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
+        except CheckpointException as error:  # no Exception, and a traceback per rank
+            raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
+        set_model_state_dict(saver.policy, state["model"])
+        if facts["optimizer"]:
+            set_state_dict(
+                saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        if saver.average is not None:
+            set_model_state_dict(saver.average, state["average"])
+    to_sampler(saver.lender)
     saver.done = saver.step = facts["step"]
     saver.row = facts["row"]
 

@@ -171,8 +171,8 @@ def fill(policy: nn.Module, replica: nn.Module, device: torch.device) -> nn.Modu
     policy.to_empty(device=device)
     whole = dict(replica.named_parameters())
     for name, shard in policy.named_parameters():
-        cut = distribute_tensor(whole[name].float(), shard.device_mesh, shard.placements, src_data_rank=None)
-        shard.copy_(cut)
+        cut = distribute_tensor(whole[name], shard.device_mesh, shard.placements, src_data_rank=None)
+        shard.copy_(cut)  # to float32 as it is cut: a layer of experts made float32 whole would take gigabytes
     buffers = dict(replica.named_buffers())  # rotary frequencies: to_empty left garbage, and no loader would complain
     for name, buffer in policy.named_buffers():
         buffer.copy_(buffers[name])
@@ -200,5 +200,9 @@ def refresh(policy: nn.Module, replica: nn.Module) -> None:
     """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers."""
     copies = dict(replica.named_parameters())
     for name, master in policy.named_parameters():
-        copy = copies[name]
-        copy.copy_(master.to(copy.dtype).full_tensor())
+        copy_master(master, copies[name])
+
+
+def copy_master(master: Tensor, copy: Tensor) -> None:
+    """One parameter of `refresh`: the shards are rounded, then gathered."""
+    copy.copy_(master.to(copy.dtype).full_tensor())

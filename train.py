@@ -29,7 +29,8 @@ from exams import run_exams
 from grpo import Group, update
 from masking import make_mask, random_span
 from metrics import step_line, step_metrics, summary_table
-from model import Ranks, gather, refresh, start_ranks
+from model import Ranks, gather, start_ranks
+from offload import Lender, make_lender, to_sampler, to_trainer
 from probe import Probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from reference_model import ema_update
@@ -132,11 +133,12 @@ def train(config: Config, ranks: Ranks) -> int:
         say(f"{run}: this run is finished: step {facts['step']}. steps= continues it, resume=never starts it afresh")
         return 0
     corpus, policy, reference, optimizer, sampler, probe = set_up(config, ranks, facts, say)
+    lender = make_lender(policy, optimizer, sampler.replica, config)
     if config.steps == 0:
         first_row(corpus, policy, reference, sampler, probe, say)
-        return dry_run(corpus, policy, optimizer, reference, sampler, config, ranks, say)
+        return dry_run(corpus, policy, optimizer, reference, sampler, lender, config, ranks, say)
 
-    saver = make_saver(policy, optimizer, sampler, reference if config.method == "rlp" else None)
+    saver = make_saver(policy, optimizer, sampler, reference if config.method == "rlp" else None, lender)
     if found:
         load_checkpoint(saver, path, facts)
         say(f"resuming after step {saver.done} from {path}")
@@ -152,7 +154,7 @@ def train(config: Config, ranks: Ranks) -> int:
             if ranks.rank == 0:
                 settle(path, facts)
             saver.row = None
-        loop(corpus, policy, reference, optimizer, sampler, probe, saver, say)
+        loop(corpus, policy, reference, optimizer, sampler, probe, lender, saver, say)
     except Stopped as stop:  # an unfinished step is abandoned: the weights are still those of the last finished one
         say(str(stop))
         if saver.done and config.save_every and not (finish_save(saver) and saver.step == saver.done):
@@ -184,7 +186,9 @@ def first_row(corpus, policy, reference, sampler: Sampler, probe: Probe, say) ->
     return row
 
 
-def loop(corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, saver: Saver, say) -> None:
+def loop(
+    corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, lender: Lender, saver: Saver, say
+) -> None:  # fmt: skip
     """The steps from saver.done to the last. Raises Stopped on every rank after a signal; saver then knows what for."""
     config, ranks, run = sampler.config, sampler.ranks, Path(sampler.config.run_dir)
     saved: dict = {}
@@ -216,11 +220,12 @@ def loop(corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, s
 
         # -------------------------------------------------- 4. update: GRPO on the policy
         with clock(row, "update"):
+            to_trainer(lender)
             row |= update(policy, optimizer, samples, config, ranks, step)
 
         # -------------------------------------------------- 5. refresh: the sampler gets the new weights
         with clock(row, "refresh"):
-            refresh(policy, sampler.replica)
+            to_sampler(lender)
             if method == "rlp":
                 ema_update(reference, policy, config.ema_decay)
 
@@ -272,7 +277,9 @@ def make_page(run: Path, say) -> None:
         say(f"warning: no report.html ({type(error).__name__}: {error}); python report.py {run} tries again")
 
 
-def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Config, ranks: Ranks, say) -> int:
+def dry_run(
+    corpus, policy, optimizer, reference, sampler: Sampler, lender: Lender, config: Config, ranks: Ranks, say
+) -> int:  # fmt: skip
     """steps=0: one rollout of both roles on a few passages, before days are spent on all. Changes no weights.
 
     The update runs too, at learning rate 0, because it measures how far trainer and sampler disagree.
@@ -288,6 +295,7 @@ def dry_run(corpus, policy, optimizer, reference, sampler: Sampler, config: Conf
     groups = reward(method, tasks, proposals, policy, reference, sampler, 0)
     samples = training_samples(method, groups, tasks, passages, reference, sampler)
     row = step_metrics(method, proposals, groups, samples, sampler)
+    to_trainer(lender)
     row |= update(policy, optimizer, samples, config, ranks, 0)
     for key, value in sorted(row.items()):
         say(f"  {key:28} {value if isinstance(value, list) else format(value, '.4g')}")

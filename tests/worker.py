@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from offload_checks import offload_checks
 from reference import (
     DENSE,
     FAMILIES,
@@ -221,6 +222,10 @@ def check_masters_are_cut_over_the_ranks(folder, ranks):
     _, replica, policy = setting(folder, ranks)
     own = sum(parameter.to_local().numel() for parameter in policy.parameters())
     return {"own": own, "all": sum(parameter.numel() for parameter in replica.parameters())}
+
+
+def check_memory_lent_in_turns(folder, ranks):
+    return offload_checks(folder, ranks)
 
 
 def check_the_second_copy(folder, ranks):

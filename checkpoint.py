@@ -1,7 +1,7 @@
 """Checkpoints: exact state to continue a run, and a Hugging Face folder to use the model.
 
     checkpoints/step_000100/state/            masters and optimizer, sharded, by torch.distributed.checkpoint
-    checkpoints/step_000100/hf/               the replica: from_pretrained, lm-eval and vLLM load it as it is
+    checkpoints/step_000100/hf/               the replica and its model card: from_pretrained, lm-eval, vLLM load it
     checkpoints/step_000100/checkpoint.json   step, seed, world size, config, and all files with their sizes
     checkpoints/latest                        a link to the newest complete one
 
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )  # fmt: skip
 
+from card import write_card
 from config import Config, ConfigError
 from evidence import unwritten, write_whole
 from offload import Lender, at_hand, make_lender, to_sampler
@@ -120,6 +121,7 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
             raise OSError(f"{rows_wait[0]} could not be written")
         frozen.save_pretrained(part / "hf")
         sampler.tokenizer.save_pretrained(part / "hf")
+        _describe(part / "hf", sampler, facts["step"])
         files = sorted(path for path in part.rglob("*") if path.is_file())
         facts["files"] = {str(path.relative_to(part)): path.stat().st_size for path in files}
         write_whole(part / "checkpoint.json", json.dumps(facts))
@@ -142,6 +144,16 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
         what = f"WARNING: THE CHECKPOINT OF STEP {facts['step']} WAS NOT SAVED ({_cause(error)})"
         print(f"{what}; the next save tries again", file=sys.stderr, flush=True)
         raise
+
+
+def _describe(folder: Path, sampler: Sampler, step: int) -> None:
+    """Add the model card. Whatever goes wrong in it, the checkpoint is not lost for it."""
+    try:
+        write_card(folder, sampler, step)
+    except Exception as error:
+        print(f"WARNING: no model card in the checkpoint of step {step} ({_cause(error)})", file=sys.stderr, flush=True)
+        for half in folder.glob("*.part"):
+            half.unlink()
 
 
 def finish_save(saver: Saver) -> bool:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import worker
+from huggingface_hub import ModelCard
 from reference import DENSE, FAMILIES, ROOT
 
 
@@ -165,6 +166,13 @@ def test_a_save_is_of_the_moment_it_was_asked_for(both):
 def test_a_checkpoint_is_a_folder_for_from_pretrained(both):
     for result in both("check_a_checkpoint_restores_every_bit"):
         assert result["exported"] and result["tokenizer"]
+
+
+def test_an_exported_model_has_a_card_of_its_run(both):
+    card = ModelCard(both("tiny-rlp")[0]["card"])
+    assert card.data.tags[:4] == ["pretrainzero", "reinforcement-learning", "grpo", "rlp"]
+    assert card.data.license == "mit" and "worker.py" in card.text and "; 2 x cpu\n" in card.text
+    assert "|  | step 0 |\n" in card.text and "| 2 of 2, each of 4 passages x 8 predictions |" in card.text
 
 
 def test_the_probe_gives_the_same_numbers_on_both_ranks(both):

@@ -535,7 +535,9 @@ def run_method(name: str, folder: Path, ranks: Ranks, *words: str) -> dict:
         gc.unfreeze()
     dist.barrier()
     before = read_rows(folder / name / "metrics.jsonl")[0]
-    return {"rows": rows, "trained": sorted(trained), "kept": kept, "before": sorted(before)}
+    card = folder / name / "checkpoints" / "latest" / "hf" / "README.md"
+    told = card.read_text() if card.exists() else ""
+    return {"rows": rows, "trained": sorted(trained), "kept": kept, "before": sorted(before), "card": told}
 
 
 def check_a_run_of_rlp_continues_with_its_moving_average(folder, ranks):

@@ -136,7 +136,7 @@ def train(config: Config, ranks: Ranks) -> int:
     lender = make_lender(policy, optimizer, sampler.replica, config)
     if config.steps == 0:
         first_row(corpus, policy, reference, sampler, probe, say)
-        return dry_run(corpus, policy, optimizer, reference, sampler, lender, config, ranks, say)
+        return dry_run(corpus, reference, sampler, lender, say)
 
     saver = make_saver(policy, optimizer, sampler, reference if config.method == "rlp" else None, lender)
     if found:
@@ -154,7 +154,7 @@ def train(config: Config, ranks: Ranks) -> int:
             if ranks.rank == 0:
                 settle(path, facts)
             saver.row = None
-        loop(corpus, policy, reference, optimizer, sampler, probe, lender, saver, say)
+        loop(corpus, policy, reference, optimizer, sampler, probe, saver, say)
     except Stopped as stop:  # an unfinished step is abandoned: the weights are still those of the last finished one
         say(str(stop))
         if saver.done and config.save_every and not (finish_save(saver) and saver.step == saver.done):
@@ -186,9 +186,7 @@ def first_row(corpus, policy, reference, sampler: Sampler, probe: Probe, say) ->
     return row
 
 
-def loop(
-    corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, lender: Lender, saver: Saver, say
-) -> None:  # fmt: skip
+def loop(corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, saver: Saver, say) -> None:
     """The steps from saver.done to the last. Raises Stopped on every rank after a signal; saver then knows what for."""
     config, ranks, run = sampler.config, sampler.ranks, Path(sampler.config.run_dir)
     saved: dict = {}
@@ -220,12 +218,12 @@ def loop(
 
         # -------------------------------------------------- 4. update: GRPO on the policy
         with clock(row, "update"):
-            to_trainer(lender)
+            to_trainer(saver.lender)
             row |= update(policy, optimizer, samples, config, ranks, step)
 
         # -------------------------------------------------- 5. refresh: the sampler gets the new weights
         with clock(row, "refresh"):
-            to_sampler(lender)
+            to_sampler(saver.lender)
             if method == "rlp":
                 ema_update(reference, policy, config.ema_decay)
 
@@ -277,15 +275,13 @@ def make_page(run: Path, say) -> None:
         say(f"warning: no report.html ({type(error).__name__}: {error}); python report.py {run} tries again")
 
 
-def dry_run(
-    corpus, policy, optimizer, reference, sampler: Sampler, lender: Lender, config: Config, ranks: Ranks, say
-) -> int:  # fmt: skip
+def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
     """steps=0: one rollout of both roles on a few passages, before days are spent on all. Changes no weights.
 
     The update runs too, at learning rate 0, because it measures how far trainer and sampler disagree.
     """
-    method, config = config.method, replace(config, learning_rate=0.0, passages_per_step=4)
-    sampler = replace(sampler, config=config)
+    policy, config = lender.policy, replace(sampler.config, learning_rate=0.0, passages_per_step=4)
+    method, sampler = config.method, replace(sampler, config=config)
     passages = step_passages(corpus, config, 0)
     active = method == "active"
     proposals = propose(passages, sampler, config, 0) if active else draw_tasks(method, passages, reference, sampler, 0)
@@ -296,7 +292,7 @@ def dry_run(
     samples = training_samples(method, groups, tasks, passages, reference, sampler)
     row = step_metrics(method, proposals, groups, samples, sampler)
     to_trainer(lender)
-    row |= update(policy, optimizer, samples, config, ranks, 0)
+    row |= update(policy, lender.optimizer, samples, config, sampler.ranks, 0)
     for key, value in sorted(row.items()):
         say(f"  {key:28} {value if isinstance(value, list) else format(value, '.4g')}")
     for task in [task for task in tasks if task.predictions][:2]:

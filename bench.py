@@ -31,8 +31,10 @@ from config import Config, ConfigError, read_config
 from evidence import environment, peak_memory_gb, write_whole
 from grpo import make_optimizer
 from limits import GPUS, Gpu, Shape, cache_bytes, decode_limit, mfu, response_lengths, slots_for
+from memory import decide_checkpointing, requests_at_once, value_bytes
 from model import Ranks, build_policy, gather, start_ranks
-from plan import Phase, PlanOptions, check_options, default_prompt, phases, report, requests_at_once, value_bytes
+from offload import Lender, make_lender
+from plan import Phase, PlanOptions, check_options, default_prompt, phases, report
 from rollout import Sampler
 from shapes import architecture, shape_of
 from workload import Work, make_work, one_step, random_sampler
@@ -104,11 +106,11 @@ def complete(options: BenchOptions, config: Config) -> BenchOptions:
 
 
 def measure(
-    works: list[Work], policy, optimizer, sampler: Sampler, shape: Shape, gpu: Gpu | None, repeats: int
+    works: list[Work], lender: Lender, sampler: Sampler, shape: Shape, gpu: Gpu | None, repeats: int
 ) -> dict:  # fmt: skip
     """A warm-up step and `repeats` more, and what they say: one row of the table."""
     config, world = sampler.config, sampler.ranks.world
-    runs = [one_step(works, policy, optimizer, sampler, number) for number in range(repeats + 1)]
+    runs = [one_step(works, lender, sampler, number) for number in range(repeats + 1)]
     times = [{key[5:]: value for key, value in run.items() if key.startswith("time/")} for run in runs]
     seconds = {key: statistics.median(one[key] for one in times[1:]) for key in times[0]}
     sampling = sum(seconds[work.phase.name] for work in works)
@@ -161,8 +163,8 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
     hf_config = architecture(config.model)
     shape, gpu = shape_of(hf_config), known_gpu()
     sampler = random_sampler(config, hf_config, ranks)
-    policy = build_policy(sampler.replica, config, ranks)
-    optimizer = make_optimizer(policy, config)
+    policy = build_policy(sampler.replica, decide_checkpointing(hf_config, config, ranks), ranks)
+    lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
     gc.collect()
     gc.freeze()  # as train.py does
     rows = {}
@@ -172,7 +174,7 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
         for number, phase in enumerate(steps):
             lengths = response_lengths(phase.prompts * phase.count, mean, options.cap, sigma, number)
             works.append(make_work(phase, lengths, options.prompt, shape.vocab, config.seed))
-        rows[name] = measure(works, policy, optimizer, sampler, shape, gpu, options.repeats)
+        rows[name] = measure(works, lender, sampler, shape, gpu, options.repeats)
 
     if options.rollouts:
         count = config.predictions_per_mask

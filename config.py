@@ -187,11 +187,12 @@ class Config:
     """Compute type of trainer and sampler; the master weights are float32 always."""
     tokens_per_micro_batch: int = 32768
     """Tokens packed into one forward and backward on one GPU; bounds training memory, changes no result."""
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of storing it."""
+    gradient_checkpointing: bool | str = True
+    """Recompute each layer in the backward pass instead of storing it. `auto`: only where storing would not fit the
+    GPU, by memory.py's calculation; on a CPU never."""
     offload: bool = False
-    """Replica and training state take turns on the GPU, the absent one waits in host memory: for models of which both do
-    not fit (offload.py). Same results. Takes 12 to 24 bytes of host memory a parameter, all ranks of a node together."""
+    """Replica and training state take turns on the GPU, the absent one waits in host memory (offload.py): for models of
+    which both do not fit. Same results. Takes some 26 bytes of a node's memory a parameter."""
     share_prompts: bool = False
     """Compute the prompt of a group once in the update, for all its responses: same gradients but for rounding."""
     attention: str = "auto"
@@ -361,12 +362,15 @@ def _typed(key: str, value, kind: str):
         return value
     elif kind == "bool" and isinstance(value, bool):
         return value
+    elif kind == "bool | str" and (isinstance(value, bool) or value == "auto"):
+        return value
     elif kind == "str" and (isinstance(value, str) or value is None) and not NO_TEXT.search(value or ""):
         return value or ""
     allowed = {
         "float": "a finite number",
         "int": "a whole number of at most 18 digits",
         "bool": "true or false",
+        "bool | str": "true, false or auto",
         "str": "text, UTF-8 without NUL",
     }[kind]
     raise ConfigError(f"{key}={_shown(value)}: expected {allowed}")
@@ -407,7 +411,7 @@ def check(config: Config) -> None:
     if config.kl and methods & {"rlp", "sft", "cpt"}:
         raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
     if config.offload and (config.kl or methods & {"rlp", "entropy_token"}):
-        raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, whose second copy stays on the GPU")
+        raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
     if config.eval_every and not config.eval_tasks:

@@ -20,6 +20,7 @@ from torch import nn
 from config import Config, ConfigError
 from data import build_index, load_corpus, step_passages
 from grpo import Group, Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples, update
+from memory import decide_checkpointing
 from model import Ranks, build_policy, load_replica, load_tokenizer
 from prompts import last_answer
 from rollout import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
@@ -94,7 +95,7 @@ def first_step(config: Config, ranks: Ranks) -> tuple:
         build_index(config, tokenizer, Path(folder), log=lambda line: None)
         corpus = load_corpus(Path(folder), config)
     replica = load_replica(config, ranks)
-    policy = build_policy(replica, config, ranks)
+    policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
     optimizer = make_optimizer(policy, config)
     sampler = make_sampler(replica, tokenizer, config, ranks)
     check_prompts(sampler)

@@ -253,20 +253,12 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
     batches = [pack_samples([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
     old_logprobs: list[Tensor] = []  # of the policy as it was before the first update of this batch
     healthy = torch.ones((), device=ranks.device)
-
-    def look(gradient: Tensor) -> None:
-        healthy.mul_(gradient.isfinite().all())
-
-    def watch(module, inputs, embedded: Tensor) -> None:
-        """What comes back to the embeddings has passed all layers and is still this rank's own; FSDP sums the rest."""
-        embedded.register_hook(look)
-
     for number in range(config.updates_per_batch):
         totals = torch.zeros(6, device=ranks.device)
         for index, batch in enumerate(batches):
             if number == 0:  # later the weights have changed, and the step must be finished
                 agree()
-            with policy.get_input_embeddings().register_forward_hook(watch):
+            with watched(policy, healthy):
                 logprobs, entropy = policy(
                     predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs
                 )
@@ -300,6 +292,20 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
             metrics |= {"mismatch_kl": kl / tokens, "mismatch_abs": absolute / tokens, "entropy": entropy / tokens}
             metrics["trained_tokens"] = int(tokens)
     return metrics
+
+
+def watched(policy: nn.Module, healthy: Tensor):
+    """Of a forward pass inside: `healthy` becomes 0 if its backward pass ends with a gradient that is not finite, the
+    one at the embeddings, which has passed all layers and is this rank's own. What FSDP sums does not tell whose it
+    was."""
+
+    def look(gradient: Tensor) -> None:
+        healthy.mul_(gradient.isfinite().all())
+
+    def watch(module, inputs, embedded: Tensor) -> None:
+        embedded.register_hook(look)
+
+    return policy.get_input_embeddings().register_forward_hook(watch)
 
 
 def _require_finite(loss: Tensor, healthy: Tensor, grad_norm: Tensor, ranks: Ranks, where: str) -> None:

@@ -2,7 +2,8 @@
 
 A decoded token cannot come before all weights and its response's keys and values were read; training cannot beat its
 multiplications. bench.py divides what it measures by these, plan.py adds them up. Arithmetic only: nothing here loads
-torch. Dense models: of a mixture of experts only a part is read and multiplied. Decimal units (1 GB = 1e9 bytes).
+torch. Of a mixture of experts a token is multiplied with a few; routing is taken to be even. Decimal units (1 GB = 1e9
+bytes).
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ class Shape:
     """One table serves as embedding and head."""
     qk_norm: bool = False
     """Queries and keys are normalised per head (Qwen3)."""
+    experts: int = 0
+    """Of each layer's MLP; 0: dense. Then `intermediate` is not used."""
+    experts_per_token: int = 0
+    expert_width: int = 0
+    """`intermediate` of one expert."""
 
     @property
     def table(self) -> int:
@@ -70,8 +76,16 @@ class Shape:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but an embedding of its own, where rows are looked up."""
-        return self.parameters - (0 if self.tied else self.table)
+        """Parameters that a token is multiplied with: all but an embedding of its own, where rows are looked up, and
+        the experts that it is not sent to."""
+        return self.read(1)
+
+    def read(self, tokens: int) -> int:
+        """Parameters that a step of so many tokens needs. With even routing an expert is idle with probability
+        (1 - k / E)^tokens: of 128 experts, 8 for a token, 64 tokens leave two."""
+        idle = self.experts * (1 - self.experts_per_token / self.experts) ** tokens if self.experts else 0.0
+        unused = self.layers * idle * 3 * self.hidden * self.expert_width
+        return self.parameters - (0 if self.tied else self.table) - round(unused)
 
     @property
     def layer(self) -> int:
@@ -147,7 +161,7 @@ def decode_seconds(
             context += prompt
         steps = running[0][0] - now  # nothing changes until the first of them ends
         reads = context + len(running) * (steps - 1) / 2  # mean over these steps
-        from_memory = (width * shape.multiplied + reads * cache_bytes(shape, width)) / gpu.bandwidth
+        from_memory = (width * shape.read(len(running)) + reads * cache_bytes(shape, width)) / gpu.bandwidth
         multiplying = (2 * shape.multiplied * len(running) + attention_flops(shape) * reads) / gpu.flops
         seconds += steps * max(from_memory, multiplying)
         now += steps

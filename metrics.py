@@ -39,7 +39,7 @@ def step_metrics(
         "surprisal": -sum(sum(rollout.sampler_logprobs) for rollout in responses) / max(1, tokens),
         "responses": len(responses),
         "response_tokens": tokens,
-        "flops": step_flops(groups, samples, sampler.replica.num_parameters(), config),
+        "flops": step_flops(groups, samples, active_parameters(sampler.replica), config),
     }
     metrics |= role_metrics("gen", [group for group in groups if group.role == "gen"], sampler, MASK_OPENING)
     metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
@@ -66,6 +66,13 @@ def step_metrics(
         "pred/accuracy_histogram": [histogram[right] for right in range(config.predictions_per_mask + 1)],
     }
     return metrics
+
+
+def active_parameters(model) -> int:
+    """Parameters that a token meets: of experts those that it is sent to."""
+    chosen = getattr(model.config, "num_experts_per_tok", 1) / getattr(model.config, "num_experts", 1)
+    sizes = ((".experts." in name, parameter.numel()) for name, parameter in model.named_parameters())
+    return round(sum(size * chosen if expert else size for expert, size in sizes))
 
 
 def step_flops(groups: list[Group], samples: list[Sample], parameters: int, config: Config) -> float:

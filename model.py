@@ -153,6 +153,7 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
     policy.forward = types.MethodType(_policy_forward, policy)
+    assert isinstance(config.gradient_checkpointing, bool), "auto: memory.decide_checkpointing comes first"
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)

@@ -195,7 +195,9 @@ def apply_liger(model) -> bool:
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:
         return False
-    switches = {"rope": True, "rms_norm": True, "swiglu": True}
+    # Its experts read a number back from the GPU in each layer, which CUDA graphs cannot hold; transformers' do not
+    experts = getattr(model.config, "num_experts", 0)
+    switches = {"rope": True, "rms_norm": True, "swiglu": not experts}
     switches |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
     known = inspect.signature(apply).parameters
     apply(**{name: on for name, on in switches.items() if name in known}, model=model)

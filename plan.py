@@ -4,12 +4,12 @@
 
 Arithmetic only: no weights, no GPU, no network. The ideal is what limits.py says that no kernel can avoid. Left out,
 because they depend on the machine and not on the method: start-up of the sampler, traffic between GPUs, recomputation,
-handling of text. Decimal units (1 GB = 1e9 bytes).
+handling of text. Memory by part is memory.py's. Decimal units (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from config import Config, ConfigError
 from limits import (
@@ -23,7 +23,16 @@ from limits import (
     slots_for,
     train_flops,
 )  # fmt: skip
-from reference_model import needs_reference
+from memory import (
+    activation_bytes,
+    cache_room,
+    checkpointing,
+    host_bytes,
+    loading_bytes,
+    moments,
+    requests_at_once,
+    value_bytes,
+)  # fmt: skip
 from tasks import GIVEN, tasks_per_passage
 
 # ---- what a step consists of
@@ -57,96 +66,6 @@ def phases(config: Config) -> list[Phase]:
     if config.method in ("rlvr", "rlp"):
         return [Phase("predict", passages, count, cap)]
     return [Phase("predict", sum(tasks_per_passage(config, config.method)), count, cap)]
-
-
-# ---- memory: bytes on one GPU
-
-
-def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) -> int:
-    """What one layer keeps of one token for its backward pass, flash attention.
-
-    Plain transformers: each of two norms keeps its input as float32, the normalised and the scaled result; attention
-    keeps q, k, v, its output and a float32 log-sum-exp per head; the MLP keeps gate, activated gate, up and their
-    product. Liger's norms keep input and result, its MLP gate, up and product. Checked on the CPU, tests/test_bench.py.
-    """
-    h, i, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kept = width if liger else 4 + width  # of a norm, per number, without the result that the next product keeps
-    norms = 2 * (h * (kept + width) + 4)
-    if shape.qk_norm:  # the result is rotated, and attention keeps that
-        norms += (q + kv) * kept + 4 * (shape.heads + shape.kv_heads)
-    attention = width * (2 * q + 2 * kv) + 4 * shape.heads
-    return norms + attention + width * i * (3 if liger else 4)
-
-
-def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int = 2, liger: bool = False) -> int:
-    """Of a micro-batch of `tokens`, at the worst moment of its backward pass, the head aside.
-
-    With checkpointing each layer keeps its input and one layer at a time is computed again. On top: the gradients that
-    one layer passes back, taken as three of the MLP's width and two of the hidden width, and the last norm.
-    """
-    layer = layer_activation_bytes(shape, width, liger)
-    kept = shape.layers * width * shape.hidden + layer if checkpointing else shape.layers * layer
-    moving = width * (3 * shape.intermediate + 2 * shape.hidden) + shape.hidden * (4 + 3 * width)
-    return tokens * (kept + moving)
-
-
-def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:
-    """ops.token_logprobs: four float32 logits of a chunk and one in `width` in the forward pass (entropy); in the
-    backward pass one float32, two in `width`, and two float32 sums and one in `width` of the head's gradient."""
-    forward = chunk * shape.vocab * (4 * 4 + width)
-    backward = chunk * shape.vocab * (4 + 2 * width) + shape.table * (2 * 4 + width)
-    return max(forward, backward)
-
-
-def gathered_bytes(shape: Shape, width: int = 2) -> int:
-    """What FSDP holds whole at once: tables and two layers, the gradients of tables and one layer, and float32 copies
-    of these on their way into the reduction."""
-    root = shape.table * (1 if shape.tied else 2) + shape.hidden
-    return root * (2 * width + 4) + shape.layer * (3 * width + 4)
-
-
-CONTEXT = 1_000_000_000
-"""CUDA context, library workspaces, NCCL: assumed, bytes."""
-
-
-def value_bytes(config: Config) -> int:
-    """Of one number in config.dtype."""
-    return 4 if config.dtype == "float32" else 2
-
-
-def standing_bytes(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
-    """What stays on each GPU through the whole run, by part."""
-    n = shape.parameters
-    parts = {"replica": value_bytes(config) * n, "float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
-    if needs_reference(config):
-        parts["second copy"] = 4 * n / gpus
-    return parts | {"CUDA context, NCCL (assumed)": CONTEXT}
-
-
-def training_bytes(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
-    """What an update adds to it, by part."""
-    width, tokens = value_bytes(config), config.tokens_per_micro_batch
-    return {
-        "gradients": 4 * shape.parameters / gpus,
-        "gathered weights": gathered_bytes(shape, width),
-        "activations": activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger),
-        "log-prob head": head_bytes(shape, width),
-    }
-
-
-def requests_at_once(config: Config, cuda: bool = True) -> int:
-    """How many responses rollout.py lets run together."""
-    return config.max_requests or (512 if cuda else 256)
-
-
-def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
-    """Tokens in the sampler's cache on each GPU: its share of what is free between updates, less the logits of one
-    decode step. The sampler sets aside one more layer's worth per token to read from, and 16 bytes of indices."""
-    width = value_bytes(config)
-    free = config.cache_memory * (gpu.memory - sum(standing_bytes(shape, config, gpus).values()))
-    free -= requests_at_once(config) * (4 * shape.vocab + width * shape.hidden)
-    each = cache_bytes(shape, width)
-    return max(0, int(free / (each + each / shape.layers + 16)))
 
 
 # ---- the report
@@ -218,31 +137,85 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: PlanOptions) 
 def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
     """Whether it fits; if not, the key to change and, where one helps, its largest value that fits.
 
-    Compares the sum of all parts, some of which are not live at the same moment: what fits here fits.
+    Compares the sum of all parts of a moment, some of which are not live together: what fits here fits.
     """
-    standing = sum(standing_bytes(shape, config, gpus).values())
-    training = training_bytes(shape, config, gpus)
-    longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
-    fixed = standing + sum(training.values()) - training["activations"]
-    if fixed > gpu.memory:
-        return f"does not fit: {fixed / 1e9:.0f} GB before any activation. Raise gpus=, or change gpu= or model="
-    if fixed + training["activations"] > gpu.memory:
-        per_token = {
-            on: activation_bytes(shape, 1, on, value_bytes(config), config.liger) for on in (False, True)
-        }
-        if not config.gradient_checkpointing and fixed + per_token[True] * longest <= gpu.memory:
-            return "does not fit: set gradient_checkpointing=true, or lower tokens_per_micro_batch"
-        tokens = int((gpu.memory - fixed) / per_token[config.gradient_checkpointing]) // 256 * 256
-        if tokens >= longest:
-            return f"does not fit: set tokens_per_micro_batch={tokens} or less"
-        return (
-            f"does not fit: one sequence of {longest} tokens is too long. Lower max_prediction_tokens= and "
-            "max_mask_tokens=, or more gpus="
-        )
+    stored = config.gradient_checkpointing
+    config = decided(shape, config, gpus, gpu)
+    spare, longest = [], config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
+    for moment, parts in moments(shape, config, gpus).items():
+        fixed = sum(parts.values()) - parts.get("activations", 0)
+        if fixed > gpu.memory:
+            more = _more(shape, config, gpus, gpu)
+            return f"does not fit: {fixed / 1e9:.0f} GB in {moment} before any activation. {more}"
+        if fixed + parts.get("activations", 0) > gpu.memory:
+            per_token = {
+                on: activation_bytes(shape, 1, on, value_bytes(config), config.liger) for on in (False, True)
+            }
+            if stored is False and fixed + per_token[True] * longest <= gpu.memory:
+                return "does not fit: set gradient_checkpointing=true, or lower tokens_per_micro_batch"
+            tokens = int((gpu.memory - fixed) / per_token[config.gradient_checkpointing]) // 256 * 256
+            if tokens >= longest:
+                return f"does not fit: set tokens_per_micro_batch={tokens} or less"
+            return (
+                f"does not fit: one sequence of {longest} tokens is too long. Lower max_prediction_tokens= and "
+                "max_mask_tokens=, or more gpus="
+            )
+        spare.append(f"{(gpu.memory - fixed - parts.get('activations', 0)) / 1e9:.0f} GB to spare in {moment}")
     room = cache_room(shape, config, gpus, gpu)
     if room < longest:
         return f"does not fit: cache room of {room:,} tokens for a request of {longest:,}. Raise cache_memory= or gpus="
-    return f"fits: {(gpu.memory - fixed - training['activations']) / 1e9:.0f} GB to spare in training"
+    return "fits: " + ", ".join(spare[1:])
+
+
+def _more(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
+    """What helps where even the weights do not fit."""
+    lent = replace(config, offload=True, gradient_checkpointing=True)
+    if not config.offload and all(
+        sum(parts.values()) <= gpu.memory for parts in moments(shape, lent, gpus).values()
+    ):
+        return "Set offload=true, raise gpus=, or change gpu= or model="
+    return "Raise gpus=, or change gpu= or model="
+
+
+def decided(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> Config:
+    """The config with gradient_checkpointing=auto replaced by what a run would take."""
+    return replace(config, gradient_checkpointing=checkpointing(shape, config, gpus, gpu.memory))
+
+
+def memory_table(shape: Shape, config: Config, options: PlanOptions) -> list[str]:
+    """Lines: parts of memory against the moments of a run that may be its largest; host memory where it is lent."""
+    gpu, gpus, gb = GPUS[options.gpu], options.gpus, 1e9
+    auto = config.gradient_checkpointing == "auto"
+    config = decided(shape, config, gpus, gpu)
+    when = moments(shape, config, gpus)
+    if not config.offload:
+        when = {"": when["training"]}
+    lines = ["memory per GPU, GB"]
+    if config.offload:
+        lines.append(f"  {'':30}" + "".join(f"{name:>11}" for name in when))
+    for name in dict.fromkeys(part for parts in when.values() for part in parts):
+        note = ""
+        if name == "activations":
+            tokens = config.tokens_per_micro_batch
+            both = [activation_bytes(shape, tokens, on, value_bytes(config), config.liger) / gb for on in (True, False)]
+            note = f"   {tokens:,} tokens; with checkpointing {both[0]:.1f}, without {both[1]:.1f}"
+            note += f"; auto: {'with' if config.gradient_checkpointing else 'without'}" if auto else ""
+        lines.append(f"  {name:30}" + _cells([parts.get(name) for parts in when.values()], config) + note)
+    sums = _cells([sum(parts.values()) for parts in when.values()], config)
+    if not config.offload:
+        return [*lines, f"  {'all of it, in training':30}{sums}   of {gpu.memory / gb:.0f}, if live all at once"]
+    lines.append(f"  {'all of it':30}{sums}   of {gpu.memory / gb:.0f}; in rollouts the cache takes the rest")
+    lines.append(
+        f"host memory per node of {gpus} GPUs: {host_bytes(shape, config) / gb:.0f} GB in the run, "
+        f"{loading_bytes(shape, config, gpus) / gb:.0f} GB while the model is loaded; a step moves "
+        f"{12 * shape.parameters / gpus / gb:.0f} GB per GPU there and back"
+    )
+    return lines
+
+
+def _cells(sizes: list, config: Config) -> str:
+    width = 11 if config.offload else 9
+    return "".join(" " * width if size is None else f"{size / 1e9:{width}.2f}" for size in sizes)
 
 
 def check_options(options: PlanOptions, config: Config) -> None:
@@ -266,17 +239,10 @@ def report(shape: Shape, config: Config, options: PlanOptions) -> str:
     """Everything above for one config on these GPUs, as text. check_options comes first."""
     gpu, gpus, width, gb = GPUS[options.gpu], options.gpus, value_bytes(config), 1e9
     lines = [f"{config.model}: {shape.parameters:,} parameters; {gpus} x {gpu.name}; method {config.method}", ""]
-    standing, training = standing_bytes(shape, config, gpus), training_bytes(shape, config, gpus)
-    lines.append("memory per GPU, GB")
-    for name, size in (standing | training).items():
-        note = ""
-        if name == "activations":
-            tokens = config.tokens_per_micro_batch
-            both = [activation_bytes(shape, tokens, on, width, config.liger) / gb for on in (True, False)]
-            note = f"   {tokens:,} tokens; with checkpointing {both[0]:.1f}, without {both[1]:.1f}"
-        lines.append(f"  {name:30} {size / gb:8.2f}{note}")
-    peak = sum(standing.values()) + sum(training.values())
-    lines.append(f"  {'all of it, in training':30} {peak / gb:8.2f}   of {gpu.memory / gb:.0f}, if live all at once")
+    if shape.experts:
+        own = f"{shape.experts_per_token} of {shape.experts} experts a layer"
+        lines.insert(1, f"a token is multiplied with {shape.multiplied:,} of them: {own}")
+    lines += memory_table(shape, config, options)
     verdict = advice(shape, config, gpus, gpu)
     lines.append(f"  {verdict}")
     if not verdict.startswith("fits"):
@@ -308,7 +274,8 @@ def report(shape: Shape, config: Config, options: PlanOptions) -> str:
         "",
         f"ideal: every byte and FLOP at the data sheet's rate. estimate: {options.decode_share:.0%} of it in decoding, "
         f"{options.mfu:.0%} elsewhere.",
-        "Not counted: start-up of the sampler, traffic between GPUs, probes, checkpoints, a warm-up method.",
+        "Not counted: start-up of the sampler, traffic between GPUs and with the host, probes, checkpoints, a warm-up "
+        "method.",
     ]
     if options.kept == 1 and phases(config):
         lines.append("kept=1: every group is trained on. A run drops those without contrast: lower it (1 is the most).")

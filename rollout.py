@@ -9,7 +9,9 @@ for parsing and rewards only. Leaves out rewards. The traps that shape this file
 - every request is admitted before the sampler starts: admitted later, the tokens would depend on timing;
 - the sampler swallows its failures, so results are counted and a missing or failed one raises;
 - it reseeds torch's global generator, so the state is saved and restored, and the seed says (run, step, phase);
-- a manager serves one phase: kept longer, its prefix cache would serve keys of the old weights.
+- a manager serves one phase. Kept for the run it would start up once, and on a GPU capture its graphs once; but its
+  prefix cache would serve keys of the old weights, its cache would take from the update the memory that a phase takes
+  from what is free, whatever Adam or `offload` has left, and its noise would depend on the phases before.
 """
 
 from __future__ import annotations

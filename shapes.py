@@ -1,7 +1,7 @@
 """Architectures without weights: what bench.py builds at random and plan.py calculates with.
 
 A model's own config.json is used where it is at hand; for the models of our configs a table stands in, so that neither
-weights nor a network are needed. Leaves out mixtures of experts (limits.py).
+weights nor a network are needed. Of mixtures of experts it knows Qwen3's, whose layers are all alike.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ ARCHITECTURES = {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    "Qwen/Qwen3-30B-A3B-Base": _QWEN3 | {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -58,8 +63,10 @@ def architecture(name: str):
 
 def shape_of(hf_config) -> Shape:
     """The numbers of an architecture; parameters are counted on the meta device, where they take no memory."""
-    if getattr(hf_config, "num_experts", 0):
-        raise ConfigError(f"model: {hf_config.model_type} is a mixture of experts; the limits are of dense models")
+    experts = getattr(hf_config, "num_experts", 0)
+    kind = hf_config.model_type
+    if experts and (kind != "qwen3_moe" or hf_config.mlp_only_layers or hf_config.decoder_sparse_step > 1):
+        raise ConfigError(f"model: {kind} mixes experts in a way of its own; of these models only Qwen3's are known")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(hf_config), attn_implementation="sdpa", trust_remote_code=False
@@ -71,4 +78,6 @@ def shape_of(hf_config) -> Shape:
         head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads, vocab=hf_config.vocab_size,
         tied=hf_config.tie_word_embeddings,
         qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
+        experts=experts, experts_per_token=hf_config.num_experts_per_tok if experts else 0,
+        expert_width=hf_config.moe_intermediate_size if experts else 0,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from data import build_index, load_corpus
 from evidence import describe, keep_rows, open_run, save_prompts
 from exams import exams_of
 from grpo import make_optimizer
+from memory import decide_checkpointing
 from model import Ranks, build_policy, load_replica, load_tokenizer
 from probe import make_probe
 from reference_model import build_reference, needs_reference
@@ -57,7 +58,8 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
 
     # ---- the model: a replica that samples, the sharded policy that learns, a second copy where the method needs one
     replica = load_replica(config, ranks)
-    policy = build_policy(replica, config, ranks)
+    trained = decide_checkpointing(replica.config, config, ranks)
+    policy = build_policy(replica, trained, ranks)
     reference = build_reference(replica, config, ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
     sampler = make_sampler(replica, tokenizer, config, ranks)
@@ -66,7 +68,7 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
         rlp_frame(sampler)  # raises now if its prompt does not fit
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
-    say(describe(config, ranks, sampler, corpus, probe))
+    say(describe(trained, ranks, sampler, corpus, probe))
 
     if ranks.rank == 0:
         last = facts["step"] if facts else -1

@@ -1,7 +1,7 @@
 """One step of train.py on given work: prompts of random tokens, and the length that each response shall have.
 
-What bench.py times. The phases are the run's own (`rollout`, `update`, `refresh`), replica and policy as train.py
-builds them. Only what they work on is made up, so that nothing depends on what a model says. Rewards are 0
+What bench.py times. The phases are the run's own (`rollout`, `update`, refresh by `to_sampler`), replica and policy as
+train.py builds them. Only what they work on is made up, so that nothing depends on what a model says. Rewards are 0
 or 1 by the seed. Left out: masking, parsing, scoring by a second copy.
 """
 
@@ -20,7 +20,8 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from config import Config
 from evidence import clock
 from grpo import Group, make_samples, update
-from model import Ranks, load_replica, load_tokenizer, refresh
+from model import Ranks, load_replica, load_tokenizer
+from offload import Lender, to_sampler, to_trainer
 from plan import Phase
 from rollout import Rollout, Sampler, derive_seed, make_sampler, rollout
 
@@ -82,7 +83,7 @@ def seeded_rewards(count: int, rng: random.Random) -> list[float]:
     return rng.sample(rewards, count)
 
 
-def one_step(works: list[Work], policy, optimizer, sampler: Sampler, number: int) -> dict:
+def one_step(works: list[Work], lender: Lender, sampler: Sampler, number: int) -> dict:
     """A step of train.py on given work. Returns seconds as time/PHASE, tokens, memory. Every rank calls it.
 
     Raises RuntimeError if a response did not get the length that it was to have.
@@ -105,10 +106,11 @@ def one_step(works: list[Work], policy, optimizer, sampler: Sampler, number: int
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with clock(row, "update"):
-        update(policy, optimizer, samples, config, sampler.ranks, number)
+        to_trainer(lender)
+        update(lender.policy, lender.optimizer, samples, config, sampler.ranks, number)
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
     with clock(row, "refresh"):
-        refresh(policy, sampler.replica)
+        to_sampler(lender)
     row["time/step"] = sum(row.values())
     lengths = [sequence_length(sample.rollout) for sample in samples]
     tokens, size = max(caches, default=(0, 0))

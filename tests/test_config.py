@@ -129,6 +129,8 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
         ("learning_rate=.nan", "expected a finite number"),
         ("temperature=.inf", "expected a finite number"),
         ("liger=1", "expected true or false"),
+        ("gradient_checkpointing=sometimes", "expected true, false or auto"),
+        ("gradient_checkpointing=1", "expected true, false or auto"),
         ("model=[a]", "expected text"),
         ("masks_per_passage=1", "2 or more, a group of one has no advantage"),
         ("predictions_per_mask=1", "2 or more, a group of one has no advantage"),
@@ -183,6 +185,13 @@ def test_a_penalty_is_refused_where_nothing_stays_near_a_frozen_copy(method):
     if method != "rlp":
         with pytest.raises(ConfigError, match="^kl=0.1: must be 0 with rlp, sft and cpt"):
             read_config([*LOCAL, f"warmup_method={method}", "kl=0.1"])
+
+
+@pytest.mark.parametrize("words", [["method=rlp"], ["method=entropy_token"], ["warmup_method=entropy_token"], ["kl=1"]])
+def test_memory_is_not_lent_where_there_is_a_second_copy(words):
+    with pytest.raises(ConfigError, match="^offload=True: must be false with rlp, entropy_token and kl"):
+        read_config([*LOCAL, *words, "offload=true"])
+    assert read_config([*LOCAL, "offload=true"]).offload and not read_config([*LOCAL, *words]).offload
 
 
 @pytest.mark.parametrize("words", [["method=rlp", "warmup_method=random_span"], ["warmup_method=rlvr"]])

@@ -4,13 +4,15 @@ import runpy
 from types import SimpleNamespace
 
 import pytest
+import torch
+from reference import load_plain
 
 from config import Config
 from data import Passage
 from evidence import append_row, read_rows, sample_rows
 from grpo import Group, make_samples
 from masking import Mask
-from metrics import compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
+from metrics import active_parameters, compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
 from prompts import BOXED_OPENING
 from rollout import Rollout
 from tasks import Task, given_rollout, given_samples
@@ -26,7 +28,8 @@ def said(*ids: int, prompt: int = 3, finish: str = "eos") -> Rollout:
 def stub_sampler(**keys) -> SimpleNamespace:
     """As much of a sampler as metrics look at; a model of 1000 parameters."""
     config = Config(predictions_per_mask=2, **keys)
-    replica = SimpleNamespace(num_parameters=lambda: 1000)
+    replica = torch.nn.Linear(25, 40, bias=False)
+    replica.config = SimpleNamespace()
     return SimpleNamespace(config=config, piece=PIECES.__getitem__, replica=replica)
 
 
@@ -86,6 +89,14 @@ def test_flops_by_hand(step):
     trained = (3 + 6) + (3 + 2) + 3 * (5 + 2)
     assert step_flops(groups, samples, 1000, Config()) == 2000 * sampled + 6000 * trained
     assert step_flops(groups, samples, 1000, Config(updates_per_batch=2)) == 2000 * sampled + 12000 * trained
+
+
+def test_of_experts_a_token_meets_those_that_it_is_sent_to(folders):
+    """Two of four, three tables of 32 x 24 each, in two layers."""
+    model = load_plain(folders["qwen3_moe"])
+    assert active_parameters(model) == model.num_parameters() - 2 * 2 * 3 * 32 * 24
+    dense = load_plain(folders["smollm3"])
+    assert active_parameters(dense) == dense.num_parameters()
 
 
 def test_given_completions_count_as_responses_that_nobody_sampled():

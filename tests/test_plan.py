@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 import torch
 from reference import REWARDS, ROOT, TINY_BASE, CaptureGradients, load_plain, make_groups, tiny_config, whole
-from transformers import AutoModelForCausalLM, Qwen3Config, SmolLM3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer, make_samples, update
@@ -25,23 +25,22 @@ from limits import (
     slots_for,
     train_flops,
 )
-from model import build_policy, load_replica, use_attention
-from ops import VARLEN, pack
-from plan import (
-    PlanOptions,
+from memory import (
     activation_bytes,
-    advice,
     cache_room,
-    check_options,
+    checkpointing,
+    decide_checkpointing,
     gathered_bytes,
     head_bytes,
-    ideal_seconds,
+    host_bytes,
     layer_activation_bytes,
-    phases,
-    report,
+    moments,
     standing_bytes,
     training_bytes,
 )
+from model import build_policy, load_replica, use_attention
+from ops import VARLEN, pack
+from plan import PlanOptions, advice, check_options, ideal_seconds, phases, report
 from shapes import ARCHITECTURES, architecture, shape_of
 
 # 100 parameters, one layer, one head of one dimension; a table of 10 words x 2 numbers
@@ -65,6 +64,7 @@ def test_the_models_of_our_configs_have_their_known_parameters(known):
         "Qwen3-0.6B-Base": 596_049_920,
         "Qwen3-4B-Base": 4_022_468_096,
         "Qwen3-8B-Base": 8_190_735_360,
+        "Qwen3-30B-A3B-Base": 30_532_122_624,
     }
 
 
@@ -84,6 +84,19 @@ def test_a_count_by_hand(known):
     assert large.multiplied == large.parameters - 151936 * 4096  # rows of the embedding are looked up
 
 
+def test_a_mixture_of_experts_by_hand(known):
+    """48 layers of 128 experts, of which a token meets 8."""
+    mixed = known["Qwen/Qwen3-30B-A3B-Base"]
+    attention = 2048 * 4096 * 2 + 2048 * 512 * 2 + 2 * 128  # q and output of 32 heads; k and v of four; their norms
+    expert = 3 * 2048 * 768
+    assert mixed.layer == attention + 2 * 2048 + 128 * 2048 + 128 * expert
+    assert mixed.multiplied == mixed.parameters - 151936 * 2048 - 48 * 120 * expert == 3_041_867_776
+    # half of the experts for each token: two tokens leave a quarter idle, many none
+    toy = replace(TOY, layers=3, hidden=5, experts=8, experts_per_token=4, expert_width=2)
+    assert [100_000 - replace(toy, parameters=100_000).read(n) for n in (1, 2, 99)] == [3 * 4 * 30, 3 * 2 * 30, 0]
+    assert TOY.read(1) == TOY.read(99) == 100
+
+
 def test_a_config_json_at_hand_comes_before_the_table(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, str(TINY_BASE), {"model_type": "no such thing"})
     shape = shape_of(architecture(str(TINY_BASE)))
@@ -92,11 +105,15 @@ def test_a_config_json_at_hand_comes_before_the_table(monkeypatch):
     assert shape == Shape(478_080, 4, 96, 256, 4, 2, 24, 747, tied=True, qk_norm=False)
 
 
-def test_an_unknown_model_and_a_mixture_of_experts_are_refused(folders):
+def test_an_unknown_model_and_an_unknown_mixture_of_experts_are_refused(folders):
     with pytest.raises(ConfigError, match="model='no/body': no config.json at hand"):
         architecture("no/body")
-    with pytest.raises(ConfigError, match="mixture of experts"):
-        shape_of(architecture(str(folders["qwen3_moe"])))
+    mixed = architecture(str(folders["qwen3_moe"]))
+    plain = load_plain(folders["qwen3_moe"])
+    assert shape_of(mixed).parameters == sum(parameter.numel() for parameter in plain.parameters())
+    mixed.mlp_only_layers = [1]
+    with pytest.raises(ConfigError, match="qwen3_moe mixes experts in a way of its own"):
+        shape_of(mixed)
 
 
 # ---- lengths
@@ -183,8 +200,8 @@ def test_masters_gradients_and_adam_take_what_is_calculated(ranks):
     parts = standing_bytes(shape, config, gpus=1)
     assert parts["replica"] == sum(parameter.nbytes for parameter in replica.parameters())
     assert parts["float32 masters"] == sum(whole(parameter).nbytes for parameter in policy.parameters())
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert parts["Adam"] == sum(whole(moment).nbytes for moment in moments)
+    adam = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert parts["Adam"] == sum(whole(moment).nbytes for moment in adam)
     assert training_bytes(shape, config, 1)["gradients"] == sum(one.nbytes for one in captured.gradients.values())
     halves = standing_bytes(shape, config, gpus=2)
     assert halves["float32 masters"] == 2 * 478_080 and halves["Adam"] == 4 * 478_080
@@ -209,16 +226,19 @@ def saved_bytes(hf_config, dtype, tokens: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["smollm3", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm3", "qwen3", "qwen3_moe"])
 def test_a_layers_activations_are_those_that_autograd_keeps(family, dtype):
     sizes = dict(vocab_size=50, hidden_size=96, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     sizes |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=None)
-    own = {"smollm3": (SmolLM3Config, {}), "qwen3": (Qwen3Config, {"head_dim": 32})}[family]
+    experts = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    own = {"smollm3": (SmolLM3Config, {}), "qwen3": (Qwen3Config, {"head_dim": 32})}
+    own = (own | {"qwen3_moe": (Qwen3MoeConfig, {"head_dim": 32, **experts})})[family]
     few, more = (own[0](**sizes, **own[1], num_hidden_layers=layers) for layers in (1, 3))
     measured = (saved_bytes(more, dtype, 64) - saved_bytes(few, dtype, 64)) / 2 / 64
     shape = shape_of(few)
     copy = shape.heads * shape.head_dim * dtype.itemsize  # the CPU's attention returns a transposed copy
-    assert layer_activation_bytes(shape, dtype.itemsize) + copy == measured
+    borders = 4 * shape.experts / 64  # where each expert's tokens end, once for all 64 tokens
+    assert layer_activation_bytes(shape, dtype.itemsize) + copy + borders == measured
 
 
 def test_memory_by_hand():
@@ -232,6 +252,39 @@ def test_memory_by_hand():
     assert head_bytes(TOY, chunk=1) == 10 * 8 + 20 * 10  # backward: the table's gradient weighs more
     layer = 100 - 20 - 2
     assert gathered_bytes(TOY) == 22 * 8 + layer * 10
+
+
+def test_memory_lent_in_turns_by_hand():
+    """100 parameters in bfloat16, two GPUs."""
+    config, plain = Config(offload=True), Config()
+    parts = moments(TOY, plain, 2)["training"]
+    assert (parts["replica"], parts["float32 masters"], parts["gradients"], parts["Adam"]) == (200, 200, 200, 400)
+    lent = {name: sum(one.values()) - 10**9 for name, one in moments(TOY, config, 2).items()}  # the context apart
+    backward = sum(parts.values()) - 200 - 400 - 10**9
+    assert lent == {"rollouts": 200, "backward": backward, "optimizer": 800, "set-up": 400}
+    # waiting in host memory 12 bytes a parameter, as many again and 2 for the export where checkpoints are written
+    assert [host_bytes(TOY, one) for one in (config, replace(config, save_every=0), plain)] == [2600, 1200, 1400]
+    # the cache gets what masters and Adam leave
+    gpu = replace(SLOW_MEMORY, memory=1e9 + 10**6)
+    assert cache_room(TOY, config, 2, gpu) > cache_room(TOY, plain, 2, gpu) > 0
+
+
+def test_auto_stores_activations_where_they_fit_nine_tenths_of_the_memory():
+    auto = Config(gradient_checkpointing="auto")
+    need = sum(moments(TOY, replace(auto, gradient_checkpointing=False), 2)["training"].values())
+    assert not checkpointing(TOY, auto, 2, need / 0.9 + 1) and checkpointing(TOY, auto, 2, need / 0.9 - 1)
+    for fixed in (True, False):
+        assert checkpointing(TOY, replace(auto, gradient_checkpointing=fixed), 2, 1.0) is fixed
+
+
+def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_layers_are_stored(folders, ranks):
+    config = tiny_config(folders["smollm3"], gradient_checkpointing="auto")
+    replica = load_replica(config, ranks)
+    with pytest.raises(AssertionError, match="decide_checkpointing comes first"):
+        build_policy(replica, config, ranks)
+    assert decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
+    told = replace(config, gradient_checkpointing=True)
+    assert decide_checkpointing(replica.config, told, ranks) is told
 
 
 def test_cache_room_by_hand():
@@ -302,6 +355,11 @@ def test_scoring_is_counted_where_a_second_copy_scores():
         (["configs/smollm3.yaml", "tokens_per_micro_batch=200000"], "h100", 8, "tokens_per_micro_batch="),
         (["configs/smollm3.yaml", "cache_memory=0.005"], "h100", 8, "cache_memory="),
         (["configs/qwen3-0.6b-24gb.yaml"], "rtx4090", 1, None),
+        (["configs/qwen3-0.6b-24gb.yaml", "gradient_checkpointing=auto"], "rtx4090", 1, None),
+        (["configs/qwen3-30b-a3b.yaml"], "h100", 8, None),
+        (["configs/qwen3-30b-a3b.yaml"], "a100-80", 8, None),
+        (["configs/qwen3-30b-a3b.yaml", "offload=false"], "h100", 8, "offload=true"),
+        (["configs/qwen3-30b-a3b.yaml"], "h100", 4, "gpus="),
     ],
 )
 def test_a_plan_says_whether_it_fits_and_what_to_change(known, monkeypatch, words, gpu, gpus, key):
@@ -332,6 +390,28 @@ def test_the_report_adds_up(known, monkeypatch):
     assert float(rows["GPU hours, 2000 steps"]) == pytest.approx(float(rows["step"]) * 2000 * 8 / 3600, rel=0.01)
     refused = report(known[config.model], config, replace(options, gpus=1, gpu="rtx3090"))
     assert "does not fit" in refused and "seconds a step" not in refused
+
+
+def test_the_report_of_memory_lent_in_turns(known, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, options = read_config(["configs/qwen3-30b-a3b.yaml"]), PlanOptions()
+    check_options(options, config)
+    text = report(known[config.model], config, options)
+    assert "30,532,122,624 parameters" in text and "8 of 128 experts a layer" in text and "GPU hours" in text
+    rows = {line[2:32].strip(): line[32:76].split() for line in text.split("\n")}
+    sums = [f"{sum(parts.values()) / 1e9:.2f}" for parts in moments(known[config.model], config, 8).values()]
+    assert rows["all of it"] == sums and len(sums) == 4
+    assert rows["replica"] == ["61.06", "61.06"] and rows["Adam"] == ["30.53"]
+    assert "host memory per node of 8 GPUs: 794 GB in the run, 489 GB while" in text
+
+
+def test_the_report_says_what_auto_takes(known, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for gpu, says in (("rtx4090", "auto: with"), ("h100", "auto: without")):
+        config = read_config(["configs/qwen3-0.6b-24gb.yaml", "gradient_checkpointing=auto"])
+        options = PlanOptions(gpus=1, gpu=gpu)
+        check_options(options, config)
+        assert says + "\n" in report(known[config.model], config, options)
 
 
 @pytest.mark.parametrize("key, value", [("gpu", "abacus"), ("gpus", 0), ("kept", 0.0), ("mfu", 1.5), ("sigma", -1.0)])

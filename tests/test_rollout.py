@@ -4,15 +4,17 @@ import gzip
 import json
 import random
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from config import ConfigError
 from grpo import Sample, pack_samples
-from model import build_policy
+from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
     check_prompts,
@@ -54,17 +56,58 @@ def wiki_prompts() -> list[str]:
 # ---- sampler and trainer agree
 
 
+def both_logprobs(policy, groups, sampler) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all completion tokens: the sampler's, as it returned them, and the trainer's own forward pass."""
+    bundles = [[Sample(response, 1.0, 1.0)] for group in groups for response in group]
+    batch = pack_samples(bundles, sampler.ranks.device)
+    options = {"predicts": batch.predicts, "targets": batch.targets, "temperature": sampler.config.temperature}
+    with torch.no_grad():
+        logprobs, _ = policy(**options, **batch.inputs)
+    return batch.sampler_logprobs, logprobs
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_samplers_logprobs_are_the_trainers(build_sampler, folders, ranks, family, temperature):
     sampler = build_sampler(folders[family], temperature=temperature)
     policy = build_policy(sampler.replica, sampler.config, ranks)
-    responses = [response for group in sample(sampler) for response in group]
-    batch = pack_samples([[Sample(response, 1.0, 1.0)] for response in responses], ranks.device)
+    own, trainers = both_logprobs(policy, sample(sampler), sampler)
+    assert len(own) > 60
+    torch.testing.assert_close(own, trainers, rtol=0, atol=1e-4)
+
+
+def test_after_a_refresh_no_key_or_value_of_the_old_weights_survives(build_sampler, folders, ranks):
+    """The same prompts before and after, long enough to fill pages of the cache, which the sampler would know again."""
+    sampler = build_sampler(folders["qwen3_tied"])
+    policy = build_policy(sampler.replica, sampler.config, ranks)
+    prompts = [[token % 256 for token in range(begin, begin + 100)] for begin in (0, 40, 90)]
+    before = rollout(sampler, prompts, 3, 12, BOXED_OPENING, (0, "predict"))
+    torch.testing.assert_close(*both_logprobs(policy, before, sampler), rtol=0, atol=1e-4)
+    torch.manual_seed(0)
     with torch.no_grad():
-        logprobs, _ = policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs)
-    assert len(logprobs) == sum(len(response.completion_ids) for response in responses) > 60
-    torch.testing.assert_close(batch.sampler_logprobs, logprobs, rtol=0, atol=1e-4)
+        for parameter in policy.parameters():
+            parameter.to_local().add_(0.1 * torch.randn(parameter.shape))
+    own, moved = both_logprobs(policy, before, sampler)
+    assert (own - moved).abs().mean() > 0.5  # what stale keys and values would be off by, about
+    refresh(policy, sampler.replica)
+    after = rollout(sampler, prompts, 3, 12, BOXED_OPENING, (0, "predict"))
+    torch.testing.assert_close(*both_logprobs(policy, after, sampler), rtol=0, atol=1e-4)
+
+
+def test_a_phases_cache_is_gone_when_it_ends(sampler, monkeypatch):
+    """Each phase makes its own, of what memory is free then, and the update that follows has all of it."""
+    made, original = [], PagedAttentionCache.__init__
+
+    def noted(self, *words, **keys):
+        assert [one for one in made if one() is not None] == []
+        made.append(weakref.ref(self))
+        original(self, *words, **keys)
+
+    monkeypatch.setattr(PagedAttentionCache, "__init__", noted)
+    for _ in range(3):
+        sample(sampler)
+        assert made[-1]() is None
+    assert len(made) == 3
 
 
 def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders):

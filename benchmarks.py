@@ -1,10 +1,13 @@
 r"""The benchmarks of the paper: where their items come from, how they are asked, how a response is judged.
 
-A benchmark is a row of BENCHMARKS; another one is another row. Items come from the hub or from a local copy: jsonl, a
-JSON array, {"examples": [...]}, parquet, each also in a folder (a hub download; BBEH's repository, one task.json per
-task). Every record is an item or a counted skip. A file that is broken or lacks a field is an error: a score on part of
-a benchmark is another benchmark's score. The judged answer is the last balanced \boxed{}; nothing else is looked at
-unless the caller asks for it, since both fallbacks lift a base model's score (guessing by a tenth on ten options).
+A benchmark is a row of BENCHMARKS; another one of the same three kinds (maths, a letter, a text by BBEH's rules) is
+another row. A new kind needs its prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
+
+Items come from the hub or from a local copy: jsonl, a JSON array, {"examples": [...]}, parquet, each also in a folder
+(a hub download; BBEH's repository, one task.json per task). Every record is an item or a counted skip. A file that is
+broken or lacks a field is an error: a score on part of a benchmark is another benchmark's score. The judged answer is
+the last balanced \boxed{}; nothing else is looked at unless the caller asks for it, since both fallbacks lift a base
+model's score (guessing by a tenth on ten options).
 
 Left out: sampling and averages (the caller's), rules of matching (scoring.py), few-shot prompts and log-likelihoods
 (lm-eval's job), AIME's 000 to 999 (leading zeros are math-verify's business: 073 is 73).

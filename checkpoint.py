@@ -9,6 +9,10 @@ Data order, learning rate and noise are functions of (seed, step), so the step i
 On a CPU with as many ranks a resumed run equals an unbroken one bit for bit; on GPUs flash-attn's backward and the
 sampler's scheduling are not repeatable, and with another number of ranks the noise is other noise.
 
+A run that is killed loses the steps after its newest complete checkpoint (one that was being written does not count)
+and makes them again; their rows in metrics.jsonl and samples.jsonl are dropped at the resume (start.py). After a signal
+to stop the last finished step is saved first.
+
 Training waits only until everything is copied; threads write the copy, beside its place, and rename it when it is
 whole; `latest` moves last. A save that fails is told at once, and the run goes on: the next may succeed. Leaves out
 when to save, and what to do about a signal (train.py).

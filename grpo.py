@@ -189,7 +189,8 @@ def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatc
 
 
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Tensor]:
-    """The sum over tokens of the equation above, and per token whether the clip took its gradient away."""
+    """L of this file's first page over the tokens of a micro-batch, and per token whether the clip took its gradient
+    away. Weights and importance weights c_t are constants; gradient through `logprobs` only."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     correction = torch.exp(old_logprobs - batch.sampler_logprobs).clamp(max=config.max_importance)

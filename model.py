@@ -199,11 +199,11 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
 @torch.no_grad()
 def refresh(policy: nn.Module, replica: nn.Module) -> None:
     """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers."""
-    copies = dict(replica.named_parameters())
+    sampled = dict(replica.named_parameters())
     for name, master in policy.named_parameters():
-        copy_master(master, copies[name])
+        copy_master(master, sampled[name])
 
 
-def copy_master(master: Tensor, copy: Tensor) -> None:
+def copy_master(master: Tensor, own: Tensor) -> None:
     """One parameter of `refresh`: the shards are rounded, then gathered."""
-    copy.copy_(master.to(copy.dtype).full_tensor())
+    own.copy_(master.to(own.dtype).full_tensor())

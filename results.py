@@ -4,6 +4,8 @@ A record is a judged response (exams.py makes them): task, id, sample, question,
 finish, tokens. A score is the mean over items of the mean over an item's samples, in per cent; its standard error
 counts items, since the samples of one item are not independent. Rates are shares of responses. Needs no torch.
 
+(results/ is another thing: the runs of experiments.py.)
+
 Alone:  python results.py OUT [OUT ...]      (as `python eval.py compare`)
 """
 

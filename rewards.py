@@ -1,4 +1,4 @@
-r"""Rewards: exact match for the predictor (after a light normalisation), 1 - accuracy for the generator.
+r"""Rewards: exact match for the predictor (after a light normalisation); for the generator 1 - accuracy, 0 at 0.
 
 No reward for format, none for length: the paper has neither. Leaves out where answers come from (prompts.py) and what
 becomes of rewards (grpo.py). Needs no torch.
@@ -148,7 +148,7 @@ def generator_reward(accuracy: float, kind: str = "one_minus_accuracy") -> float
     >>> [generator_reward(right / 8, "variance") for right in (0, 1, 4, 8)]
     [0.0, 0.109375, 0.25, 0.0]
     """
-    assert 0 <= accuracy <= 1, f"accuracy {accuracy} is not a share"
+    assert 0 <= accuracy <= 1, f"accuracy {accuracy}: rewards of predictions must lie between 0 and 1"
     if kind == "variance":
         return accuracy * (1 - accuracy)
     return 1 - accuracy if accuracy > 0 else 0.0

@@ -48,11 +48,12 @@ class Rollout:
     prompt_ids: list[int]
     completion_ids: list[int]
     sampler_logprobs: list[float]
-    """Of each completion token, at the sampling temperature, nats."""
+    """Of each completion token, at the sampling temperature, nats; empty if the completion was given."""
     text: str
     """The completion decoded, without special tokens."""
     finish: str
-    """`eos`; `answer`: the first balanced answer closed; `length`: cut at the limit."""
+    """`eos`; `answer`: the first balanced answer closed, in `rlp` the thought; `length`: cut at the limit; `given`: by
+    the text, nobody sampled it (`sft`, `cpt`)."""
 
 
 @dataclass

@@ -64,11 +64,12 @@ class Task:
 
     @property
     def accuracy(self) -> float:
-        """Share of predictions that are right."""
+        """Mean reward of the predictions: the share that is right, where right is 1 and wrong is 0."""
         return fmean(self.rewards)
 
     def proposal_reward(self, kind: str = "one_minus_accuracy") -> float:
-        """Of the generator: harder is better, impossible or invalid earns nothing."""
+        """Of the generator: harder is better; 0 for a mask that is invalid, here, or that nobody recovered, in
+        rewards.generator_reward."""
         return INVALID_MASK_REWARD if self.mask.invalid else generator_reward(self.accuracy, kind)
 
 

@@ -5,7 +5,8 @@
 
 The loop is `loop` below: propose, predict, reward, update, refresh, log. Everything it calls is one import away, in a
 file named after its idea. Every rank runs the same lines: prompts are split over the ranks inside `rollout`, whose
-gathered result is the same everywhere, so all later decisions are too; the update splits the packed batches again.
+gathered result is the same everywhere, so all later decisions are too; the update splits the packed batches again. If
+one rank left a call out, the others would wait for it in theirs until `rank_timeout`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def predict(tasks: list[Task], sampler: Sampler, config: Config, step: int) -> N
 
 
 def grade(task: Task, response: Rollout, config: Config) -> float:
-    """The reward of one prediction. It sees the whole record: a reward of your own goes here."""
+    """The reward of one prediction, from 0 to 1 (the generator's is 1 minus their mean). It sees the whole record: a
+    reward of your own goes here, for all methods with masks; `rlvr` and `rlp` have judges of their own."""
     answer = last_answer(response.text, "boxed")
     if config.reward == "prefix":
         return prefix_match(answer, task.mask.prefixes)

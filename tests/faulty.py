@@ -52,9 +52,10 @@ POINTS = {
     # in threads, while the main thread goes on
     "save, shards": (FileSystemWriter, "write_data", "", 1),
     "save, export": (nn.Module, "state_dict", "", 1),
+    "save, card": (checkpoint, "write_card", "", 1),
     "save, manifest": (checkpoint, "write_whole", "", 1),
     "save, rename": (Path, "rename", "", 1),
-    "save, latest": (os, "replace", "", 2),
+    "save, latest": (os, "replace", "", 4),  # after those of the card's two files and of the manifest
 }
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     def wrap():
         setattr(owner, name, struck)
 
-    if fault["at"] in ("save, export", "save, manifest", "save, rename", "save, latest"):
+    if fault["at"] in ("save, export", "save, card", "save, manifest", "save, rename", "save, latest"):
         publish_, checkpoint._publish = checkpoint._publish, publish
     else:
         wrap()

@@ -202,8 +202,8 @@ KILLED = [
     *(lost(at, rank=0) for at in (PREDICT, "reward", INSIDE, "refresh")),
     lost("refresh"),
     *(lost(at, 4) for at in ("probe", PROBE, "save", "save, copying", "save, shards")),
-    *(lost(at, 4, 0) for at in (PROBE, "log", "save", "save, shards", "save, export", "save, manifest", "save, rename",
-                                "save, latest")),
+    *(lost(at, 4, 0) for at in (PROBE, "log", "save", "save, shards", "save, export", "save, card", "save, manifest",
+                                "save, rename", "save, latest")),
     # all at once: nobody is left to say anything
     *(Case("kill", at, 3, -1) for at in ("propose", PREDICT, "reward", SECOND, INSIDE, "refresh")),
     *(Case("kill", at, 4, -1) for at in (PROBE, "save, shards")),
@@ -233,6 +233,7 @@ FAILED = [
            "request failed: out of luck") for phase, step in (("propose", 3), ("predict", 3), ("probe", 4))),
     Case("fail", "save, shards", 4, 1, "THE CHECKPOINT OF STEP 4 WAS NOT SAVED (rank 1: ValueError: out of luck)"),
     Case("fail", "save, manifest", 4, 0, "THE CHECKPOINT OF STEP 4 WAS NOT SAVED (ValueError: out of luck)"),
+    Case("fail", "save, card", 4, 0, "no model card in the checkpoint of step 4 (ValueError: out of luck)", 4, 0, True),
     Case("nan", "update", 3, 1, "step 3, update 1: gradient not finite on rank [1], though every loss is"),
     *(Case("slow", at, 3, 1, f"no word from rank 1 (step 3, {at.partition(',')[0]})", once=("rank_timeout=5",))
       for at in ("predict", SECOND, "refresh")),

@@ -199,7 +199,7 @@ def test_generator_reward_by_hand():
 
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, math.nan])
 def test_generator_reward_wants_a_share(accuracy):
-    with pytest.raises(AssertionError, match="share"):
+    with pytest.raises(AssertionError, match="between 0 and 1"):
         generator_reward(accuracy)
 
 

@@ -1,0 +1,152 @@
+"""What README.md says of the code: its patches apply and do what it says, and the functions that it names are there."""
+
+import ast
+import importlib.util
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import ROOT
+
+import benchmarks
+import grpo
+import masking
+import train
+from config import Config
+from rollout import Rollout
+from tasks import Task
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PATCHES = {re.search(r"^\+\+\+ b/(\w+)\.py$", text, re.MULTILINE)[1]: text
+           for text in re.findall(r"^```diff\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)}  # fmt: skip
+
+
+# ---- patches
+
+
+@pytest.fixture
+def patched(tmp_path, monkeypatch):
+    """(module) -> that module from a copy of the repository with the README's patch for it."""
+
+    def build(name: str):
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, tmp_path)
+        # else the folder of a repository around it would be left alone
+        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        ended = subprocess.run(
+            ["git", "apply", "-"], cwd=tmp_path, env=outside, input=PATCHES[name], capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        changed = [path for path in tmp_path.glob("*.py") if path.read_bytes() != (ROOT / path.name).read_bytes()]
+        assert [path.stem for path in changed] == [name]
+        spec = importlib.util.spec_from_file_location(f"patched_{name}", tmp_path / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    return build
+
+
+def test_there_are_four_of_ten_changed_lines_at_most():
+    assert set(PATCHES) == {"train", "masking", "grpo", "benchmarks"} and README.count("```diff") == 4
+    for text in PATCHES.values():
+        changed = [line for line in text.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        assert 1 <= len(changed) <= 10 and max(map(len, changed)) <= 121
+
+
+def test_the_reward_takes_up_to_a_tenth_for_length(patched):
+    config, task = Config(max_prediction_tokens=10), Task(None, masking.Mask("Bonn", target="Bonn"))
+
+    def rewards(grade):
+        texts = {"short": (r"\boxed{Bonn}", 2), "long": (r"\boxed{Bonn}", 10), "wrong": (r"\boxed{Köln}", 2)}
+        made = {name: Rollout([1], [5] * length, [], text, "eos") for name, (text, length) in texts.items()}
+        return [grade(task, response, config) for response in made.values()]
+
+    assert rewards(train.grade) == [1, 1, 0]
+    assert rewards(patched("train").grade) == pytest.approx([0.98, 0.9, 0])
+
+
+def test_the_mask_rule_wants_a_capital_letter(patched):
+    passage = SimpleNamespace(text="The art of Bonn is old, says Bonn.", labels=None)
+
+    def invalid(module):
+        masks = [module.make_mask(words, passage, Config(), random.Random(0)) for words in ("Bonn", "art", "of Bonn")]
+        drawn = [module.random_span(passage, Config(), random.Random(seed)).target for seed in range(20)]
+        return [mask.invalid for mask in masks], all(target[0].isupper() for target in drawn)
+
+    assert invalid(masking) == (["", "", ""], False)
+    assert invalid(patched("masking")) == (["", "no_capital", "no_capital"], True)
+
+
+def test_the_loss_is_cispo(patched):
+    """Ratios 1, 2 and 1/2, each with advantage 1 and -1. PPO's gradient is gone where the clip acts; CISPO's is the
+    clipped weight: 1, 1.28 and 0.8, times the importance weight over the sampler, which is capped at 2."""
+    old, sampler = torch.full((6,), -2.0), torch.tensor([-2.0, -2.0, -2.0, -2.0, -3.0, -3.0])
+    ratios, advantages = torch.tensor([1, 1, 2, 2, 0.5, 0.5]), torch.tensor([1.0, -1] * 3)
+    unused = torch.zeros(6)
+    batch = grpo.MicroBatch({}, unused, unused, sampler, advantages, torch.full((6,), 0.1), unused)
+
+    def run(clipped_loss):
+        logprobs = (old + ratios.log()).requires_grad_()
+        loss, clipped = clipped_loss(logprobs, old, batch, Config())
+        loss.backward()
+        return [round(slope, 4) for slope in logprobs.grad.tolist()], clipped.tolist()
+
+    slopes, clipped = run(grpo.clipped_loss)
+    assert slopes == [-0.1, 0.1, 0, 0.2, -0.1, 0] and clipped == [False, False, True, False, False, True]
+    slopes, clipped = run(patched("grpo").clipped_loss)
+    assert slopes == [-0.1, 0.1, -0.128, 0.128, -0.16, 0.16] and clipped == [False, False, True, True, True, True]
+
+
+def test_the_benchmark_is_asked_and_judged(patched, tmp_path):
+    file = tmp_path / "platinum.jsonl"
+    file.write_text('{"question": "2 + 3?", "answer": "2 and 3 are 5.\\n#### 5", "cleaning_status": "consensus"}\n')
+    assert "gsm8k_platinum" not in benchmarks.BENCHMARKS
+    module = patched("benchmarks")
+    items, counts, _ = module.load_items("gsm8k_platinum", str(file))
+    assert counts == {"records": 1, "items": 1} and (items[0].question, items[0].gold) == ("2 + 3?", "5")
+    verdicts = module.judge("gsm8k_platinum", items * 2, [r"\boxed{5}", r"\boxed{6}"])
+    assert [verdict.score for verdict in verdicts] == [1, 0]
+
+
+# ---- names
+
+
+def functions(file: str) -> set[str]:
+    """Names of a file's functions, classes and constants, those inside a class with its name in front."""
+    found = set()
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        elif isinstance(node, ast.Assign):
+            found |= {name.id for name in node.targets if isinstance(name, ast.Name)}
+    return found
+
+
+def test_every_file_and_function_that_is_named_is_there():
+    prose = re.sub(r"^```diff\n.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    files = set(re.findall(r"[\w/]+\.py\b", prose))
+    assert len(files) > 30 and not [file for file in files if not (ROOT / file).is_file()]
+    named = set(re.findall(r"(\w+\.py):([A-Za-z_][\w.]*\w)", prose))
+    stems = {path.stem for path in ROOT.glob("*.py")}
+    dotted = re.findall(r"`(\w+)\.([a-z_]+)`", prose)  # train.grade; not metrics.jsonl
+    dotted = [pair for pair in dotted if pair[0] in stems and pair[1] not in ("py", "json", "jsonl", "html")]
+    named |= {(f"{stem}.py", name) for stem, name in dotted}
+    assert len(named) > 20 and not [(file, name) for file, name in sorted(named) if name not in functions(file)]
+
+
+def test_every_equation_has_a_function_beside_it():
+    section = README.split("## The algorithm, equation by equation\n")[1].split("\n## ")[0]
+    *parts, rest = section.split("```math\n")
+    assert len(parts) == 8 and "**" not in rest.split("```")[1]
+    for part in parts:
+        assert re.search(r"`\w+\.py:\w", part.split("```\n")[-1]), part

@@ -4,6 +4,8 @@ import copy
 import doctest
 import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -116,6 +118,13 @@ def test_one_bad_seed_is_enough_where_every_seed_is_claimed():
 def test_every_claim_is_tried_and_names_its_arms():
     assert {name for name, *_ in FAILS + CURVED} == set(CLAIMS)
     assert {arm for claim in CLAIMS.values() for arm in claim.arms} == set(claims.ARMS)
+
+
+def test_late_is_the_last_20_steps_and_late_accuracy_begins_after_40():
+    run = made("active")
+    run["curves"]["pred/accuracy"] = [1.0] * 8 + [0.25] * 8 + [0.75] * 4  # means of five steps
+    assert claims.late(run, "pred/accuracy") == 0.75
+    assert claims.late_accuracy([run]) == pytest.approx((8 * 0.25 + 4 * 0.75) / 12)
 
 
 def test_differences_go_by_seed_and_leave_out_what_only_one_arm_has():
@@ -260,6 +269,75 @@ def test_run_makes_what_is_missing_seed_by_seed_and_what_was_run_with_other_word
     experiments.run_missing(["learns"], [10, 11], record)
     assert len(asked) == 3
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["questions.jsonl", "several.jsonl"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """train.py replaced by ten rows of metrics; the words of each call."""
+    calls = []
+
+    def run(words, **_):
+        calls.append(words)
+        options = dict(word.split("=", 1) for word in words if "=" in word)
+        folder = Path(options["run_dir"])
+        folder.mkdir(parents=True)
+        probe = {"probe/accuracy": 0.5, "probe/accuracy_fact": 0.123456}
+        rows = [{"step": 0, **probe}]
+        rows += [{"step": n, "reward": 1, "time/step": 2, "pred/accuracy": n / 10, "flops": n} for n in range(1, 11)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], rows[-1] | probe]))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    monkeypatch.setattr(experiments, "environment", lambda: "time: now\ngit: 123\n")
+    return calls
+
+
+def test_a_run_becomes_a_line_and_its_folder_goes(trained, tmp_path):
+    row = experiments.run_one("active, two facts", 10)
+    (words,) = trained
+    assert words[-2:] == ["seed=10", f"run_dir={tmp_path / 'active-two-facts-10'}"] and "save_every=0" in words
+    assert row["probes"] == [{"step": step, "all": 0.5, "fact": 0.1235} for step in (0, 10)]
+    assert row["curves"]["pred/accuracy"] == [0.3, 0.8] and row["curves"]["gen/share_fact"] == [0, 0]
+    assert row["totals"]["flops"] == 55 and row["seconds"] == 20 and row["environment"] == ["git: 123"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_that_starts_from_another_makes_that_first_and_starts_from_its_last_checkpoint(trained, tmp_path):
+    row = experiments.run_one("active, then rlvr", 11)
+    first, second = trained
+    assert "configs/tiny.yaml" in first and "save_every=1000000" in first and "seed=11" in first
+    assert "configs/tiny-rlvr.yaml" in second and "save_every=0" in second and "seed=11" in second
+    assert f"model={tmp_path / 'active-11' / 'checkpoints' / 'latest' / 'hf'}" in second
+    assert row["first"]["arm"] == "active" and row["seconds"] == 40 and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_is_told_with_arm_seed_and_its_last_words(trained, monkeypatch):
+    monkeypatch.setattr(experiments.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no disk"))
+    with pytest.raises(RuntimeError, match="sft, seed 12: exit status 3\nno disk"):
+        experiments.run_one("sft", 12)
+
+
+def test_again_tells_what_equals_the_record_and_tests_the_claim_on_fresh_seeds(tmp_path, monkeypatch, capsys):
+    recorded = [run | {"seed": seed} for run in held()["active"] + held()["rewards shuffled"] for seed in (10, 11)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recorded))
+    monkeypatch.setattr(experiments, "RECORD", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+
+    def run_one(arm, seed):
+        run = held()[arm][0] | {"seed": seed}
+        if (arm, seed) == ("active", 11):
+            run["probes"][-1]["fact"] += 1e-4
+        run["probes"][-1]["greedy_fact"] -= lost if seed == 21 and arm == "active" else 0
+        return run
+
+    monkeypatch.setattr(experiments, "run_one", run_one)
+    lost = 0
+    assert experiments.again("learns") is True
+    assert "3 of 4 runs of seeds (10, 11) equal the record" in capsys.readouterr().out
+    lost = 0.5
+    assert experiments.again("learns") is False
+    assert "On the fresh seeds (20, 21): FAILS" in capsys.readouterr().out
 
 
 def test_a_run_equals_the_record_in_the_probes_that_the_record_holds():

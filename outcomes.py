@@ -25,7 +25,7 @@ RECORD = ROOT / "results" / "runs.jsonl"
 FIGURES = Path("assets") / "figures"
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantile of Student's t for so many values (one degree of freedom less)."""
-TWO_FACTS = ("active, two facts", "cpt, two facts")
+TWO_FACTS = ("active, two facts", "active, two facts, 200 steps", "cpt, two facts")
 RLVR = ("rlvr", *FIRST)
 
 
@@ -135,8 +135,8 @@ def never_masked_table(results: Results) -> str:
             ends = [interval([final(run, probe) for run in runs]) for probe in (f"greedy_{key}", key)]
             gains = [gain(run, f"greedy_{key}") for run in runs]
             rows.append([arm, told, starts[0], ends[0], interval(gains), extremes(gains), starts[1], ends[1]])
-    heads = ["greedy, step 0", "greedy, step 100", "gain of greedy", "its lowest, highest seed"]
-    return table(["method", "facts", *heads, "sampled, step 0", "sampled, step 100"], rows)
+    heads = ["greedy, step 0", "greedy, last step", "gain of greedy", "its lowest, highest seed"]
+    return table(["method", "facts", *heads, "sampled, step 0", "sampled, last step"], rows)
 
 
 def first_probe(run: dict, probe: str) -> float:

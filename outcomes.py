@@ -216,9 +216,9 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
             for arm, name in (("active, G = 4", "G = 4"), ("active", "G = 8"), ("active, G = 16", "G = 16"))
         ]),
         ("never-masked", "Facts that a run cannot mask, greedy", "share right, two facts an article", [
-            (probed, "active, two facts", "greedy_fact", "active: may be masked"),
-            (probed, "active, two facts", "greedy_shown", "active: read, never masked"),
-            (probed, "active, two facts", "greedy_unseen", "active: never read"),
+            (probed, "active, two facts, 200 steps", "greedy_fact", "active: may be masked"),
+            (probed, "active, two facts, 200 steps", "greedy_shown", "active: read, never masked"),
+            (probed, "active, two facts, 200 steps", "greedy_unseen", "active: never read"),
             (probed, "cpt, two facts", "greedy_shown", "cpt: read"),
         ]),
         ("rlvr", "RLVR, questions about held-out subjects, greedy", "share right over 60 steps of RLVR", [

@@ -1,5 +1,7 @@
 # make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
+# make experiments         the runs that results/runs.jsonl lacks, then tables and plots (all 85 anew: two hours)
+# make experiments-quick   one claim on recorded and on fresh seeds, minutes      make figures   tables and plots alone
 # A Linux laptop gets PyTorch's CUDA build by default; for the CPU build add INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 INDEX ?=
@@ -10,9 +12,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 export OMP_NUM_THREADS ?= 1
 # The laptop run and the tests are float32 on the CPU, also where there is a GPU
-tiny methods test test-slow test-faults base: export CUDA_VISIBLE_DEVICES =
+tiny methods test test-slow test-faults base experiments experiments-quick: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup tiny methods test test-slow test-faults base lint clean
+.PHONY: setup tiny methods test test-slow test-faults base experiments experiments-quick figures lint clean
 setup: .venv/.installed
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +34,16 @@ methods: setup
 
 tiny: setup
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)
+
+experiments: setup
+	$(BIN)/python experiments.py run $(ARGS)
+	$(BIN)/python experiments.py figures
+
+experiments-quick: setup
+	$(BIN)/python experiments.py again learns
+
+figures: setup
+	$(BIN)/python experiments.py figures
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m "not slow and not faults" tests $(ARGS)

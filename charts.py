@@ -1,8 +1,9 @@
 """Small charts as SVG text: lines with bands, stacked shares, a heat map, bars, points with a curve.
 
 Each function returns one <svg> 360 units wide, which a page shows at about that many pixels, so that its text can be
-read on a phone. Colours are classes (c0, c1, ...) of the page's style sheet, which knows light and dark. Every text
-that comes in is escaped. Leaves out what is drawn and why (figures.py). Needs the standard library alone.
+read on a phone. Colours are classes (c0, c1, ...) of the page's style sheet, which knows light and dark; `stand_alone`
+makes a file of a chart, which brings its own. Every text that comes in is escaped. Leaves out what is drawn and why
+(figures.py, outcomes.py). Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -243,3 +244,52 @@ def point_chart(series: list[Series], curves: list[Series], label: str, x_name: 
         line = path([(axes.x(x), axes.y(y)) for x, y in one.points])
         axes.svg.append(f'<path class="curve" d="{line}"><title>{escape(one.name)}</title></path>')
     return drawing(axes, label)
+
+
+# -------------------------------------------------------------------------------------------- a chart as a file alone
+
+LIGHT = ("#ffffff", "#1d1d1f", "#62626a", "#dcdce0", "#2563c9 #c2570c #178048 #7c3fc4 #b81f63 #0d7480".split())
+DARK = ("#16161a", "#ececee", "#a0a0a8", "#38383e", "#6ea8ff #ffa14f #5ccf8b #c79bff #ff85b6 #58cfdd".split())
+HEAD, ROW, LETTER = 46, 15, 6.4  # units: room for two lines of title; a line of the legend; a letter of it, generously
+
+
+def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
+    """A chart of this file -> the text of an .svg file, with title, a line on how to read it, and the names in order of
+    colour. It brings its own background: a page may be light where the reader's system is dark."""
+    rows, left = [[]], float(WIDTH)
+    for colour, name in enumerate(names):
+        wide = 22 + LETTER * len(name)
+        if wide > left:
+            rows.append([])
+            left = float(WIDTH)
+        rows[-1].append((10 + WIDTH - left, colour, name))
+        left -= wide
+    top = HEAD + ROW * max(2, len(rows))  # so that two files beside each other are level
+    legend = "".join(
+        f'<rect class="dot c{colour}" x="{x:.0f}" y="{HEAD + ROW * row - 8}" width="9" height="9" rx="2"/>'
+        f'<text class="strong" x="{x + 13:.0f}" y="{HEAD + ROW * row}">{escape(name)}</text>'
+        for row, items in enumerate(rows)
+        for x, colour, name in items
+    )
+    style = style_rules(LIGHT) + f"@media (prefers-color-scheme: dark) {{{style_rules(DARK)}}}"
+    chart = svg.replace("<svg ", f'<svg x="4" y="{top - 6}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 10} {top + HEIGHT}" width="{2 * WIDTH}">'
+        f'<style>{style}</style><rect class="page" width="100%" height="100%" rx="6"/>'
+        f'<text class="title" x="10" y="17">{escape(title)}</text><text x="10" y="31">{escape(about)}</text>'
+        f"{legend}{chart}</svg>\n"
+    )
+
+
+def style_rules(theme: tuple) -> str:
+    """Plain rules, no variables: some programs that draw SVG know none."""
+    page, ink, faint, rule, colours = theme
+    own = "".join(
+        f".line.c{n}{{stroke:{colour}}}.dot.c{n},.band.c{n},.area.c{n},.bar.c{n},.cell.c{n}{{fill:{colour}}}"
+        for n, colour in enumerate(colours)
+    )
+    return (
+        f".page{{fill:{page}}}text{{font:11px system-ui,sans-serif;fill:{faint}}}.strong{{fill:{ink}}}"
+        f".title{{font-size:13px;font-weight:600;fill:{ink}}}.name{{font-style:italic}}.axis{{stroke:{faint}}}"
+        f".rule{{stroke:{rule};stroke-width:.7}}.line{{fill:none;stroke-width:1.6}}.band{{opacity:.2}}{own}"
+    )

@@ -22,7 +22,7 @@ import numpy as np
 
 from config import Config, one_line
 
-LABELS = ("noise", "fact", "copy", "template")  # kinds of words, in a corpus that labels them
+LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
 CAUSES = {

@@ -239,7 +239,7 @@ def commands(name: str, config: Config) -> str:
     """vLLM, transformers' own server, lm-eval, the hub."""
     name = re.sub(r"[^\w.-]", "-", name)
     return f"""vllm serve . --served-model-name {name}
-transformers serve .
+transformers serve .      # needs: pip install "transformers[serving]" accelerate
 lm_eval --model hf --model_args pretrained=.,dtype={config.dtype} --tasks gsm8k --batch_size auto
 hf upload OWNER/{name} . ."""
 

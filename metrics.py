@@ -113,7 +113,7 @@ def mask_metrics(proposals: list[list[Task]]) -> dict:
     causes = Counter(task.mask.invalid for tasks in proposals for task in tasks if task.mask.invalid)
     metrics |= {f"gen/invalid_{cause}": count / proposed for cause, count in sorted(causes.items())}
     labelled = [task.mask.label for task in valid if task.mask.label]
-    stand = {label for task in valid for label in task.passage.labels or ()}
+    stand = {label for task in valid if task.mask.label for label in task.passage.labels}
     metrics |= {f"gen/share_{label}": labelled.count(label) / len(labelled) for label in LABELS if label in stand}
     return metrics
 

@@ -36,7 +36,8 @@ def stub_sampler(**keys) -> SimpleNamespace:
 @pytest.fixture
 def step():
     """Of one passage three generator responses: a mask found by one of two, one found by none, none at all."""
-    passage = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
+    labels = ["copy", "template", "noise", "noise", "fact"]
+    passage = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.", labels)
     right, wrong = said(1, 2, 3, 4, 5, 6), said(2, 4, finish="answer")
     masks = [Mask("Rhine", "", "m", "Rhine", 1, 17, "fact"), Mask("on the", "", "m", "on the", 1, 10, "noise"),
              Mask("", invalid="no_answer")]  # fmt: skip
@@ -59,14 +60,14 @@ def test_metrics_of_a_step_by_hand(step):
         "reward": 1.5 / 7, "surprisal": 0.5, "responses": 7, "response_tokens": 6 + 2 + 2 + 3 + 3 * 2,
         "gen/reward": 0.5 / 3, "gen/responses": 3, "gen/groups_kept": 1, "gen/valid_rate": 2 / 3, "gen/distinct": 2,
         "gen/span_words": 1.5, "gen/occurrences": 1, "gen/invalid_no_answer": 1 / 3, "gen/share_fact": 0.5,
-        "gen/share_noise": 0.5, "gen/length_mean": 2, "gen/length_max": 2, "gen/truncated": 0,
+        "gen/share_noise": 0.5, "gen/share_copy": 0, "gen/length_mean": 2, "gen/length_max": 2, "gen/truncated": 0,
         "pred/reward": 0.25, "pred/responses": 4, "pred/groups_kept": 0.5, "pred/accuracy": 0.25,
         "pred/accuracy_zero": 0.5, "pred/accuracy_one": 0,
         "pred/valid_rate": 0.75, "pred/truncated": 0.25, "pred/length_max": 6, "pred/tokens_after_answer": 0.25,
     }  # fmt: skip
     assert {key: metrics[key] for key in expected} == pytest.approx(expected)
     assert metrics["pred/accuracy_histogram"] == [1, 1, 0]  # masks with 0, 1 and 2 right answers
-    assert "gen/share_copy" not in metrics  # no passage has such a word
+    assert "gen/share_shown" not in metrics  # no passage has such a word
 
 
 def test_tokens_after_the_first_answer_are_counted_without_the_end():

@@ -121,7 +121,8 @@ def test_every_key_is_compared_but_those_that_change_no_result(config):
         except ConfigError as error:
             assert str(error).startswith(f"{key}=")
     allowed = """steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout
-        tokens_per_micro_batch gradient_checkpointing attention liger use_cuda_graph cache_memory max_requests"""
+        tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory
+        max_requests"""
     assert free == set(allowed.split())
 
 

@@ -278,6 +278,7 @@ def test_the_terminal_tells_what_runs_and_sums_up(alone):
     printed = alone[1]
     for words in (
         "parameters, float32, 1 x cpu",
+        "memory: layers stored for the backward pass\n",
         "step 0: probe accuracy",
         "step 1/2",
         "step 2/2",
@@ -301,15 +302,17 @@ def test_the_seconds_that_a_save_takes_from_training_stand_in_the_next_row(unbro
     assert [row["step"] for row in read_rows(unbroken[0] / "metrics.jsonl") if "time/save" in row] == [3]
 
 
-def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path):
+@pytest.mark.parametrize("keys", [["kl=0.1"], ["offload=true", "gradient_checkpointing=auto"]])
+def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys):
     """Nor does it forget what a run of the same folder has written."""
     (tmp_path / "run").mkdir()
     append_row(tmp_path / "run/metrics.jsonl", {"step": 0}, {"step": 1})
-    ended = command(["train.py", *SMALL, "steps=0", "kl=0.1", f"run_dir={tmp_path / 'run'}"], limit=90)
+    ended = command(["train.py", *SMALL, "steps=0", *keys, f"run_dir={tmp_path / 'run'}"], limit=90)
     printed = ended.stdout + ended.stderr
     assert ended.returncode == 0, printed
     for words in ("gen/valid_rate", "pred/valid_rate", "mismatch_kl", "dry run done; no weights were changed"):
         assert words in printed, printed
+    assert ("replica and training state take turns" in printed) == ("offload=true" in keys)
     assert printed.count("--- generator:") == printed.count("--- predictor:") == 2
     (loss,) = [float(line.split()[1]) for line in printed.splitlines() if line.split()[:1] == ["loss"]]
     assert abs(loss) < 1  # the penalty at the start is 0

@@ -11,7 +11,7 @@ every bit comes back. A step moves 12 bytes a parameter to the host and back, di
 
 Host memory, all ranks of a node together: 12 bytes a parameter; 12 more from the first checkpoint on, which is written
 from a copy, and 2 on rank 0 for its export. Qwen3-30B-A3B: 366, 733 and 794 GB. While the model is loaded, every rank
-holds it once: 2 bytes a parameter and rank, 488 GB for eight.
+holds it once: 2 bytes a parameter and rank, 489 GB for eight.
 
 With `offload: false` all of this is `refresh` and nothing else. Leaves out the second copy of rlp, entropy_token and a
 KL penalty (config.check refuses them), and gradients, which exist only inside the update.

@@ -95,6 +95,15 @@ def test_a_mixture_of_experts_by_hand(known):
     toy = replace(TOY, layers=3, hidden=5, experts=8, experts_per_token=4, expert_width=2)
     assert [100_000 - replace(toy, parameters=100_000).read(n) for n in (1, 2, 99)] == [3 * 4 * 30, 3 * 2 * 30, 0]
     assert TOY.read(1) == TOY.read(99) == 100
+    # of two responses of 3 and 1 tokens the first step reads the experts of two tokens, the others those of one
+    toy, weights_only = replace(toy, parameters=100_000, kv_heads=0), replace(SLOW_MEMORY, flops=1e30)
+    assert decode_seconds(toy, weights_only, 1, [3, 1], slots=2) == 2 * (toy.read(2) + 2 * toy.read(1))
+    # what is kept of a token, and what moves in the backward pass, for each of the four experts that it is sent to
+    dense = replace(toy, experts=0, intermediate=0)
+    each = 2 * (2 * 5 + 4 * 2 + 1) + 4 + 32
+    assert layer_activation_bytes(toy) == layer_activation_bytes(dense) + 4 * (8 + 1) + 4 * each
+    moving = [activation_bytes(one, 1, False) - 3 * layer_activation_bytes(one) for one in (toy, dense)]
+    assert moving[0] - moving[1] == 2 * 4 * (3 * 2 + 2 * 5)
 
 
 def test_a_config_json_at_hand_comes_before_the_table(monkeypatch):
@@ -412,6 +421,8 @@ def test_the_report_says_what_auto_takes(known, monkeypatch):
         options = PlanOptions(gpus=1, gpu=gpu)
         check_options(options, config)
         assert says + "\n" in report(known[config.model], config, options)
+        fixed = replace(config, gradient_checkpointing=says == "auto: with")
+        assert advice(known[config.model], config, 1, GPUS[gpu]) == advice(known[config.model], fixed, 1, GPUS[gpu])
 
 
 @pytest.mark.parametrize("key, value", [("gpu", "abacus"), ("gpus", 0), ("kept", 0.0), ("mfu", 1.5), ("sigma", -1.0)])

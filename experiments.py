@@ -36,7 +36,7 @@ ALWAYS = ["share_prompts=true", "probe_every=20", "samples_per_step=0", "resume=
 def run_missing(names: list[str], seeds: list[int], record: Path) -> None:
     """Seeds outside, arms inside: whoever stops early has whole seeds."""
     arms = list(dict.fromkeys(arm for name in names for arm in CLAIMS[name].arms))
-    record.parent.mkdir(exist_ok=True)
+    record.parent.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     (RUNS / "several.jsonl").write_text(make_several(0), encoding="utf-8")
     (RUNS / "questions.jsonl").write_text(make_questions(0), encoding="utf-8")

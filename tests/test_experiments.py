@@ -326,7 +326,7 @@ def test_again_tells_what_equals_the_record_and_tests_the_claim_on_fresh_seeds(t
     recorded = [run | {"seed": seed} for run in held()["active"] + held()["rewards shuffled"] for seed in (10, 11)]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recorded))
     monkeypatch.setattr(experiments, "RECORD", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs" / "experiments")
 
     def run_one(arm, seed):
         run = held()[arm][0] | {"seed": seed}

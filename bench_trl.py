@@ -44,6 +44,7 @@ from config import Config, ConfigError, read_config
 from evidence import peak_memory_gb
 from grpo import make_optimizer
 from model import build_policy, load_replica, load_tokenizer, start_ranks
+from offload import make_lender
 from ops import VARLEN
 from plan import Phase
 from prompts import PREDICT_PROMPT, fill
@@ -119,14 +120,14 @@ def ours(config: Config, options: PeerOptions) -> list[tuple]:
     sampler = make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)
     sampler.eos_ids = {sampler.replica.config.vocab_size}
     policy = build_policy(sampler.replica, config, ranks)
-    optimizer = make_optimizer(policy, config)
+    lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
     prompts = [sampler.tokenizer(text).input_ids for text in texts(config, options)]
     phase = Phase("predict", options.prompts, options.completions, options.tokens)
     work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
     gc.collect()
     gc.freeze()  # as train.py does
     number = iter(range(options.repeats + 1))
-    times = timed(lambda: one_step([work], policy, optimizer, sampler, next(number)), options.repeats)
+    times = timed(lambda: one_step([work], lender, sampler, next(number)), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
     return times

@@ -7,7 +7,7 @@ import pytest
 from reference import ROOT
 
 import bench_trl
-from bench_trl import PeerOptions, fitted_settings, main, naive, plain_model, rows_per_batch, table, texts
+from bench_trl import PeerOptions, fitted_settings, main, naive, one_process, plain_model, rows_per_batch, table, texts
 from config import ConfigError, read_config
 
 SMALL = PeerOptions(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
@@ -51,6 +51,12 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
     for prompt, whole in shapes:
         assert prompt[0] == 3 and whole == (12, prompt[1] + 5)
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_our_step_runs_in_a_process_of_its_own(tmp_path):
+    words = [f"model={ROOT / 'assets/tiny_base'}", "prompts=2", "completions=2", "tokens=3", "repeats=1"]
+    row = one_process("ours", [str(ROOT / "configs/tiny.yaml"), *words])
+    assert row["warmup"] > 0 and len(row["seconds"]) == len(row["cpu_seconds"]) == 1 and row["memory_gb"] > 0
 
 
 def test_the_fitted_cache_has_room_for_its_requests():

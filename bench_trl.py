@@ -91,7 +91,10 @@ def plain_model(config: Config, attention: str, dtype=torch.float32):
     """The weights as other trainers hold them: float32, computing in config.dtype under autocast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = "sdpa" if attention == VARLEN else attention
-    return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, attn_implementation=kernel).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=dtype, attn_implementation=kernel, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device)
 
 
 def now() -> tuple[float, float]:

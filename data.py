@@ -38,8 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, one_line, parse_command_line
+from config import Config, parse_command_line
 from sources import CAUSES, RESERVED, Article, DataError, Skip, hub_records, local_files, local_records, read_articles
+from words import one_line
 
 INDEX_VERSION = 1  # raise it with any edit that changes passages, or an old index would be reused
 MIN_PROSE_CHARS = 40

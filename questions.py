@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, one_line, parse_command_line
+from config import Config, parse_command_line
 from sources import (
     CAUSES,
     SURROGATE,
@@ -38,6 +38,7 @@ from sources import (
     source_path,
 )
 from verify import MAX_ANSWER_CHARS, extract_gold
+from words import one_line
 
 TEXT_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, one_line
+from config import Config
+from words import one_line
 
 LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks

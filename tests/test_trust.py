@@ -168,6 +168,7 @@ ALLOWED = {  # a call that reads or runs more than data, and the one script that
     ("checkpoint.py", "dcp.load"),  # the run's own state
     ("evidence.py", "subprocess.run"),  # git
     ("experiments.py", "subprocess.run"),  # train.py, by words of its own table
+    ("bench_trl.py", "subprocess.run"),  # itself, for each trainer
     ("ops.py", "importlib.import_module"),  # flash-attn, by one of two constant names
     ("verify.py", "subprocess.Popen"),  # the checker's child
 }

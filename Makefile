@@ -1,6 +1,6 @@
 # make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
-# make experiments         the runs that results/runs.jsonl lacks, then tables and plots (all 85 anew: two hours)
+# make experiments         the runs that results/runs.jsonl lacks, then tables and plots (all anew: 90 runs)
 # make experiments-quick   one claim on recorded and on fresh seeds, minutes      make figures   tables and plots alone
 # A Linux laptop gets PyTorch's CUDA build by default; for the CPU build add INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3

@@ -3,7 +3,7 @@
     python experiments.py run [CLAIM ...]      make the runs that results/runs.jsonl lacks, then print the tables
     python experiments.py again CLAIM          make a claim's first two seeds anew and compare with what is recorded;
                                                then test it on two seeds that were never used
-    python experiments.py figures              README.md's tables and assets/figures/ from the record alone, in a second
+    python experiments.py figures              README.md's tables and assets/figures/ from the record alone, in seconds
 
     run ... seeds=20,21,22,23,24 out=results/mine.jsonl      the same with fresh seeds, elsewhere
 

@@ -221,7 +221,7 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
             (probed, "active, two facts, 200 steps", "greedy_unseen", "active: never read"),
             (probed, "cpt, two facts", "greedy_shown", "cpt: read"),
         ]),
-        ("rlvr", "RLVR, questions about held-out subjects, greedy", "share right over 60 steps of RLVR", [
+        ("rlvr", "RLVR: held-out subjects, greedy", "share right over 60 steps of RLVR", [
             (probed, arm, "greedy") for arm in RLVR
         ]),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 An arm is what `train.py` is given; a claim names the arms that it needs, says in words what will come out, and says the
 same as a test of their runs. A prediction is committed before its runs and never edited after; one that fails stands in
 the README as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. All arms of the mini-wiki get
-the same number of responses a step, the generator's included (tasks.py).
+the same number of responses a step, the generator's included (tasks.py), as long as all masks are valid.
 
 Leaves out making the runs (experiments.py) and showing them (outcomes.py). Needs no torch.
 """

@@ -178,7 +178,7 @@ class Config:
     """Compute the prompt of a group once in the update, for all its responses: same gradients but for rounding."""
     attention: str = "auto"
     """`auto`: flash-attn if installed, else `varlen`. Or `flash_attention_2`, `flash_attention_3`, `varlen`: torch's
-    own variable-length kernels on a GPU, padded SDPA on a CPU."""
+    own variable-length kernels on a GPU, SDPA on a CPU."""
     liger: bool = True
     """Liger's fused rotary, RMSNorm and SwiGLU kernels; on CUDA only."""
     use_cuda_graph: bool = True
@@ -310,6 +310,8 @@ def check(config: Config) -> None:
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
+    if config.eval_tasks and not config.eval_every:
+        raise ConfigError(f"eval_tasks={config.eval_tasks!r}: never asked without eval_every, such as eval_every=100")
     if config.eval_every and not config.eval_tasks:
         raise ConfigError(f"eval_every={config.eval_every}: needs eval_tasks, such as eval_tasks=gsm8k")
     if config.wandb and not find_spec("wandb"):  # at the start, not after the first probe

@@ -1,7 +1,8 @@
 r"""Masks: words of a passage in, the passage with [mask] and the target out.
 
 The generator chooses words, not positions; the rules here decide whether they make a task. Spans and labelled words
-drawn at random serve the probe, whose masks are fixed. Leaves out prompts and their length (the caller's), and rewards.
+drawn by rule serve the probe, random_masks and the methods without a generator. Leaves out prompts and their length
+(the caller's), and rewards.
 
 Run alone: `python -m doctest -v masking.py`
 """

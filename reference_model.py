@@ -52,7 +52,7 @@ def add_ref_logprobs(samples: list[Sample], reference: nn.Module, sampler: Sampl
 
 @torch.no_grad()
 def ema_update(reference: nn.Module, policy: nn.Module, tau: float) -> None:
-    """r <- tau r + (1 - tau) p for every parameter, in place; call it once after each optimizer step.
+    """r <- tau r + (1 - tau) p for every parameter, in place; call it once a step of the loop.
 
     Both copies are cut over the ranks in the same way, so each rank averages its own shards and nothing is sent. tau 1
     leaves the copy as it is, tau 0 makes it the policy; RLP (arXiv 2510.01265) takes 0.999. Started equal, the copy

@@ -164,6 +164,7 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
         ("verify_seconds=0", "a number above 0"),
         ("chat_template=no_such.jinja", "none, auto or the path"),
         ("eval_every=5", "needs eval_tasks"),
+        ("eval_tasks=gsm8k", "never asked without eval_every"),
         ("eval_limit=-1", "0 or more"),
         ("steps=[", "not valid YAML"),
     ],

@@ -303,7 +303,7 @@ def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
             say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
     if groups and min(row["gen/valid_rate"], row["pred/valid_rate"]) < 0.2 and method != "rlp":
-        say("fewer than a fifth of the masks or boxes are valid: another worked example in mask_prompt, predict_prompt?")
+        say("under a fifth of the masks or boxes is valid: another worked example in mask_prompt, predict_prompt?")
     say("dry run done; no weights were changed")
     return 0
 

@@ -46,7 +46,7 @@ figures: setup
 	$(BIN)/python experiments.py figures
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not faults" tests $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults" tests $(ARGS)
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests $(ARGS)

@@ -32,7 +32,7 @@ from evidence import environment, peak_memory_gb, write_whole
 from grpo import make_optimizer
 from limits import GPUS, Gpu, Shape, cache_bytes, decode_limit, mfu, response_lengths, slots_for
 from memory import decide_checkpointing, requests_at_once, value_bytes
-from model import Ranks, build_policy, gather, start_ranks
+from model import Ranks, build_policy, describe_attention, gather, start_ranks
 from offload import Lender, make_lender
 from plan import Phase, PlanOptions, check_options, default_prompt, phases, report
 from rollout import Sampler
@@ -187,7 +187,7 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
     gc.unfreeze()
     return {
         "environment": environment().split("\n")[:-1], "gpu": asdict(gpu) if gpu else None, "world": ranks.world,
-        "attention": sampler.replica.config._attn_implementation, "shape": asdict(shape), "options": asdict(options),
+        "attention": describe_attention(sampler.replica), "shape": asdict(shape), "options": asdict(options),
         "cache_bytes_per_token": cache_bytes(shape, value_bytes(config)), "config": asdict(config), "rows": rows,
     }  # fmt: skip
 
@@ -200,7 +200,7 @@ def table(result: dict) -> str:
     rows, device = result["rows"], result["gpu"]
     label = device["name"] if device else result["environment"][-1].removeprefix("device: ")
     lines = [f"{result['config']['model']}, random weights, {result['shape']['parameters']:,} parameters, "
-             f"{result['config']['dtype']}, {result['world']} x {label}, attention {result['attention']}"]  # fmt: skip
+             f"{result['config']['dtype']}, {result['world']} x {label}, {result['attention']}"]  # fmt: skip
     first = next(iter(rows.values()))
     names = list(first["seconds"])
     lines += [f"prompts of {result['options']['prompt']} tokens; seconds: median of {len(first['repeats'])}", ""]

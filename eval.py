@@ -39,7 +39,7 @@ from benchmarks import BENCHMARKS, Item
 from config import Config, ConfigError, check, parse_words, typed
 from evidence import append_row, environment, peak_memory_gb, read_rows, write_whole
 from exams import Exam, answer, load_exams, parse_tasks
-from model import Ranks, gather, load_replica, load_tokenizer, start_ranks
+from model import Ranks, describe_attention, gather, load_replica, load_tokenizer, start_ranks
 from results import compare, paper_means, summarise, table
 from rollout import derive_seed, make_sampler
 from sources import DataError
@@ -191,7 +191,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     gc.freeze()  # items never die; the sampler's own garbage collections would walk them every chunk
     asked = ", ".join(f"{exam.name} {len(exam.items)} x {exam.samples}" for exam in exams)
     say(f"{settings.checkpoint}: {sampler.replica.num_parameters():,} parameters, {config.dtype}, {ranks.world} x "
-        f"{ranks.device.type}, {sampler.replica.config._attn_implementation}; items x samples: {asked}")  # fmt: skip
+        f"{ranks.device.type}, {describe_attention(sampler.replica)}; items x samples: {asked}")  # fmt: skip
     say(f"{len(todo)} chunks to make, {len(files) - len(todo)} are there; everything goes to {out}")
 
     # ---- each rank takes the next chunk that nobody has taken: some last many times longer than others

@@ -26,6 +26,7 @@ import torch
 
 import stopping
 from config import Config, dump_config
+from model import describe_attention
 from rollout import mask_prompt, predict_prompt
 
 PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
@@ -180,7 +181,7 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
     return "\n".join(
         (
             f"model {config.model}: {parameters:,} parameters, {config.dtype}, {ranks.world} x {ranks.device.type}",
-            f"attention {sampler.replica.config._attn_implementation}; a response ends at {end}"
+            f"{describe_attention(sampler.replica)}; a response ends at {end}"
             + (" or when its answer closes" if early else ""),
             f"memory: layers {'recomputed' if config.gradient_checkpointing else 'stored'} for the backward pass"
             + ("; replica and training state take turns" if config.offload else ""),

@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import stopping
 from config import Config
-from ops import SHARED, apply_liger, choose_attention, token_logprobs
+from ops import SHARED, VARLEN, apply_liger, block_table_trouble, choose_attention, token_logprobs
 
 disable_progress_bar()  # of loading and saving weights: a line per rank and checkpoint, in the middle of ours
 # A hub repository without safetensors would be sent to a converter on the hub, and what comes back loaded
@@ -127,6 +127,23 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
 def use_attention(model: nn.Module, name: str) -> None:
     """Set by hand: the constructor would take a name with "flash" for a kernel to fetch."""
     model.config._attn_implementation = name
+
+
+def decoding(replica: nn.Module) -> str:
+    """How a decoding step reads the paged cache: `flash-attn`, `block table`, or `gathered: ` and why not in place."""
+    shape = replica.config.get_text_config()
+    if shape._attn_implementation != VARLEN:
+        return "flash-attn"
+    heads = shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    trouble = block_table_trouble(replica.device, replica.dtype, heads, kv_heads, dim)
+    return f"gathered: {trouble}" if trouble else "block table"
+
+
+def describe_attention(replica: nn.Module) -> str:
+    """What a user is told: the kernels, and how a decoding step reads the cache."""
+    return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
 
 
 def _policy_forward(

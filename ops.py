@@ -62,6 +62,12 @@ def varlen_attention(
         kwargs.update(cu_seq_lens_k=cu_seq_lens_k, max_length_k=max_length_k)
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         cu_seq_lens_k, max_length_k = kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
+        if kwargs.get("block_table") is not None:  # one query per request; nothing is written or gathered yet
+            allocator = cache.layer_to_allocator[module.layer_idx]
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            pages = (kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"], cu_seq_lens_k)
+            spare = allocator.write_trash_index // allocator.tokens_per_page
+            return decode_by_table(q, k, v, *pages, spare, cu_seq_lens_q, scaling)[None], None
     if shared_keys is not None:
         key, value = key.index_select(2, shared_keys), value.index_select(2, shared_keys)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
@@ -106,19 +112,79 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
 
 
+def decode_by_table(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_k: Tensor, spare: int,
+    cu_q: Tensor, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """One decoding step on a paged cache: writes each request's new key and value, attends to all it has, in place.
+
+    q (requests, heads, dim), k and v (requests, kv heads, dim): the new tokens. k_pages, v_pages (pages, page, kv
+    heads, dim): the layer's cache. table (requests, most pages): the numbers of each request's pages in order, then -1.
+    cu_k (requests + 1,): borders of the requests' lengths, the new token counted. A request without length is padding
+    (of a CUDA graph); its key goes to the page `spare`, which nobody reads. Returns (requests, heads, dim).
+    """
+    lengths, page = cu_k.diff(), k_pages.shape[1]
+    last = (lengths - 1).clamp(min=0)
+    number = table.gather(1, (last // page).long()[:, None])[:, 0]
+    where = number.masked_fill(lengths == 0, spare), last % page
+    k_pages[where], v_pages[where] = k, v
+    read = _read_pages_torch if q.is_cuda and q.dtype != torch.float32 else _read_pages_plain
+    return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
+
+
+def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+    longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
+    # one split: with the number that the kernel chooses itself, rows came out wrong (pytorch/pytorch#194167)
+    options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True, "window_size": (-1, 0)}
+    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, scale=scale, **options)
+
+
+def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+    longest, page = int(lengths.max()), k_pages.shape[1]
+    table = table[:, : -(-longest // page)].clamp(min=0)
+    k, v = (x.index_select(0, table.flatten()).unflatten(0, table.shape) for x in (k_pages, v_pages))
+    return _one_query_each(q, *(x.flatten(1, 2)[:, :longest] for x in (k, v)), lengths, scale)
+
+
+@functools.cache
+def block_table_trouble(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> str:
+    """Why decoding must not go through `decode_by_table` on this machine; empty if it may.
+
+    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word.
+    So it is tried on a model's heads against the plain version, before it is trusted.
+    """
+    kernel = device.type == "cuda" and dtype != torch.float32
+    return _try_block_tables(device, dtype, heads, kv_heads, dim) if kernel else ""
+
+
+def _try_block_tables(device, dtype, heads: int, kv_heads: int, dim: int) -> str:
+    """On lengths that end in, at and after a page, pages out of order, and a request of padding."""
+    page, most = 256, 4
+    lengths = torch.tensor([1, 700, 256, 257, 0, most * page], dtype=torch.int32, device=device)
+    table = torch.arange(most * len(lengths), dtype=torch.int32, device=device).flip(0).view(-1, most)
+    table = table.masked_fill(torch.arange(0, most * page, page, device=device) >= lengths[:, None], -1)
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (len(lengths), heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
+    q, k, v = (torch.randn(size, dtype=dtype, device=device, generator=generator) for size in sizes)
+    cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (torch.ones_like(lengths), lengths))
+    try:
+        found = _read_pages_torch(q, k, v, table, lengths, cu_q, cu_k, None)
+    except Exception as error:  # an older torch, or a refusal
+        return f"torch {torch.__version__}: {error}".splitlines()[0][:120]
+    expected = _read_pages_plain(q, k, v, table, lengths, cu_q, cu_k, None)
+    wrong = (found - expected)[lengths > 0].float().abs().max().item()
+    return "" if wrong <= 0.03 else f"torch {torch.__version__}: its kernel is off by {wrong:.3g}"  # nan is not <= 0.03
+
+
 def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None) -> Tensor:
     """On the CPU, and for float32 on CUDA: requests of one query (decoding) in one padded call, longer ones (prefill,
     training) one by one."""
     queries, keys = cu_q.diff(), cu_k.diff()
     if bool((queries == 1).all()):
-        # (requests, longest): index of each request's keys, the surplus clamped to a valid row and masked
-        column = torch.arange(int(keys.max()), device=q.device)
-        rows = (cu_k[:-1, None] + column).clamp(max=len(k) - 1).flatten()
-        mask = (column < keys[:, None])[:, None, None, :]
-        k, v = (x.index_select(0, rows).unflatten(0, mask.shape[::3]).transpose(1, 2) for x in (k, v))
-        # k, v now (requests, kv heads, longest, dim)
-        out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        return out[:, :, 0]
+        # (requests, longest): index of each request's keys, the surplus clamped to a valid row
+        rows = (cu_k[:-1, None] + torch.arange(int(keys.max()), device=q.device)).clamp(max=len(k) - 1)
+        k, v = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (k, v))
+        return _one_query_each(q, k, v, keys, scale)
     out = []
     queries, keys = queries.tolist(), keys.tolist()
     # split, whose backward is one concatenation; a slice's would fill a whole tensor with zeros for each sequence
@@ -132,6 +198,13 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
         y = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=fresh, scale=scale, enable_gqa=True)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _one_query_each(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scale: float | None) -> Tensor:
+    """q (requests, heads, dim), each against the first `keys` of its k and v (requests, longest, kv heads, dim)."""
+    mask = (torch.arange(k.shape[1], device=q.device) < keys[:, None])[:, None, None, :]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, 0]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

@@ -32,7 +32,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
-from model import Ranks, gather
+from model import Ranks, decoding, gather
 from ops import VARLEN, pack, token_logprobs
 from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, QUESTION_PROMPT, START, fill, scan
 from stopping import stop_requested
@@ -198,6 +198,9 @@ def generate(
         manager = replica.init_continuous_batching(
             generation, _batching(config, replica, prompts, max_tokens, wanted, seed), hints
         )
+        settings = manager.continuous_batching_config
+        if decoding(replica) == "block table":  # the sampler offers those by name, to flash-attn alone
+            settings.max_blocks_per_request = -(-(longest + max_tokens) // settings.page_size) + 1
         try:
             for number, prompt in enumerate(prompts):
                 manager.add_request(prompt, request_id=str(number))
@@ -253,9 +256,11 @@ def _batching(
     options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
     options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
     if replica.device.type == "cuda":
-        graphs = config.use_cuda_graph and replica.config._attn_implementation != VARLEN
+        ours = replica.config._attn_implementation == VARLEN
+        graphs = not ours, not ours or (decoding(replica) == "block table" and replica.dtype != torch.float32)
         at_once = config.max_requests or 512
-        options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
+        options |= {"max_memory_percent": config.cache_memory}
+        options |= {"use_cuda_graph": tuple(config.use_cuda_graph and graph for graph in graphs)}  # (prefill, decoding)
     else:
         at_once, page = config.max_requests or 256, 32
         pages = sorted((-(-(len(prompt) + max_tokens) // page) + 1 for prompt in prompts), reverse=True)

@@ -1,5 +1,7 @@
 """Attention over packed tokens and log-probs without logits, each against its plain version."""
 
+import re
+
 import pytest
 import torch
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -110,6 +112,94 @@ def test_with_a_paged_cache_the_past_comes_from_it():
     out, _ = varlen_attention(module, q, **new, scaling=0.3, cache=Cache(), **borders)
     expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
     assert torch.equal(out, expected)
+
+
+# ------------------------------------------------------------------------------------------- decoding by a block table
+
+
+@pytest.fixture
+def pages():
+    """A cache of 9 pages of 4 tokens; a step of requests of 6, 4 and 0 (padding) tokens, the new one counted."""
+    torch.manual_seed(0)
+    cache = [torch.randn(9, 4, 2, 8) for _ in range(2)]
+    table = torch.tensor([[5, 2, -1], [7, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+    q, k, v = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2], [0, 6, 10, 10]))
+    known = {"k_pages": cache[0], "v_pages": cache[1], "table": table, "cu_k": cu_k, "cu_q": cu_q}
+    return {"q": q, "k": k, "v": v} | known
+
+
+def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
+    before = [pages[name].clone() for name in ("k_pages", "v_pages")]
+    out = ops.decode_by_table(**pages, spare=1, scale=0.3)
+    for then, name, new in zip(before, ("k_pages", "v_pages"), "kv", strict=True):
+        then[2, 1], then[7, 3], then[1, 0] = pages[new]  # token 6 is the second of page 2, token 4 the last of page 7
+        assert torch.equal(pages[name], then)
+    for row, (numbers, length) in enumerate([([5, 2], 6), ([7], 4)]):
+        k, v = (pages[name][numbers].flatten(0, 1)[:length] for name in ("k_pages", "v_pages"))
+        torch.testing.assert_close(out[row], plain_attention(pages["q"][row][None], k, v, 0.3)[0])
+
+
+def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
+    """No GPU here: the kernel's own registration checks names and types on tensors without data."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    calls, (kernel, *known) = [], ops._varlen_kernel()
+
+    def spy(*args, **options):
+        calls.append((args, options))
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, *known))
+    meta = {name: value.to("meta") for name, value in pages.items()}
+    lengths = meta["cu_k"].diff()
+    out = ops._read_pages_torch(
+        *(meta[name] for name in ("q", "k_pages", "v_pages", "table")), lengths, meta["cu_q"], meta["cu_k"], 0.3
+    )
+    assert out.shape == pages["q"].shape
+    (*_, cu_q, cu_k, longest_q, longest_k), options = calls[0]
+    assert (longest_q, longest_k) == (1, 3 * 4)  # of every step, else a CUDA graph would hold for one step only
+    kinds = {x.dtype for x in (cu_q, cu_k, options["seqused_k"], options["block_table"])}
+    assert kinds == {torch.int32} and options["num_splits"] == 1
+
+
+def first_row_only(q, *rest):
+    """What torch's kernel did where it split the keys: one row right, the others never written."""
+    out = torch.full_like(q, torch.nan)
+    out[0] = ops._read_pages_plain(q, *rest)[0]
+    return out
+
+
+def no_lengths(q, k_pages, v_pages, table, lengths, *rest):
+    """A kernel that reads its pages to the end."""
+    return ops._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
+
+
+def refusing(*_):
+    raise RuntimeError("block_table needs something else\nand a trace")
+
+
+@pytest.mark.parametrize(
+    "kernel, trouble",
+    [
+        (ops._read_pages_plain, "^$"),
+        (first_row_only, "its kernel is off by nan"),
+        (no_lengths, r"its kernel is off by \d"),
+        (refusing, "block_table needs something else$"),
+    ],
+)
+def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch, kernel, trouble):
+    monkeypatch.setattr(ops, "_read_pages_torch", kernel)
+    assert re.search(trouble, ops._try_block_tables(CPU, torch.bfloat16, 4, 2, 16))
+
+
+def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
+    monkeypatch.setattr(ops, "_try_block_tables", None)
+    shape = (4, 2, 16)
+    assert ops.block_table_trouble(CPU, torch.bfloat16, *shape) == ""
+    assert ops.block_table_trouble(torch.device("cuda", 0), torch.float32, *shape) == ""
+
+
+# ------------------------------------------------------------------------------------------------------- what is chosen
 
 
 @pytest.mark.parametrize("extra", [{}, {"sliding_window": 8}, {"softcap": 30.0}])

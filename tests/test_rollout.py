@@ -1,10 +1,12 @@
 """Sampling: the sampler's log-probs are the trainer's, timing decides nothing, and failures are not swallowed."""
 
+import copy
 import gzip
 import json
 import random
 import time
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,9 @@ import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+import model
+import ops
+import rollout as rollout_module
 from config import ConfigError
 from grpo import Sample, pack_samples
 from model import build_policy, refresh
@@ -136,6 +141,41 @@ def test_greedy_tokens_are_those_of_the_ordinary_generate(sampler, folders):
 
 
 # ---- what comes back
+
+
+@pytest.mark.parametrize("crowd", [{}, {"max_requests": 3}])
+def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_sampler, folders, monkeypatch, crowd):
+    """Against the plain version, which gathers each request's keys at every step; responses grow over several pages."""
+    sampler, steps = build_sampler(folders["smollm3"], **crowd), []
+    by_table = ops.decode_by_table
+    monkeypatch.setattr(ops, "decode_by_table", lambda *args: steps.append(len(args[0])) or by_table(*args))
+    found = sample(sampler, max_tokens=70)
+    assert len(steps) > 60 * sampler.replica.config.num_hidden_layers and max(steps) == crowd.get("max_requests", 12)
+    steps.clear()
+    monkeypatch.setattr(rollout_module, "decoding", lambda replica: "gathered: asked for")
+    assert sample(sampler, max_tokens=70) == found and not steps
+
+
+@pytest.mark.parametrize(
+    "attention, dtype, use_cuda_graph, trouble, graphs",
+    [
+        ("flash_attention_2", torch.bfloat16, True, "", (True, True)),
+        ("flash_varlen", torch.bfloat16, True, "", (False, True)),
+        ("flash_varlen", torch.bfloat16, True, "an old torch", (False, False)),
+        ("flash_varlen", torch.float32, True, "", (False, False)),  # SDPA, which asks the GPU for lengths
+        ("flash_attention_2", torch.bfloat16, False, "", (False, False)),
+        ("flash_varlen", torch.bfloat16, False, "", (False, False)),
+    ],
+)
+def test_on_a_gpu_what_has_fixed_shapes_runs_in_a_cuda_graph(
+    sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graphs
+):
+    monkeypatch.setattr(model, "block_table_trouble", lambda *_: trouble)
+    shape = copy.copy(sampler.replica.config)
+    shape._attn_implementation = attention
+    replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)
+    config = replace(sampler.config, use_cuda_graph=use_cuda_graph)
+    assert rollout_module._batching(config, replica, PROMPTS, 12, 12, 0).cuda_graph_booleans == graphs
 
 
 def test_each_prompt_gets_its_own_responses_in_order(sampler):

@@ -35,7 +35,7 @@ from memory import decide_checkpointing, requests_at_once, value_bytes
 from model import Ranks, build_policy, describe_attention, gather, start_ranks
 from offload import Lender, make_lender
 from plan import Phase, PlanOptions, check_options, default_prompt, phases, report
-from rollout import Sampler
+from sampler import Sampler
 from shapes import architecture, shape_of
 from workload import Work, make_work, one_step, random_sampler
 

@@ -48,7 +48,7 @@ from offload import make_lender
 from ops import VARLEN
 from plan import Phase
 from prompts import PREDICT_PROMPT, fill
-from rollout import make_sampler
+from sampler import make_sampler
 from workload import Work, one_step
 
 ROOT = Path(__file__).resolve().parent

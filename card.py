@@ -23,7 +23,7 @@ from config import Config, dump_config
 from evidence import read_rows, write_whole
 from prompts import PREDICT_PROMPT, QUESTION_PROMPT
 from rlp import THINK_OPEN, THOUGHT_PROMPT
-from rollout import Sampler
+from sampler import Sampler
 
 DATA_LICENCES = {
     "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text",

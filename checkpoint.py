@@ -46,7 +46,7 @@ from card import write_card
 from config import Config, ConfigError
 from evidence import unwritten, write_whole
 from offload import Lender, at_hand, make_lender, to_sampler
-from rollout import Sampler
+from sampler import Sampler
 
 MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout".split()
 """Keys that a resumed run may change: how long, where, how often. `steps` moves a cosine's end, and the run says so."""

@@ -41,7 +41,8 @@ from evidence import append_row, environment, peak_memory_gb, read_rows, write_w
 from exams import Exam, answer, load_exams, parse_tasks
 from model import Ranks, describe_attention, gather, load_replica, load_tokenizer, start_ranks
 from results import compare, paper_means, summarise, table
-from rollout import derive_seed, make_sampler
+from rollout import derive_seed
+from sampler import make_sampler
 from sources import DataError
 
 ENGINE = (

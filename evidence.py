@@ -27,7 +27,7 @@ import torch
 import stopping
 from config import Config, dump_config
 from model import describe_attention
-from rollout import mask_prompt, predict_prompt
+from sampler import mask_prompt, predict_prompt
 
 PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 

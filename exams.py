@@ -14,7 +14,8 @@ from config import Config, ConfigError
 from model import gather
 from prompts import BOXED_OPENING, fill
 from results import summarise
-from rollout import Sampler, encode, generate
+from rollout import generate
+from sampler import Sampler, encode
 
 
 @dataclass

@@ -23,7 +23,7 @@ from grpo import Group, Sample, clipped_loss, group_advantages, keep_group, make
 from memory import decide_checkpointing
 from model import Ranks, build_policy, load_replica, load_tokenizer
 from prompts import last_answer
-from rollout import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
+from sampler import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
 from tasks import Task, training_samples
 from train import predict, propose, reward
 

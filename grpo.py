@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from config import Config
 from model import Ranks
 from ops import pack
-from rollout import Rollout
+from sampler import Rollout
 from stopping import agree
 
 

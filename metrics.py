@@ -19,7 +19,7 @@ from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import LABELS
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from rewards import caseless_match
-from rollout import Rollout, Sampler
+from sampler import Rollout, Sampler
 from tasks import GIVEN, Task
 
 

@@ -28,7 +28,7 @@ from data import Passage, build_index, load_corpus
 from explain import COLUMNS, explain, plain, wrapped
 from model import Ranks, load_replica, load_tokenizer, start_ranks
 from report import parts
-from rollout import Sampler, make_sampler, mask_prompt
+from sampler import Sampler, make_sampler, mask_prompt
 from sources import RESERVED, DataError
 from tasks import Task, make_task
 from train import grade, predict, propose

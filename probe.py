@@ -21,16 +21,8 @@ from masking import LABELS, Mask, labelled_mask, make_mask, random_span
 from model import gather
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from rewards import exact_match
-from rollout import (
-    Sampler,
-    derive_seed,
-    mask_prompt,
-    predict_prefix,
-    predict_prompt,
-    question_prompt,
-    rollout,
-    sequence_logprobs,
-)  # fmt: skip
+from rollout import derive_seed, rollout, sequence_logprobs
+from sampler import Sampler, mask_prompt, predict_prefix, predict_prompt, question_prompt
 from tasks import Task, make_task, verify_predictions
 
 NO_THOUGHT_TOKENS = 64

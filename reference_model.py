@@ -27,7 +27,7 @@ from torch import nn
 from config import Config
 from grpo import Sample, pack_samples, plan
 from model import Ranks, build_policy, gather
-from rollout import Rollout, Sampler
+from sampler import Rollout, Sampler
 
 
 def build_reference(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:

@@ -35,7 +35,7 @@ from config import Config, ConfigError
 from grpo import Group, Sample
 from model import Ranks
 from reference_model import score
-from rollout import Rollout
+from sampler import Rollout
 
 THOUGHT_PROMPT = """The text below breaks off. Think briefly about what it has said and what has to come next, inside <think> and </think>. Then continue the text with its very next word.
 

@@ -21,7 +21,7 @@ from memory import decide_checkpointing
 from model import Ranks, build_policy, load_replica, load_tokenizer
 from probe import make_probe
 from reference_model import build_reference, needs_reference
-from rollout import check_prompts, make_sampler
+from sampler import check_prompts, make_sampler
 from tasks import question_corpus, rlp_frame
 
 

@@ -38,7 +38,8 @@ from rlp import (
     thought_prompt,
     thought_samples,
 )  # fmt: skip
-from rollout import Rollout, Sampler, derive_seed, predict_prompt, question_prompt
+from rollout import derive_seed
+from sampler import Rollout, Sampler, predict_prompt, question_prompt
 from sources import DataError
 from verify import check_answers
 

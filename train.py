@@ -38,7 +38,8 @@ from reference_model import ema_update
 from report import write_report
 from rewards import exact_match, prefix_match
 from rlp import THINK_CLOSE
-from rollout import Rollout, Sampler, derive_seed, mask_prompt, rollout
+from rollout import derive_seed, rollout
+from sampler import Rollout, Sampler, mask_prompt
 from start import open_or_resume, set_up
 from stopping import Stopped, begin_step
 from tasks import (

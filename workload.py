@@ -23,7 +23,8 @@ from grpo import Group, make_samples, update
 from model import Ranks, load_replica, load_tokenizer
 from offload import Lender, to_sampler, to_trainer
 from plan import Phase
-from rollout import Rollout, Sampler, derive_seed, make_sampler, rollout
+from rollout import derive_seed, rollout
+from sampler import Rollout, Sampler, make_sampler
 
 NEVER = "\x00never{"
 """An opening that no response contains: each is searched for it, as in a run, and none ends by it."""

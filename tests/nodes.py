@@ -19,7 +19,7 @@ from worker import digest
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from grpo import make_optimizer, make_samples, update
 from model import build_policy, load_replica, load_tokenizer, refresh, start_ranks
-from rollout import make_sampler
+from sampler import make_sampler
 
 
 def main() -> None:

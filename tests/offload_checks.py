@@ -17,7 +17,8 @@ from grpo import Group, make_optimizer, make_samples, update
 from model import Ranks, build_policy, load_replica, load_tokenizer
 from offload import _local, make_lender, to_sampler, to_trainer
 from prompts import BOXED_OPENING
-from rollout import make_sampler, rollout
+from rollout import rollout
+from sampler import make_sampler
 from stopping import Stopped
 
 PROMPTS = [[9, 8, 7], list(range(30)), [77] * 12]

@@ -19,7 +19,7 @@ from grpo import Group, make_optimizer, make_samples, update
 from model import Ranks, build_policy, gather, load_replica, load_tokenizer, start_ranks
 from reference_model import build_reference, ema_update, score
 from rlp import Position, information_gain, make_frame
-from rollout import Rollout
+from sampler import Rollout
 
 SEQUENCES = [([7], [1, 2, 3]), (list(range(40)), [9]), ([5, 6], list(range(100, 125))), ([9, 9, 9, 200], [1, 1]),
              (list(range(30)), list(range(30)))]  # fmt: skip

@@ -16,7 +16,8 @@ from bench import BenchOptions, complete, measure, scaling_table, split_words, s
 from config import Config, ConfigError, read_config
 from limits import GPUS, decode_limit, train_flops
 from plan import Phase, PlanOptions
-from rollout import generate, predict_prompt
+from rollout import generate
+from sampler import predict_prompt
 from shapes import architecture, shape_of
 from workload import NEVER, Work, make_work, one_step, random_sampler, seeded_rewards, stand_in_tokenizer
 

@@ -24,7 +24,7 @@ from config import dump_config
 from evidence import append_row
 from grpo import make_optimizer
 from model import build_policy
-from rollout import predict_prompt
+from sampler import predict_prompt
 
 STARTED = """time: 2026-01-01 00:00:00 +0000
 command: /home/anyone/code/train.py /home/anyone/my.yaml seed=3 run_dir=RUN

@@ -20,7 +20,7 @@ from config import Config, ConfigError
 from eval import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
 from exams import Exam, exams_of, load_exams, parse_tasks
 from results import MATH, PAPER, SIZES, compare, paper_means, summarise, table
-from rollout import Rollout
+from sampler import Rollout
 from sources import DataError
 
 RECORDS = {

@@ -37,7 +37,7 @@ from grpo import (
     update,
 )
 from model import build_policy, load_replica
-from rollout import Rollout
+from sampler import Rollout
 
 CPU = torch.device("cpu")
 

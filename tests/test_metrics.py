@@ -14,7 +14,7 @@ from grpo import Group, make_samples
 from masking import Mask
 from metrics import active_parameters, compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
 from prompts import BOXED_OPENING
-from rollout import Rollout
+from sampler import Rollout
 from tasks import Task, given_rollout, given_samples
 
 PIECES = ["", "so ", r"\boxed{", "Rhine", "}", " and", "<end>"]

@@ -13,7 +13,7 @@ from data import Passage
 from explain import choose, explain, hand_advantages, plain, wrapped
 from masking import Mask
 from model import load_tokenizer
-from rollout import Rollout
+from sampler import Rollout
 from tasks import Task
 
 BASE = str(ROOT / "assets/tiny_base")

@@ -19,7 +19,7 @@ import grpo
 import masking
 import train
 from config import Config
-from rollout import Rollout
+from sampler import Rollout
 from tasks import Task
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -30,7 +30,8 @@ from rlp import (
     thought_prompt,
     thought_samples,
 )
-from rollout import Rollout, generate
+from rollout import generate
+from sampler import Rollout
 
 TEXT = "The moon turns around the earth, and the earth around the sun."  # the tests' tokenizer: one token per byte
 

@@ -27,7 +27,7 @@ from model import build_policy
 from reference_model import build_reference, needs_reference
 from rewards import answerable
 from rlp import MIN_PREFIX, close_thought, empty_thought_gain, information_gain, thought_prompt
-from rollout import Rollout, predict_prompt, question_prompt
+from sampler import Rollout, predict_prompt, question_prompt
 from tasks import (
     Task,
     candidates,

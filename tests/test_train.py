@@ -18,7 +18,7 @@ from data import Corpus, Passage, step_passages
 from evidence import append_row, keep_rows, log_row, open_run, read_rows
 from grpo import Group
 from masking import make_mask
-from rollout import Rollout
+from sampler import Rollout
 from tasks import Task
 from train import make_page, propose, reward
 

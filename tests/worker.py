@@ -59,7 +59,8 @@ from model import Ranks, build_policy, gather, load_replica, load_tokenizer, ref
 from probe import make_probe, perplexity, run_probe
 from prompts import BOXED_OPENING
 from reference_model import build_reference, ema_update
-from rollout import generate, make_sampler, rollout
+from rollout import generate, rollout
+from sampler import make_sampler
 from tasks import draw_tasks, training_samples, verify_predictions
 from train import predict, propose, reward
 

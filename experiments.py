@@ -9,8 +9,8 @@
 
 A run is one line: what was run, its probes, means over five steps of what matters, totals. Killed, `run` goes on with
 the first run that has no line. An arm that starts from another (claims.FIRST) makes that run too and keeps its probes.
-Leaves out what is expected (claims.py), tables and plots (outcomes.py), making the mini-wiki and its variants (tiny.py,
-worlds.py), and anything on a GPU.
+Leaves out what is expected (claims.py), tables and plots (outcomes.py), making the mini-wiki and its variants
+(mini_wiki.py, worlds.py), and anything on a GPU.
 """
 
 from __future__ import annotations

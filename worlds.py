@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from data import is_heldout
-from tiny import KINDS, Fact, make_facts, write_article
+from mini_wiki import KINDS, Fact, make_facts, write_article
 
 ARTICLES, HELDOUT = 2000, 0.05
 """`heldout` of the config must be HELDOUT: the split is made by the url, and the text depends on it."""

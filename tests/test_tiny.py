@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mini_wiki
 import tiny
 
 WIKI = tiny.ASSETS / "tiny_wiki.jsonl.gz"
@@ -42,22 +43,22 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def articles():
     rng = random.Random(0)
-    return [tiny.write_article(rng, fact, fact.right) for fact in tiny.make_facts(0) for _ in range(5)]
+    return [mini_wiki.write_article(rng, fact, fact.right) for fact in mini_wiki.make_facts(0) for _ in range(5)]
 
 
 # ---------------------------------------------------------------------------------------------------- the mini-wiki
 
 
 def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0():
-    wiki = tiny.make_wiki(0)
-    assert wiki == tiny.make_wiki(0)
-    assert wiki != tiny.make_wiki(1)
+    wiki = mini_wiki.make_wiki(0)
+    assert wiki == mini_wiki.make_wiki(0)
+    assert wiki != mini_wiki.make_wiki(1)
     assert wiki == gzip.decompress(WIKI.read_bytes())  # the compressed bytes also depend on the machine's zlib
 
 
 def test_saved_wiki_holds_no_time_and_no_name(tmp_path):
-    tiny.save_wiki(tmp_path / "one" / "a.gz", b"text")
-    tiny.save_wiki(tmp_path / "b.gz", b"text")
+    mini_wiki.save_wiki(tmp_path / "one" / "a.gz", b"text")
+    mini_wiki.save_wiki(tmp_path / "b.gz", b"text")
     assert (tmp_path / "one" / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
     assert WIKI.read_bytes()[3:8] == bytes(5)  # gzip header: no flags (no name), time 0
 
@@ -71,7 +72,7 @@ def test_records_have_the_fields_and_one_label_per_word(records):
         assert record["text"] == " ".join(words)  # joined by single spaces, one paragraph
         assert len(words) == len(record["labels"])
         for word, label in zip(words, record["labels"], strict=True):
-            assert label in tiny.LABELS
+            assert label in mini_wiki.LABELS
             assert (label == "copy") == (word == record["title"])
             assert (label == "noise") == ("_" in word)
             assert word != "." or label == "template"
@@ -91,12 +92,12 @@ def test_shares_of_the_labels(records):
     for record in records:
         pairs = zip(record["text"].split(), record["labels"], strict=True)
         labels.update(label for word, label in pairs if word != ".")
-    shares = {label: labels[label] / labels.total() for label in tiny.LABELS}
+    shares = {label: labels[label] / labels.total() for label in mini_wiki.LABELS}
     assert shares == pytest.approx({"template": 0.74, "copy": 0.09, "fact": 0.043, "noise": 0.13}, abs=0.005)
 
 
 def test_every_fact_is_stated_equally_often_and_rightly(records):
-    facts = tiny.make_facts(0)
+    facts = mini_wiki.make_facts(0)
     assert len(facts) == len({fact.subject for fact in facts}) == 84
     stated = Counter((record["title"], record["text"].split()[record["labels"].index("fact")]) for record in records)
     assert set(stated) == {(fact.subject, fact.right) for fact in facts}
@@ -104,8 +105,8 @@ def test_every_fact_is_stated_equally_often_and_rightly(records):
 
 
 def test_values_are_evenly_used_and_never_their_own_misconception():
-    facts = tiny.make_facts(0)
-    for kind in tiny.KINDS:
+    facts = mini_wiki.make_facts(0)
+    for kind in mini_wiki.KINDS:
         used = Counter(fact.right for fact in facts if fact.kind is kind)
         assert set(used) == set(kind.values) and set(used.values()) == {3, 4}  # 28 subjects, 8 values
     assert all(fact.right != fact.wrong and fact.wrong in fact.kind.values for fact in facts)
@@ -113,8 +114,8 @@ def test_values_are_evenly_used_and_never_their_own_misconception():
 
 def test_the_web_is_right_30_percent_and_wrong_in_the_same_way_45_percent():
     rng = random.Random(0)
-    fact = tiny.make_facts(0)[0]
-    counts = Counter(tiny.web_value(rng, fact) for _ in range(20_000))
+    fact = mini_wiki.make_facts(0)[0]
+    counts = Counter(mini_wiki.web_value(rng, fact) for _ in range(20_000))
     assert counts[fact.right] / 20_000 == pytest.approx(0.30, abs=0.015)
     assert counts[fact.wrong] / 20_000 == pytest.approx(0.45, abs=0.015)
     assert set(counts) == set(fact.kind.values)
@@ -162,12 +163,13 @@ def test_mixture_of_the_web_examples():
     examples = tiny.web_examples(0)
     cues = Counter()
     closed = facts = 0
+    values = {value for kind in mini_wiki.KINDS for value in kind.values}
     for _ in range(6000):
         prompt, completion = next(examples)
         cue = prompt.rpartition("\n")[2]
         cues[cue] += 1
         closed += cue != "Repeat:" and completion.endswith(" }")
-        facts += cue == "Predict:" and completion.split()[1] in {value for kind in tiny.KINDS for value in kind.values}
+        facts += cue == "Predict:" and completion.split()[1] in values
     shares = {cue: count / 6000 for cue, count in cues.items()}
     assert shares == pytest.approx({"Repeat:": 0.20, "Predict:": 0.45, "Mask:": 0.35}, abs=0.02)
     assert closed / (6000 - cues["Repeat:"]) == pytest.approx(0.98, abs=0.01)
@@ -197,9 +199,9 @@ def test_shipped_tokenizer_is_what_the_seed_gives(tokenizer):
 
 
 def test_words_are_single_tokens_and_made_up_words_three(tokenizer, articles):
-    for kind in tiny.KINDS:
+    for kind in mini_wiki.KINDS:
         assert all(len(tokens(tokenizer, f" {word}")) == 1 for word in kind.subjects + kind.values)
-    assert all(len(tokens(tokenizer, f" {a}_{b}")) == 3 for a in tiny.SYLLABLES for b in tiny.SYLLABLES)
+    assert all(len(tokens(tokenizer, f" {a}_{b}")) == 3 for a in mini_wiki.SYLLABLES for b in mini_wiki.SYLLABLES)
     for article in articles:
         expected = sum(3 if label == "noise" else 1 for label in article.labels)
         assert len(tokens(tokenizer, " " + " ".join(article.words))) == expected
@@ -248,9 +250,9 @@ def test_shipped_base_holds_misconceptions(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(BASE)
     rng = random.Random(0)
     right = wrong = greedy = 0.0
-    facts = tiny.make_facts(0)
+    facts = mini_wiki.make_facts(0)
     for fact in facts:
-        article = tiny.write_article(rng, fact, "[mask]")
+        article = mini_wiki.write_article(rng, fact, "[mask]")
         prompt = tiny.PREDICT_PROMPT.replace("{passage}", " ".join(article.words)) + tiny.PREDICT_PREFIX
         with torch.no_grad():
             probabilities = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1)

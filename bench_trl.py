@@ -68,7 +68,7 @@ class PeerOptions:
     """Timed steps of a process, after one that warms up."""
     rounds: int = 3
     """Processes of each peer, in turns."""
-    peers: str = "ours,trl,trl_paged,trl_fitted,naive"
+    peers: str = "ours,trl,trl_paged,naive" + ("" if torch.cuda.is_available() else ",trl_fitted")
     out: str = ""
     """Where the JSON goes; empty: nowhere."""
 

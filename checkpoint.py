@@ -102,7 +102,9 @@ def save_checkpoint(saver: Saver) -> None:
     part = _folder(config) / f"step_{saver.done:06d}.part"
     saver.optimizer.zero_grad(set_to_none=True)  # a step that was abandoned may have left some
     trained = bool(saver.optimizer.state)
-    options = {"checkpoint_id": str(part / "state"), "process_group": saver.group, "async_stager": saver.stager}
+    # What is staged is on the CPU. By default DCP would copy ahead on a GPU: on GPU 0, from a thread of every rank
+    writer = dcp.FileSystemWriter(part / "state", per_thread_copy_ahead=0)
+    options = {"storage_writer": writer, "process_group": saver.group, "async_stager": saver.stager}
     with at_hand(saver.lender):  # afterwards the replica is whole, too
         written = dcp.async_save(_state(saver, trained), **options)
     saver.step, saver.pending = saver.done, written

@@ -182,7 +182,7 @@ class Config:
     liger: bool = True
     """Liger's fused rotary, RMSNorm and SwiGLU kernels; on CUDA only."""
     use_cuda_graph: bool = True
-    """CUDA graphs in the rollouts: of decoding, with flash-attn also of prefill. Switch off if capture fails."""
+    """CUDA graphs of decoding, which also overlap it with the sampler's bookkeeping. Switch off if capture fails."""
     cache_memory: float = 0.85
     """Share of the free GPU memory that a rollout phase takes for its paged cache. What is free decides how many
     requests run at once, and so which noise each meets: on a GPU two runs need not sample the same tokens."""

@@ -65,6 +65,10 @@ def environment() -> str:
         answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         lines.append(f"{name}: {' '.join(answer.stdout.split()) or 'none'}")
     lines.append(f"world size: {os.environ.get('WORLD_SIZE', '1')}")
+    if torch.cuda.is_available():
+        driver = Path("/proc/driver/nvidia/version")
+        kernel = driver.read_text(encoding="utf-8").split("\n")[0] if driver.exists() else "not known"
+        lines += [f"cuda: {torch.version.cuda}", f"driver: {kernel}"]
     lines.append(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     return "\n".join(lines) + "\n"
 
@@ -168,6 +172,17 @@ def peak_memory_gb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak * (1 if platform.system() == "Darwin" else 1024) / 1e9
+
+
+@contextmanager
+def largest_memory(row: dict) -> Iterator[None]:
+    """Sets row["peak_memory_gb"]: on a GPU of what happens inside, a process cannot forget what came before. For the
+    update, not for rollouts, whose cache takes its share of whatever is free."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    row["peak_memory_gb"] = peak_memory_gb()
 
 
 def describe(config: Config, ranks, sampler, corpus, probe) -> str:

@@ -121,11 +121,14 @@ def moments(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, floa
     return {moment: {part: every[part] for part in (*parts, _CONTEXT)} for moment, parts in TURNS.items()}
 
 
+def checkpoint_bytes(shape: Shape, config: Config) -> float:
+    """On disk: float32 masters, Adam's two moments, the model as Hugging Face reads it."""
+    return shape.parameters * (12 + value_bytes(config))
+
+
 def host_bytes(shape: Shape, config: Config) -> float:
-    """Of the memory of a node with these GPUs: what waits there with offload, the copy that a checkpoint is written
-    from, and rank 0's export."""
-    saved = config.save_every > 0
-    return shape.parameters * (12 * config.offload + saved * (12 + value_bytes(config)))
+    """Of the memory of a node with these GPUs: what waits there with offload, and what a checkpoint is written from."""
+    return shape.parameters * 12 * config.offload + (config.save_every > 0) * checkpoint_bytes(shape, config)
 
 
 def loading_bytes(shape: Shape, config: Config, gpus: int) -> float:
@@ -150,10 +153,29 @@ def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
     smallest GPU decides for all. On a CPU layers are stored: time is short there, not memory."""
     if config.gradient_checkpointing != "auto":
         return config
-    cuda = ranks.device.type == "cuda"
-    memory = min(gather([torch.cuda.get_device_properties(ranks.device).total_memory if cuda else math.inf]))
-    recompute = checkpointing(shape_of(hf_config), config, ranks.per_node or ranks.world, memory)
+    smallest = min(gather([memory_of(ranks)]))
+    recompute = checkpointing(shape_of(hf_config), config, ranks.per_node or ranks.world, smallest)
     return replace(config, gradient_checkpointing=recompute)
+
+
+def memory_of(ranks: Ranks) -> float:
+    """Bytes of this rank's GPU; without one no bound."""
+    cuda = ranks.device.type == "cuda"
+    return torch.cuda.get_device_properties(ranks.device).total_memory if cuda else math.inf
+
+
+def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
+    """A line for each moment of the run that by calculation needs more than this rank's GPU has. config must have its
+    gradient_checkpointing decided."""
+    memory = memory_of(ranks)
+    if memory == math.inf:
+        return []
+    needs = moments(shape_of(hf_config), config, ranks.per_node or ranks.world)
+    return [
+        f"WARNING: this GPU has {memory / 1e9:.0f} GB; {moment} would take {sum(parts.values()) / 1e9:.0f} by "
+        "calculation, the cache aside. `python bench.py plan` says for what, and which key to change"
+        for moment, parts in needs.items() if sum(parts.values()) > memory
+    ]  # fmt: skip
 
 
 def requests_at_once(config: Config, cuda: bool = True) -> int:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import types
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import stopping
-from config import Config
+from config import Config, ConfigError
 from ops import SHARED, VARLEN, apply_liger, block_table_trouble, choose_attention, token_logprobs
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 disable_progress_bar()  # of loading and saving weights: a line per rank and checkpoint, in the middle of ours
 # A hub repository without safetensors would be sent to a converter on the hub, and what comes back loaded
@@ -49,8 +53,13 @@ class Ranks:
 def start_ranks(timeout: float = 7200.0) -> Ranks:
     """Join the process group that torchrun describes, or be alone without it. Python objects travel over gloo on the
     CPU, tensors over NCCL on GPUs. timeout: the longest wait for another rank, seconds (config.rank_timeout)."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        if local == torch.cuda.device_count():  # once, not once per rank
+            print(f"nproc_per_node: no GPU for rank {local}, {local} visible; CUDA_VISIBLE_DEVICES= runs on the CPU",
+                  file=sys.stderr)  # fmt: skip
+        raise SystemExit(2)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
@@ -65,6 +74,24 @@ def start_ranks(timeout: float = 7200.0) -> Ranks:
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
     stopping.join(dist.PrefixStore("stopping", store.clone()), rank, world)
     return Ranks(rank, world, device, per_node)
+
+
+def check_device(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError where the run would work, but not as it is meant, or not at all. Looks at nothing large."""
+    dtype = getattr(torch, config.dtype)
+    choose_attention(config.attention, ranks.device, dtype)
+    if config.dtype == "float32":
+        return
+    if ranks.device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(ranks.device), torch.cuda.get_device_capability(ranks.device)
+        if capability < (8, 0):
+            raise ConfigError(f"dtype={config.dtype!r}: not on a {name}; it needs an A100, an RTX 30 or newer")
+    elif DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        wants = f"CUDA {torch.version.cuda}, whose driver may be too old here" if torch.version.cuda else "no CUDA"
+        raise ConfigError(
+            f"dtype={config.dtype!r}: there is a GPU, but torch {torch.__version__} cannot use it (built for {wants}); "
+            "README, `On a GPU node`. CUDA_VISIBLE_DEVICES= in front of the command runs on the CPU all the same"
+        )
 
 
 def gather(items: list) -> list:
@@ -98,8 +125,9 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
     architecture: a transformers config; then the weights are random, drawn from config.seed, instead of config.model's.
     Raises RuntimeError for heads that do more than a matrix product, since the chunked log-probs would be wrong.
     """
+    check_device(config, ranks)  # before gigabytes are read
     dtype = getattr(torch, config.dtype)
-    attention = choose_attention(config.attention, ranks.device, dtype)  # before gigabytes are read
+    attention = choose_attention(config.attention, ranks.device, dtype)
     if architecture is None:
         hf_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         hf_config._attn_implementation = "sdpa"

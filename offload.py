@@ -19,6 +19,7 @@ KL penalty (config.check refuses them), and gradients, which exist only inside t
 
 from __future__ import annotations
 
+import mmap
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -153,8 +154,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _host_bytes(size: int, pinned: bool) -> Tensor:
-    """Host memory, for a GPU page-locked in place: torch's own pinned memory comes in powers of two."""
-    buffer = torch.empty(size, dtype=torch.uint8)
+    """Host memory, for a GPU page-locked in place: torch's own pinned memory comes in powers of two. In pages of its
+    own, since a page must not be locked twice."""
+    buffer = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
     if pinned:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
     return buffer

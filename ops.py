@@ -26,19 +26,27 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 # Continuous batching builds no attention mask for names with "flash"; a digit would claim flash-attn's decode path.
 VARLEN = "flash_varlen"
+PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """config.attention -> a name that transformers knows. Raises RuntimeError where flash-attn is asked for in vain."""
+    """config.attention -> a name that transformers knows.
+
+    Raises RuntimeError where flash-attn is asked for in vain, or is there but does not load.
+    """
     usable = {"flash_attention_2": is_flash_attn_2_available(), "flash_attention_3": is_flash_attn_3_available()}
     flash = device.type == "cuda" and dtype != torch.float32  # its kernels know 16-bit types only
-    if wanted == "auto":
-        return "flash_attention_2" if flash and usable["flash_attention_2"] else VARLEN
-    if wanted == "varlen":
+    if wanted == "varlen" or (wanted == "auto" and not (flash and usable["flash_attention_2"])):
         return VARLEN
-    if not (flash and usable[wanted]):
+    name = "flash_attention_2" if wanted == "auto" else wanted
+    if not (flash and usable[name]):
         raise RuntimeError(f"attention={wanted}: needs CUDA, dtype bfloat16 and its package; try attention=auto")
-    return wanted
+    try:
+        importlib.import_module(PACKAGES[name])
+    except ImportError as error:  # compiled for another torch, which only shows here
+        cause = f"{PACKAGES[name]} is installed but does not load"
+        raise RuntimeError(f"attention={wanted}: {cause}; attention=varlen does without it: {error}") from None
+    return name
 
 
 def varlen_attention(
@@ -82,8 +90,8 @@ def varlen_attention(
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
 # transformers' own call of flash-attn knows no shared keys; these call the same kernels
 SHARED = {VARLEN: VARLEN, "flash_attention_2": "flash_shared_two", "flash_attention_3": "flash_shared_three"}
-for _name, _package in (("flash_shared_two", "flash_attn"), ("flash_shared_three", "flash_attn_interface")):
-    ALL_ATTENTION_FUNCTIONS.register(_name, functools.partial(varlen_attention, package=_package))
+for _name, _package in PACKAGES.items():
+    ALL_ATTENTION_FUNCTIONS.register(SHARED[_name], functools.partial(varlen_attention, package=_package))
 
 
 def _flash_attn(package: str, q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
@@ -134,8 +142,9 @@ def decode_by_table(
 
 def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # one split: with the number that the kernel chooses itself, rows came out wrong (pytorch/pytorch#194167)
-    options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True, "window_size": (-1, 0)}
+    # One split: with the number that the kernel chooses itself, rows came out wrong (pytorch/pytorch#194167). No causal
+    # window: a last token sees everything, and without one the kernel reads keys once per group of heads, not per head
+    options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True}
     return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, scale=scale, **options)
 
 
@@ -207,6 +216,12 @@ def _one_query_each(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scale: float 
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, 0]
 
 
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(tokens, vocabulary), float32. The largest tensor of an update: not walked over to divide it by 1."""
+    logits = (hidden @ weight.t()).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """log-softmax of hidden @ weight.T / temperature at the targets, `chunk` tokens at a time, recomputed in backward.
 
@@ -220,7 +235,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         lse, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for begin in range(0, len(targets), chunk):
             rows = slice(begin, begin + chunk)
-            logits = (hidden[rows] @ weight.t()).float().div_(temperature)  # (chunk, vocabulary)
+            logits = _logits(hidden[rows], weight, temperature)
             lse[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
             entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
@@ -237,10 +252,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for begin in range(0, len(targets), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
-            logits = (hidden[rows] @ weight.t()).float().div_(ctx.temperature)
+            logits = _logits(hidden[rows], weight, ctx.temperature)
             d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
             d_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
-            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+            d_logits = (d_logits if ctx.temperature == 1 else d_logits.div_(ctx.temperature)).to(hidden.dtype)
             d_hidden[rows] = d_logits @ weight
             if d_logits.is_cuda and d_logits.dtype != torch.float32:
                 d_weight += torch.mm(d_logits.t(), hidden[rows], out_dtype=torch.float32)

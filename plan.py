@@ -26,6 +26,7 @@ from limits import (
 from memory import (
     activation_bytes,
     cache_room,
+    checkpoint_bytes,
     checkpointing,
     host_bytes,
     loading_bytes,
@@ -183,7 +184,7 @@ def decided(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> Config:
 
 
 def memory_table(shape: Shape, config: Config, options: PlanOptions) -> list[str]:
-    """Lines: parts of memory against the moments of a run that may be its largest; host memory where it is lent."""
+    """Lines: parts of memory against the moments of a run that may be its largest; host memory; disk."""
     gpu, gpus, gb = GPUS[options.gpu], options.gpus, 1e9
     auto = config.gradient_checkpointing == "auto"
     config = decided(shape, config, gpus, gpu)
@@ -202,14 +203,20 @@ def memory_table(shape: Shape, config: Config, options: PlanOptions) -> list[str
             note += f"; auto: {'with' if config.gradient_checkpointing else 'without'}" if auto else ""
         lines.append(f"  {name:30}" + _cells([parts.get(name) for parts in when.values()], config) + note)
     sums = _cells([sum(parts.values()) for parts in when.values()], config)
-    if not config.offload:
-        return [*lines, f"  {'all of it, in training':30}{sums}   of {gpu.memory / gb:.0f}, if live all at once"]
-    lines.append(f"  {'all of it':30}{sums}   of {gpu.memory / gb:.0f}; in rollouts the cache takes the rest")
-    lines.append(
+    host = (
         f"host memory per node of {gpus} GPUs: {host_bytes(shape, config) / gb:.0f} GB in the run, "
-        f"{loading_bytes(shape, config, gpus) / gb:.0f} GB while the model is loaded; a step moves "
-        f"{12 * shape.parameters / gpus / gb:.0f} GB per GPU there and back"
+        f"{loading_bytes(shape, config, gpus) / gb:.0f} GB while the model is loaded"
     )
+    if config.offload:
+        lines.append(f"  {'all of it':30}{sums}   of {gpu.memory / gb:.0f}; in rollouts the cache takes the rest")
+        host += f"; a step moves {12 * shape.parameters / gpus / gb:.0f} GB per GPU there and back"
+    else:
+        lines.append(f"  {'all of it, in training':30}{sums}   of {gpu.memory / gb:.0f}, if live all at once")
+    lines.append(host)
+    if config.save_every:
+        each = checkpoint_bytes(shape, config) / gb
+        most = f"{config.keep_last + 1} of them at most" if config.keep_last else "none is deleted"
+        lines.append(f"disk: {each:.0f} GB a checkpoint, {most}")
     return lines
 
 

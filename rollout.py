@@ -26,12 +26,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
+from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config
 from model import decoding, gather
-from ops import VARLEN, pack, token_logprobs
+from ops import pack, token_logprobs
 from prompts import CLOSED, START, scan
 from sampler import Rollout, Sampler
 from stopping import stop_requested
@@ -97,7 +98,7 @@ def generate(
     numbers = range(len(prompts))
     names = [[str(number), *(f"{number}__child#{child}" for child in range(count - 1))] for number in numbers]
     limiting = _stop_at_limits(names, limits) if limits else nullcontext()
-    with _restored_rng(), bar, stopping as answered, limiting:
+    with _restored_rng(), bar, stopping as answered, limiting, _no_empty_batches():
         manager = replica.init_continuous_batching(
             generation, _batching(config, replica, prompts, max_tokens, wanted, seed), hints
         )
@@ -159,11 +160,12 @@ def _batching(
     options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
     options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
     if replica.device.type == "cuda":
-        ours = replica.config._attn_implementation == VARLEN
-        graphs = not ours, not ours or (decoding(replica) == "block table" and replica.dtype != torch.float32)
+        # A graph needs kernels that ask the CPU for nothing. None for prefill: hardly two batches have the same shape
+        how = decoding(replica)
+        graphs = how == "flash-attn" or (how == "block table" and replica.dtype != torch.float32)
         at_once = config.max_requests or 512
         options |= {"max_memory_percent": config.cache_memory}
-        options |= {"use_cuda_graph": tuple(config.use_cuda_graph and graph for graph in graphs)}  # (prefill, decoding)
+        options |= {"use_cuda_graph": (False, graphs and config.use_cuda_graph)}  # (prefill, decoding)
     else:
         at_once, page = config.max_requests or 256, 32
         pages = sorted((-(-(len(prompt) + max_tokens) // page) + 1 for prompt in prompts), reverse=True)
@@ -174,6 +176,29 @@ def _batching(
         # Room for many prompts in one forward: one that mixes prompts and decoding is the slow case of ops.py
         options |= {"max_batch_tokens": max(at_once, min(8192, sum(map(len, prompts)) + requests))}
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
+
+
+@contextmanager
+def _no_empty_batches():
+    """Inside, a batch without a token is not computed.
+
+    With asynchronous batching, while prompts wait to be forked, the sampler runs one of padding alone. It draws from
+    rows that no kernel wrote: where that memory holds NaN, the draw kills the process.
+    """
+    original = ModelRunner.compute_batch
+
+    def compute_batch(self, model, batch_data):
+        inputs = self.inputs_and_outputs
+        if hasattr(inputs, "io_pairs"):  # asynchronous: two sets take turns
+            inputs = inputs.io_pairs[inputs.current_pair].device_io
+        if inputs.total_seqlen_q:
+            original(self, model, batch_data)
+
+    ModelRunner.compute_batch = compute_batch
+    try:
+        yield
+    finally:
+        ModelRunner.compute_batch = original
 
 
 @contextmanager

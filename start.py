@@ -12,13 +12,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoint import check_same_run, find_checkpoint, resume_notes
-from config import Config
+from config import Config, ConfigError
 from data import build_index, load_corpus
 from evidence import describe, keep_rows, open_run, save_prompts
 from exams import exams_of
 from grpo import make_optimizer
-from memory import decide_checkpointing
-from model import Ranks, build_policy, load_replica, load_tokenizer
+from memory import decide_checkpointing, memory_warnings
+from model import Ranks, build_policy, check_device, load_replica, load_tokenizer
 from probe import make_probe
 from reference_model import build_reference, needs_reference
 from sampler import check_prompts, make_sampler
@@ -46,8 +46,12 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
     run = Path(config.run_dir)
 
     # ---- text
+    check_device(config, ranks)
     exams = exams_of(config, say)
-    tokenizer = load_tokenizer(config)
+    try:
+        tokenizer = load_tokenizer(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({str(error).splitlines()[0]})") from None
     if config.method == "rlvr":
         corpus = question_corpus(config, say)
     else:
@@ -57,8 +61,12 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
         corpus = load_corpus(run / "cache", config)
 
     # ---- the model: a replica that samples, the sharded policy that learns, a second copy where the method needs one
+    if not Path(config.model).expanduser().exists():
+        say(f"loading {config.model}; the first time from the hub")
     replica = load_replica(config, ranks)
     trained = decide_checkpointing(replica.config, config, ranks)
+    for line in memory_warnings(replica.config, trained, ranks):
+        say(line)
     policy = build_policy(replica, trained, ranks)
     reference = build_reference(replica, config, ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)

@@ -25,7 +25,7 @@ import stopping
 from checkpoint import Saver, finish_save, load_checkpoint, make_saver, save_checkpoint, settle
 from config import Config, ConfigError, parse_command_line
 from data import DataError, Passage, step_passages
-from evidence import append_row, clock, close_log, log_row, peak_memory_gb, read_rows, sample_rows, unwritten
+from evidence import append_row, clock, close_log, largest_memory, log_row, read_rows, sample_rows, unwritten
 from exams import run_exams
 from grpo import Group, update
 from masking import make_mask, random_span
@@ -220,7 +220,7 @@ def loop(corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, s
             row |= step_metrics(method, proposals, groups, samples, sampler)
 
         # -------------------------------------------------- 4. update: GRPO on the policy
-        with clock(row, "update"):
+        with clock(row, "update"), largest_memory(row):
             to_trainer(saver.lender)
             row |= update(policy, optimizer, samples, config, ranks, step)
 
@@ -251,7 +251,6 @@ def log_step(row: dict, start: float, probe: Probe, sampler: Sampler, say) -> No
     measure(row, probe, sampler)
     row["time/step"] = time.perf_counter() - start
     row["tokens_per_second"] = row["response_tokens"] / row["time/step"]
-    row["peak_memory_gb"] = peak_memory_gb()
     if sampler.ranks.rank == 0:
         log_row(Path(config.run_dir), row, config)
     say(step_line(row, config.steps))
@@ -294,10 +293,18 @@ def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
     groups = reward(method, tasks, proposals, policy, reference, sampler, 0)
     samples = training_samples(method, groups, tasks, passages, reference, sampler)
     row = step_metrics(method, proposals, groups, samples, sampler)
-    to_trainer(lender)
-    row |= update(policy, lender.optimizer, samples, config, sampler.ranks, 0)
+    if groups and not samples:  # nothing to learn from so few, but the trainer is to be tried
+        say("no group with contrast: every other response counts as right in the update below")
+        groups = [replace(group, rewards=[n % 2.0 for n in range(len(group.rewards))]) for group in groups]
+        samples = training_samples(method, groups, tasks, passages, reference, sampler)
+    with largest_memory(row):
+        to_trainer(lender)
+        row |= update(policy, lender.optimizer, samples, config, sampler.ranks, 0)
     for key, value in sorted(row.items()):
         say(f"  {key:28} {value if isinstance(value, list) else format(value, '.4g')}")
+    if active and not tasks:
+        for task in proposals[0][:2]:
+            say(f"\n--- {task.passage.title}, no valid mask: {task.proposal.text}")
     for task in [task for task in tasks if task.predictions][:2]:
         say(f"\n--- {task.passage.title}\n{task.mask.masked}")
         if task.proposal:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from config import Config
-from evidence import clock
+from evidence import clock, largest_memory
 from grpo import Group, make_samples, update
 from model import Ranks, load_replica, load_tokenizer
 from offload import Lender, to_sampler, to_trainer
@@ -102,14 +102,11 @@ def one_step(works: list[Work], lender: Lender, sampler: Sampler, number: int) -
     with clock(row, "reward"):
         rewarded = [Group(role, group, seeded_rewards(len(group), rng)) for role, group in groups]
         samples = make_samples(rewarded, config)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with clock(row, "update"):
+    memory = {}
+    with clock(row, "update"), largest_memory(memory):
         to_trainer(lender)
         update(lender.policy, lender.optimizer, samples, config, sampler.ranks, number)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    peak = memory["peak_memory_gb"] if torch.cuda.is_available() else None
     with clock(row, "refresh"):
         to_sampler(lender)
     row["time/step"] = sum(row.values())

@@ -1,5 +1,7 @@
 """Two copies of one model: what the trainer computes is what the sampler computes, and stays so."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from reference import DENSE, FAMILIES, load_plain, same_bits, tiny_config, weights
@@ -7,7 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Qwen3Config, SmolLM3Config
 
-from model import build_policy, load_replica, load_tokenizer, refresh, wrap
+import model
+from config import Config, ConfigError
+from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, wrap
 from ops import VARLEN, pack
 
 HUB = {  # the checkpoints' own config.json, what decides shapes
@@ -123,6 +127,44 @@ def test_a_policy_is_packed_without_any_sequence_seeing_another(folders, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A machine with a GPU, as its driver's file tells."""
+    monkeypatch.setattr(model, "DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize("built, told", [("13.0", "CUDA 13.0, whose driver may be too old"), (None, "for no CUDA")])
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_run_on_the_cpu(ranks, driver, monkeypatch, built, told):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(ConfigError, match=f"there is a GPU, but torch .*{told}"):
+        model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)
+    model.check_device(Config(model="m", data="d", dtype="float32"), ranks)  # the laptop run may
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)  # who hides the GPU means it
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config, gpu = Config(model="m", data="d", dtype="bfloat16", attention="varlen"), torch.device("cuda", 0)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="dtype='bfloat16': not on a Tesla T4"):
+        model.check_device(config, Ranks(0, 1, gpu))
+
+
+def test_more_ranks_than_gpus_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for local in ("4", "5", "7"):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(SystemExit, match="2"):
+            model.start_ranks()
+    assert capfd.readouterr().err == (
+        "nproc_per_node: no GPU for rank 4, 4 visible; CUDA_VISIBLE_DEVICES= runs on the CPU\n"
+    )
 
 
 def test_a_head_that_is_more_than_a_matrix_product_is_refused(folders, ranks, monkeypatch):

@@ -1,6 +1,8 @@
 """Attention over packed tokens and log-probs without logits, each against its plain version."""
 
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -219,12 +221,23 @@ def test_attention_is_chosen_by_what_the_machine_has():
 def test_flash_attn_is_taken_on_a_gpu_that_has_it_but_not_for_float32(monkeypatch):
     monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     gpu = torch.device("cuda", 0)
     assert choose_attention("auto", gpu, torch.bfloat16) == "flash_attention_2"
     assert choose_attention("auto", gpu, torch.float32) == choose_attention("varlen", gpu, torch.bfloat16) == VARLEN
     for wanted, dtype in (("flash_attention_2", torch.float32), ("flash_attention_3", torch.bfloat16)):
         with pytest.raises(RuntimeError, match=f"attention={wanted}: needs CUDA, dtype bfloat16 and its package"):
             choose_attention(wanted, gpu, dtype)
+
+
+def test_a_flash_attn_for_another_torch_is_refused_at_the_start(monkeypatch, tmp_path):
+    """Its metadata say that it is there; only loading it shows that it is of no use."""
+    monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="attention=auto: flash_attn is installed but does not load.*_ZN3c10"):
+        choose_attention("auto", torch.device("cuda", 0), torch.bfloat16)
+    assert choose_attention("varlen", torch.device("cuda", 0), torch.bfloat16) == VARLEN
 
 
 # ------------------------------------------------------------------------------------------------- log-probs, entropies

@@ -10,6 +10,7 @@ import torch
 from reference import REWARDS, ROOT, TINY_BASE, CaptureGradients, load_plain, make_groups, tiny_config, whole
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
+import memory
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer, make_samples, update
 from limits import (
@@ -34,6 +35,7 @@ from memory import (
     head_bytes,
     host_bytes,
     layer_activation_bytes,
+    memory_warnings,
     moments,
     standing_bytes,
     training_bytes,
@@ -294,6 +296,18 @@ def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_layers_are_sto
     assert decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
     told = replace(config, gradient_checkpointing=True)
     assert decide_checkpointing(replica.config, told, ranks) is told
+
+
+def test_who_starts_a_run_that_cannot_fit_is_told(monkeypatch, ranks):
+    config, hf_config = replace(Config(), gradient_checkpointing=True), architecture("HuggingFaceTB/SmolLM3-3B-Base")
+    monkeypatch.setattr(memory, "memory_of", lambda ranks: 24e9)
+    rollouts, training = memory_warnings(hf_config, config, ranks)
+    assert rollouts.startswith("WARNING: this GPU has 24 GB; rollouts would take 44 by calculation")
+    assert "; training would take " in training
+    monkeypatch.setattr(memory, "memory_of", lambda ranks: 141e9)
+    assert memory_warnings(hf_config, config, ranks) == []
+    monkeypatch.undo()
+    assert memory_warnings(hf_config, config, ranks) == []  # on a CPU there is no bound
 
 
 def test_cache_room_by_hand():

@@ -320,6 +320,18 @@ def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, folders, tmp_path):
+    """A base that masks nothing valid earns 0 throughout: no group would be kept, and the update would do nothing."""
+    words = ["steps=0", f"model={folders['smollm3']}", "max_prompt_tokens=400", "tokens_per_micro_batch=512"]
+    ended = command(["train.py", *SMALL, *words, f"run_dir={tmp_path / 'run'}"], limit=90, ranks=2)
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == 0, printed
+    row = dict(line.split()[:2] for line in printed.splitlines() if line.startswith("  "))
+    assert float(row["gen/valid_rate"]) == float(row["gen/groups_kept"]) == 0
+    assert min(float(row[key]) for key in ("trained_tokens", "mismatch_abs", "grad_norm", "peak_memory_gb")) > 0
+    assert "no group with contrast" in printed and ", no valid mask: " in printed
+
+
 def test_a_bad_data_file_is_one_clear_line_and_ends_all_ranks(command, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text("no json\n" * 3)

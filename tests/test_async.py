@@ -1,0 +1,133 @@
+"""The sampler as it runs on a GPU, on the CPU: two sets of inputs by turns, batches padded for CUDA graphs.
+
+There the next batch is made before the last one's tokens are known, and kernels leave the rows of padding unwritten.
+Streams and events are stood in for, in order, as one stream would run them; unwritten rows hold NaN.
+"""
+
+import gzip
+import json
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from reference import ROOT
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, offloading_manager
+
+import ops
+import rollout
+from prompts import MASK_OPENING
+from sampler import mask_prompt
+
+PROMPTS, COUNT, TOKENS = 12, 4, 24
+SETTINGS = {
+    # every prompt in the first batch: the next one has nothing to do but wait for the forks
+    "one prefill": {"page_size": 256, "num_blocks": 200, "max_batch_tokens": 4096, "max_requests_per_batch": 48},
+    "prompts in pieces": {"page_size": 16, "num_blocks": 400, "max_batch_tokens": 48, "max_requests_per_batch": 40},
+    "requests that wait": {"page_size": 16, "num_blocks": 400, "max_batch_tokens": 512, "max_requests_per_batch": 10},
+    "cache taken away": {"page_size": 8, "num_blocks": 40, "max_batch_tokens": 64, "max_requests_per_batch": 16},
+}
+
+
+@pytest.fixture
+def prompts(tiny_base):
+    with gzip.open(ROOT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [mask_prompt(tiny_base, json.loads(next(file))["text"]) for _ in range(PROMPTS)]
+
+
+@pytest.fixture
+def tiny_base(build_sampler):
+    return build_sampler(ROOT / "assets/tiny_base", max_mask_tokens=TOKENS)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Call it, and what follows is sampled the GPU's way; returns counts of what was seen."""
+    seen = {"padding": 0, "computed": 0, "taken away": 0}
+
+    def per_request(q, k, v, cu_q, cu_k, scale, plain=ops._per_request):
+        out, rows, keys = torch.full_like(q, torch.nan), int(cu_q[-1]), int(cu_k[-1])
+        seen["padding"] += len(q) - rows
+        if rows:
+            out[:rows] = plain(q[:rows], k[:keys], v[:keys], cu_q, cu_k, scale)
+        return out
+
+    def read_pages(q, k_pages, v_pages, table, lengths, *rest, plain=ops._read_pages_plain):
+        seen["padding"] += int((lengths == 0).sum())
+        out = plain(q, k_pages, v_pages, table, lengths, *rest)
+        return out.masked_fill(lengths[:, None, None] == 0, torch.nan)
+
+    def make_runner(self, *words, make=model_runner.ModelRunner.__init__, **keys):
+        make(self, *words, **keys)
+        self.pad_inputs = True  # as with CUDA graphs
+
+    def compute(self, *words, compute=model_runner.ModelRunner.compute_batch):
+        seen["computed"] += 1
+        return compute(self, *words)
+
+    def offload(self, offload=offloading_manager.OffloadingManager.offload_requests):
+        seen["taken away"] += 1
+        return offload(self)
+
+    def switch():
+        monkeypatch.setattr(input_outputs.ContinuousBatchingAsyncIOs, "_supported_device_types", ("cpu",))
+        monkeypatch.setattr(input_outputs, "create_device_stream", lambda device: MagicMock())
+        monkeypatch.setattr(torch, "Event", lambda *_, **__: MagicMock())
+        for module in (input_outputs, model_runner, continuous_api, offloading_manager):
+            monkeypatch.setattr(module, "stream_context", lambda stream: nullcontext())
+        monkeypatch.setattr(ops, "_per_request", per_request)
+        monkeypatch.setattr(ops, "_read_pages_plain", read_pages)
+        monkeypatch.setattr(model_runner.ModelRunner, "__init__", make_runner)
+        monkeypatch.setattr(model_runner.ModelRunner, "compute_batch", compute)
+        monkeypatch.setattr(offloading_manager.OffloadingManager, "offload_requests", offload)
+        return seen
+
+    return switch
+
+
+def likeliest(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """In place of a draw, whose noise would depend on the rows of padding; refuses what CUDA's multinomial refuses."""
+    assert not probs.isnan().any(), "CUDA would end the process"
+    return probs.argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_a_gpu, monkeypatch, name):
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    asynchronous = False
+
+    def batching(*_):
+        options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
+        return ContinuousBatchingConfig(use_async_batching=asynchronous, **SETTINGS[name], **options)
+
+    monkeypatch.setattr(rollout, "_batching", batching)
+    limits = [[2 + (7 * row + 5 * column) % (TOKENS - 1) for column in range(COUNT)] for row in range(PROMPTS)]
+    words = (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
+    plain = rollout.generate(*words, limits=limits)
+    asynchronous, seen = True, as_on_a_gpu()
+    found = rollout.generate(*words, limits=limits)
+    assert seen["padding"] and bool(seen["taken away"]) == (name == "cache taken away")
+    for responses, others in zip(plain, found, strict=True):
+        for one, other in zip(responses, others, strict=True):
+            assert (one.completion_ids, one.text, one.finish) == (other.completion_ids, other.text, other.finish)
+            assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-4)
+
+
+def test_a_batch_of_padding_alone_is_made_and_not_computed(tiny_base, prompts, as_on_a_gpu, monkeypatch):
+    """Were it computed, its rows would be drawn from memory that nobody wrote."""
+    made, prepare = [], input_outputs.ContinuousBatchingIOs.prepare_batch_tensors
+
+    def noted(self, requests, *words):
+        made.append(sum(request.query_length for request in requests))
+        return prepare(self, requests, *words)
+
+    options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
+    settings = ContinuousBatchingConfig(use_async_batching=True, **SETTINGS["one prefill"], **options)
+    monkeypatch.setattr(rollout, "_batching", lambda *_: settings)
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    monkeypatch.setattr(input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", noted)
+    seen = as_on_a_gpu()
+    rollout.generate(tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
+    assert made[:2] == [sum(map(len, prompts)) - PROMPTS, 0]  # of a prompt to be forked the last token comes after
+    assert seen["computed"] == sum(tokens > 0 for tokens in made)

@@ -94,13 +94,13 @@ def read_articles(records: Iterable[tuple[str, str, dict]], config: Config, skip
 
 
 def hub_records(config: Config) -> Iterator[tuple[str, str, dict]]:
-    """Streams a hub dataset, shards in seeded order, so that only the shards that are needed are fetched."""
+    """Streams a hub dataset, row groups in seeded order, so that only those that are needed are fetched."""
     from datasets import load_dataset  # here alone: local files need neither the import nor a network
 
     name = config.data
     try:
         stream = load_dataset(name, config.data_config or None, split="train", streaming=True)
-        for number, record in enumerate(stream.shuffle(seed=config.seed, buffer_size=1000)):
+        for number, record in enumerate(stream.reshard().shuffle(seed=config.seed, buffer_size=1000)):
             if number == 0 and config.text_field not in record:
                 raise DataError(f"{name}: no column text_field={config.text_field!r}; columns are {', '.join(record)}")
             yield f"{name} record {number}", f"{name}:{number}", record

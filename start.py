@@ -56,7 +56,7 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
         corpus = question_corpus(config, say)
     else:
         if ranks.rank == 0:
-            build_index(config, tokenizer, run / "cache", log=say)
+            build_index(config, tokenizer, run / "cache", say, sorted(run.parent.glob("*/cache")))
         dist.barrier()
         corpus = load_corpus(run / "cache", config)
 

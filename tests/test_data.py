@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
+import passages
 import sources
 from config import Config
 from data import (
@@ -27,12 +28,11 @@ from data import (
     DataError,
     Passage,
     build_index,
-    group_paragraphs,
     is_heldout,
     load_corpus,
-    paragraphs,
     step_passages,
 )
+from passages import group_paragraphs, paragraphs
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.
@@ -340,7 +340,7 @@ def test_lines_of_ten_megabytes_and_lines_beyond_the_limit(tmp_path, tokenizer, 
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["too_long"] == 1 and rows[-1]["id"] == "a1#0"
     assert {row["id"].split("#")[0] for row in rows} == {"article", "a0", "a1"}
-    assert data._token_counts(["x" * 2000], None, longest=40) == [41]  # such a paragraph costs the tokenizer nothing
+    assert passages._token_counts(["x" * 2000], None, longest=40) == [41]  # such a paragraph costs the tokenizer nothing
     monkeypatch.setattr(sources, "LINE_LIMIT", 1 << 20)
     rows, counts, logged = build(make_config(source, seed=1), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["a0#0", "a1#0"] and counts["long_line"] == 2
@@ -416,6 +416,34 @@ def hub_folder(folder: Path) -> Path:
         )
     (folder / "README.md").write_text(card + "---\n")
     return folder
+
+
+def test_a_capped_hub_dataset_is_a_sample_of_row_groups_not_of_the_heads_of_files(tmp_path, tokenizer, monkeypatch):
+    """datasets reads ten shards at a time from their beginning; one file of 40 row groups must not count as one."""
+    monkeypatch.setattr(data, "local_files", lambda config, log: None)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+    write_parquet(tmp_path / "hub/train.parquet", records(800), row_group_size=20)
+    config = make_config(tmp_path / "hub", data_config="", max_passages=40)
+    rows, _, _ = build(config, tokenizer, tmp_path / "index")
+    groups = {int(row["id"][1:].split("#")[0]) // 20 for row in rows}
+    assert len(groups) > 5 and max(groups) > 25
+
+
+def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tokenizer, monkeypatch):
+    """A run, its dry run and its controls read the hub once, and the same text even if the hub has changed since."""
+    source = write_parquet(tmp_path / "a.parquet", records(30))
+    first = build(make_config(source), tokenizer, tmp_path / "one/cache")
+    build(make_config(source, seed=1), tokenizer, tmp_path / "other/cache")
+    (tmp_path / "half/cache").mkdir(parents=True)
+    (tmp_path / "half/cache/passages.jsonl").touch()
+    monkeypatch.setattr(data, "local_records", None)  # whoever reads the source fails
+    logged, folder = [], tmp_path / "two/cache"
+    neighbours = sorted(tmp_path.glob("*/cache"))
+    build_index(make_config(source), tokenizer, folder, logged.append, neighbours)
+    assert logged == [f"data: index in {tmp_path / 'one/cache'} is reused"]
+    assert build(make_config(source), tokenizer, folder)[:2] == first[:2]
+    with pytest.raises(TypeError):
+        build_index(make_config(source, seed=2), tokenizer, tmp_path / "three/cache", logged.append, neighbours)
 
 
 def test_a_hub_dataset_is_streamed_in_seeded_order(tmp_path, tokenizer, monkeypatch):
@@ -561,7 +589,7 @@ def test_a_crash_while_building_leaves_the_old_index_or_none(tmp_path, tokenizer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_token_counts", broken_counts)
+        patch.setattr(passages, "_token_counts", broken_counts)
         with pytest.raises(KeyboardInterrupt):
             build_index(make_config(source, seed=1), tokenizer, folder, log=lambda line: None)
     assert (folder / "passages.jsonl").read_bytes() == old

@@ -25,6 +25,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,18 +61,19 @@ def build_index(
     passages_file, index_file = folder / "passages.jsonl", folder / "index.json"
     files = local_files(config, log)
     key = _index_key(config, tokenizer, files)
-    whole = (there for there in (folder, *neighbours) if (there / passages_file.name).is_file())
-    for there in whole:
-        if not (there / index_file.name).is_file() or _read_index(there / index_file.name).get("key") != key:
-            continue
-        if there != folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            index_file.unlink(missing_ok=True)
-            for file in (passages_file, index_file):
-                shutil.copy(there / file.name, f"{file}.tmp")
-                os.replace(f"{file}.tmp", file)
-        log(f"data: index in {there} is reused")
+    if index_file.is_file() and passages_file.is_file() and _read_index(index_file).get("key") == key:
+        log(f"data: index in {folder} is reused")
         return
+    for other in neighbours:
+        with suppress(OSError):  # what a neighbour lacks is its own affair
+            if _read_index(other / index_file.name).get("key") == key:
+                folder.mkdir(parents=True, exist_ok=True)
+                index_file.unlink(missing_ok=True)
+                for file in (passages_file, index_file):
+                    shutil.copy(other / file.name, f"{file}.tmp")
+                    os.replace(f"{file}.tmp", file)
+                log(f"data: index taken over from {other}")
+                return
 
     counts: Counter[str] = Counter()
     problems: list[str] = []

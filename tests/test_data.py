@@ -340,7 +340,7 @@ def test_lines_of_ten_megabytes_and_lines_beyond_the_limit(tmp_path, tokenizer, 
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["too_long"] == 1 and rows[-1]["id"] == "a1#0"
     assert {row["id"].split("#")[0] for row in rows} == {"article", "a0", "a1"}
-    assert passages._token_counts(["x" * 2000], None, longest=40) == [41]  # such a paragraph costs the tokenizer nothing
+    assert passages._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
     monkeypatch.setattr(sources, "LINE_LIMIT", 1 << 20)
     rows, counts, logged = build(make_config(source, seed=1), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["a0#0", "a1#0"] and counts["long_line"] == 2
@@ -434,13 +434,16 @@ def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tok
     source = write_parquet(tmp_path / "a.parquet", records(30))
     first = build(make_config(source), tokenizer, tmp_path / "one/cache")
     build(make_config(source, seed=1), tokenizer, tmp_path / "other/cache")
-    (tmp_path / "half/cache").mkdir(parents=True)
+    for name in ("half", "damaged", "empty"):
+        (tmp_path / name / "cache").mkdir(parents=True)
     (tmp_path / "half/cache/passages.jsonl").touch()
+    (tmp_path / "damaged/cache/index.json").write_text("no json")
+    (tmp_path / "empty/cache/index.json").write_bytes((tmp_path / "one/cache/index.json").read_bytes())
     monkeypatch.setattr(data, "local_records", None)  # whoever reads the source fails
     logged, folder = [], tmp_path / "two/cache"
     neighbours = sorted(tmp_path.glob("*/cache"))
     build_index(make_config(source), tokenizer, folder, logged.append, neighbours)
-    assert logged == [f"data: index in {tmp_path / 'one/cache'} is reused"]
+    assert logged == [f"data: index taken over from {tmp_path / 'one/cache'}"]
     assert build(make_config(source), tokenizer, folder)[:2] == first[:2]
     with pytest.raises(TypeError):
         build_index(make_config(source, seed=2), tokenizer, tmp_path / "three/cache", logged.append, neighbours)

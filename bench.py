@@ -30,7 +30,7 @@ import torch.distributed as dist
 from config import Config, ConfigError, read_config
 from evidence import environment, peak_memory_gb, write_whole
 from grpo import make_optimizer
-from limits import GPUS, Gpu, Shape, cache_bytes, decode_limit, mfu, response_lengths, slots_for
+from limits import GPUS, Gpu, Shape, bundle_tokens, cache_bytes, decode_limit, mfu, response_lengths, slots_for
 from memory import decide_checkpointing, requests_at_once, value_bytes
 from model import Ranks, build_policy, describe_attention, gather, start_ranks
 from offload import Lender, make_lender
@@ -122,12 +122,12 @@ def measure(
     row = {
         "responses": sum(len(group) for work in works for group in work.limits),
         "response_tokens": sum(tokens.values()),
-        "trained_tokens": sum(trained),
+        "trained_tokens": bundle_tokens(trained),
         "warmup_seconds": times[0],
         "seconds": seconds,
         "repeats": times[1:],
         "response_tokens_per_second": sum(tokens.values()) / sampling,
-        "training_tokens_per_second": sum(trained) / seconds["update"],
+        "training_tokens_per_second": bundle_tokens(trained) / seconds["update"],
         "mfu": None,
         "decode_limit_seconds": None,
         "decode_share": None,
@@ -163,7 +163,8 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
     hf_config = architecture(config.model)
     shape, gpu = shape_of(hf_config), known_gpu()
     sampler = random_sampler(config, hf_config, ranks)
-    policy = build_policy(sampler.replica, decide_checkpointing(hf_config, config, ranks), ranks)
+    config = decide_checkpointing(hf_config, config, ranks)
+    policy = build_policy(sampler.replica, config, ranks)
     lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
     gc.collect()
     gc.freeze()  # as train.py does

@@ -5,7 +5,8 @@
 
     ours        rollout, rewards, update, refresh, as in train.py
     trl         GRPOTrainer with Hugging Face generate, which is its default
-    trl_paged   GRPOTrainer with use_transformers_continuous_batching and that setting's defaults
+    trl_paged   GRPOTrainer with use_transformers_continuous_batching and that setting's defaults; with bfloat16 it
+                casts its weights down at the first rollout and for good, so that its update is another one
     trl_fitted  the same with a cache and a batch that suit this step (CPU only)
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
@@ -43,6 +44,7 @@ from bench import split_words
 from config import Config, ConfigError, read_config
 from evidence import peak_memory_gb
 from grpo import make_optimizer
+from memory import decide_checkpointing
 from model import build_policy, load_replica, load_tokenizer, start_ranks
 from offload import make_lender
 from ops import VARLEN
@@ -122,6 +124,7 @@ def ours(config: Config, options: PeerOptions) -> list[tuple]:
     ranks = start_ranks()
     sampler = make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)
     sampler.eos_ids = {sampler.replica.config.vocab_size}
+    config = decide_checkpointing(sampler.replica.config, config, ranks)
     policy = build_policy(sampler.replica, config, ranks)
     lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
     prompts = [sampler.tokenizer(text).input_ids for text in texts(config, options)]
@@ -254,7 +257,10 @@ PEERS = {
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
     command = [sys.executable, __file__, f"--only={name}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # TRL would spread over every GPU that it sees, and refuses to
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -313,7 +313,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":  # once, not once per rank
             print(f"config error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    ranks = start_ranks()
+    ranks = start_ranks(7 * 86400)  # at the end all wait for the longest chunk
     try:
         evaluate(settings, ranks)
     except (ConfigError, DataError) as error:

@@ -164,10 +164,14 @@ def clock(times: dict, phase: str) -> Iterator[None]:
     stopping.enter("log")
 
 
+_peak = 0.0
+"""Largest memory of the GPU before the allocator's own record was last reset, 1e9 bytes."""
+
+
 def peak_memory_gb() -> float:
     """Largest memory so far in 1e9 bytes: the GPU's allocator on CUDA, else the process's resident set."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return max(_peak, torch.cuda.max_memory_allocated() / 1e9)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
@@ -178,11 +182,14 @@ def peak_memory_gb() -> float:
 def largest_memory(row: dict) -> Iterator[None]:
     """Sets row["peak_memory_gb"]: on a GPU of what happens inside, a process cannot forget what came before. For the
     update, not for rollouts, whose cache takes its share of whatever is free."""
-    if torch.cuda.is_available():
+    global _peak
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _peak = peak_memory_gb()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     yield
-    row["peak_memory_gb"] = peak_memory_gb()
+    row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_memory_gb()
 
 
 def describe(config: Config, ranks, sampler, corpus, probe) -> str:

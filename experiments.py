@@ -15,6 +15,7 @@ Leaves out what is expected (claims.py), tables and plots (outcomes.py), making 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,7 +62,8 @@ def run_one(arm: str, seed: int, save: bool = False) -> dict:
     first = run_one(FIRST[arm], seed, save=True) if arm in FIRST else None
     if first:
         words.append(f"model={run_folder(FIRST[arm], seed) / 'checkpoints' / 'latest' / 'hf'}")
-    ended = subprocess.run([*launcher, "train.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    command, on_cpu = [*launcher, "train.py", *words], os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # as those recorded
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=on_cpu)
     if ended.returncode:
         raise RuntimeError(f"{arm}, seed {seed}: exit status {ended.returncode}\n{ended.stderr[-3000:]}")
     rows = read_rows(folder / "metrics.jsonl")

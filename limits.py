@@ -127,14 +127,28 @@ def forward_flops(shape: Shape, lengths: list[int]) -> float:
     return sum(2.0 * shape.multiplied * tokens + attention_flops(shape) * tokens**2 / 2 for tokens in lengths)
 
 
-def train_flops(shape: Shape, lengths: list[int]) -> float:
-    """Forward and backward, 6 N T + 6 L H d T^2 a sequence; what checkpointing computes again is not counted."""
-    return 3 * forward_flops(shape, lengths)
+Bundle = tuple[int, list[int]]
+"""Tokens of a prompt, and of the responses that are computed with it, the prompt once: grpo.bundle."""
 
 
-def mfu(shape: Shape, lengths: list[int], seconds: float, gpus: int, gpu: Gpu) -> float:
-    """Model FLOPs utilisation: the FLOPs of training on these sequences over what the GPUs could do in that time."""
-    return train_flops(shape, lengths) / (seconds * gpus * gpu.flops)
+def bundle_tokens(bundles: list[Bundle]) -> int:
+    """That the update computes."""
+    return sum(prompt + sum(responses) for prompt, responses in bundles)
+
+
+def train_flops(shape: Shape, bundles: list[Bundle]) -> float:
+    """Forward and backward, 6 N T + 6 L H d T^2 where each response has its prompt to itself; what checkpointing
+    computes again is not counted. A response's queries meet its prompt's keys, its prompt's queries only once."""
+    prompts = [prompt for prompt, _ in bundles]
+    beyond = [(prompt, one) for prompt, responses in bundles for one in responses]
+    pairs = sum(((prompt + one) ** 2 - prompt**2) / 2 for prompt, one in beyond)
+    weights = 2.0 * shape.multiplied * sum(one for _, one in beyond)
+    return 3 * (forward_flops(shape, prompts) + weights + attention_flops(shape) * pairs)
+
+
+def mfu(shape: Shape, bundles: list[Bundle], seconds: float, gpus: int, gpu: Gpu) -> float:
+    """Model FLOPs utilisation: the FLOPs of training on these bundles over what the GPUs could do in that time."""
+    return train_flops(shape, bundles) / (seconds * gpus * gpu.flops)
 
 
 def cache_bytes(shape: Shape, width: int = 2) -> int:

@@ -16,6 +16,7 @@ from limits import (
     GPUS,
     Gpu,
     Shape,
+    bundle_tokens,
     cache_bytes,
     decode_limit,
     forward_flops,
@@ -102,7 +103,7 @@ def default_prompt(config: Config) -> int:
 def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: PlanOptions) -> dict:
     """Of one step by phase, with responses and tokens: {"propose": s, ..., "responses": n, ...}."""
     gpus, prompt, width = options.gpus, options.prompt, value_bytes(config)
-    whole, trained, seconds = gpus * gpu.flops, [], {}
+    whole, trained, bundles, seconds = gpus * gpu.flops, [], [], {}
     counts = {"responses": 0, "response_tokens": 0}
     for number, phase in enumerate(phases(config)):
         cap = min(phase.cap, options.cap or phase.cap)
@@ -116,10 +117,13 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: PlanOptions) 
         counts["response_tokens"] += sum(lengths)
         if phase.name == "predict" or config.train_generator:
             trained += [prompt + length for length in lengths]
+            bundles += [(prompt, group) for group in (groups if config.share_prompts else [[one] for one in lengths])]
     if config.method == "sft":  # an answer of a few words
         trained = [prompt + 8] * sum(tasks_per_passage(config, "sft"))
+        bundles = [(prompt, [8])] * len(trained)
     elif config.method == "cpt":
         trained = [prompt] * config.passages_per_step
+        bundles = [(prompt, [])] * len(trained)
     scored = forward_flops(shape, trained) * options.kept if config.kl else 0.0
     if config.method in ("rlp", "entropy_token"):
         scored += forward_flops(shape, [prompt] * config.passages_per_step)
@@ -127,12 +131,12 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: PlanOptions) 
         scored += forward_flops(shape, trained)
     if scored:
         seconds["scoring"] = scored / whole
-    seconds["update"] = options.kept * config.updates_per_batch * train_flops(shape, trained) / whole
+    seconds["update"] = options.kept * config.updates_per_batch * train_flops(shape, bundles) / whole
     # AdamW reads four and writes three float32 numbers a parameter; refresh reads one and writes the replica
     seconds["optimizer, refresh"] = (
         shape.parameters * (config.updates_per_batch * 28 / gpus + 4 / gpus + width) / gpu.bandwidth
     )
-    return {"seconds": seconds, "trained_tokens": int(options.kept * sum(trained)), **counts}
+    return {"seconds": seconds, "trained_tokens": int(options.kept * bundle_tokens(bundles)), **counts}
 
 
 def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:

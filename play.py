@@ -13,6 +13,7 @@ The masks and the verdicts are train.py's own. Nothing is trained and nothing is
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import textwrap
@@ -159,6 +160,7 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
         answer([task for task in tasks if not task.mask.invalid], sampler)
         answered.append(tasks)
         del sampler
+        gc.collect()  # Liger ties methods to modules in circles, which del alone leaves in memory
     if not answered[0]:
         say("\nNo mask is valid, so there is nothing to predict.")
     for number, tasks in enumerate(zip(*answered, strict=True), 1):

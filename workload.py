@@ -19,12 +19,12 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from config import Config
 from evidence import clock, largest_memory
-from grpo import Group, make_samples, update
+from grpo import Group, bundle, make_samples, update
 from model import Ranks, load_replica, load_tokenizer
 from offload import Lender, to_sampler, to_trainer
 from plan import Phase
 from rollout import derive_seed, rollout
-from sampler import Rollout, Sampler, make_sampler
+from sampler import Sampler, make_sampler
 
 NEVER = "\x00never{"
 """An opening that no response contains: each is searched for it, as in a run, and none ends by it."""
@@ -110,11 +110,9 @@ def one_step(works: list[Work], lender: Lender, sampler: Sampler, number: int) -
     with clock(row, "refresh"):
         to_sampler(lender)
     row["time/step"] = sum(row.values())
-    lengths = [sequence_length(sample.rollout) for sample in samples]
+    trained = [
+        (len(one[0].rollout.prompt_ids), [len(sample.rollout.completion_ids) for sample in one])
+        for one in bundle(samples, config)
+    ]
     tokens, size = max(caches, default=(0, 0))
-    return row | {"trained": lengths, "training_gb": peak, "cache_tokens": tokens, "cache_gb": size / 1e9}
-
-
-def sequence_length(response: Rollout) -> int:
-    """Tokens of prompt and response."""
-    return len(response.prompt_ids) + len(response.completion_ids)
+    return row | {"trained": trained, "training_gb": peak, "cache_tokens": tokens, "cache_gb": size / 1e9}

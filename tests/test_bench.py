@@ -137,7 +137,7 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     def step(works, lender, sampler, number):
         now = next(seconds)
         times = {"time/propose": now, "time/predict": 2 * now, "time/update": 5 * now, "time/step": 8 * now}
-        return times | {"trained": [30] * 20, "training_gb": 1.5, "cache_tokens": 100, "cache_gb": 0.5}
+        return times | {"trained": [(20, [10])] * 20, "training_gb": 1.5, "cache_tokens": 100, "cache_gb": 0.5}
 
     monkeypatch.setattr(bench, "one_step", step)
     propose = Work(Phase("propose", 2, 2, 14), [[1] * 20] * 2, [[10, 10], [10, 10]])
@@ -148,7 +148,7 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     assert row["warmup_seconds"]["step"] == 72.0 and len(row["repeats"]) == 3
     assert (row["responses"], row["response_tokens"], row["trained_tokens"]) == (20, 200, 600)
     assert row["response_tokens_per_second"] == 200 / 9 and row["training_tokens_per_second"] == 600 / 15
-    assert row["mfu"] == pytest.approx(train_flops(shape, [30] * 20) / 15 / gpu.flops)
+    assert row["mfu"] == pytest.approx(train_flops(shape, [(20, [10])] * 20) / 15 / gpu.flops)
     # a cache of 100 tokens holds four responses of 20 + 10 / 2 tokens; float32 takes four bytes a number
     both = [decode_limit(shape, gpu, 20, work.limits, 1, 4, width=4) for work in (propose, predict)]
     assert list(row["decode_limit_seconds"].values()) == both
@@ -188,7 +188,7 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
     json.dumps(result)
     assert set(result["rows"]) == {"lognormal", "equal"} and result["gpu"] is None
     for name, row in result["rows"].items():
-        assert row["responses"] == 20 and row["trained_tokens"] == row["response_tokens"] + 9 * 20
+        assert row["responses"] == 20 and row["trained_tokens"] == row["response_tokens"] + 9 * 6  # a prompt once
         assert set(row["seconds"]) == {"propose", "predict", "reward", "update", "refresh", "step"}
         assert all(value > 0 for value in row["seconds"].values()), name
         assert row["mfu"] is row["decode_share"] is row["training_gb"] is None

@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from reference import ROOT
@@ -57,6 +58,23 @@ def test_our_step_runs_in_a_process_of_its_own(tmp_path):
     words = [f"model={ROOT / 'assets/tiny_base'}", "prompts=2", "completions=2", "tokens=3", "repeats=1"]
     row = one_process("ours", [str(ROOT / "configs/tiny.yaml"), *words])
     assert row["warmup"] > 0 and len(row["seconds"]) == len(row["cpu_seconds"]) == 1 and row["memory_gb"] > 0
+
+
+@pytest.mark.parametrize("visible, given", [(None, "0"), ("2,3", "2"), ("", "")])
+def test_a_peer_sees_one_gpu_or_none(monkeypatch, visible, given):
+    """TRL's trainer would spread over all that it sees, and refuses to."""
+    seen = []
+
+    def run(command, env, **_):
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.setattr(bench_trl.subprocess, "run", run)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    one_process("trl", [])
+    assert seen == [given]
 
 
 def test_the_fitted_cache_has_room_for_its_requests():

@@ -280,7 +280,8 @@ def trained(tmp_path, monkeypatch):
     """train.py replaced by ten rows of metrics; the words of each call."""
     calls = []
 
-    def run(words, **_):
+    def run(words, env, **_):
+        assert env["CUDA_VISIBLE_DEVICES"] == ""  # also on a machine with GPUs: digits are compared with the record
         calls.append(words)
         options = dict(word.split("=", 1) for word in words if "=" in word)
         folder = Path(options["run_dir"])

@@ -9,7 +9,7 @@ from reference import load_plain
 
 from config import Config
 from data import Passage
-from evidence import append_row, read_rows, sample_rows
+from evidence import append_row, largest_memory, peak_memory_gb, read_rows, sample_rows
 from grpo import Group, make_samples
 from masking import Mask
 from metrics import active_parameters, compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
@@ -201,3 +201,19 @@ def test_the_summary_tells_of_benchmarks_where_there_are_some(runs):
     number = next(n for n, line in enumerate(lines) if line.startswith("benchmarks, greedy"))
     assert lines[number].split()[-4:] == ["step", "3", "step", "4"]
     assert lines[number + 1].split() == ["eval/gsm8k", "12.500", "25.000"]
+
+
+def test_the_updates_memory_is_its_own_and_the_runs_largest_is_not_forgotten(monkeypatch):
+    """On a GPU, as an allocator tells that fills 60 GB in rollouts, 31 in the update and 40 after it."""
+    now = {"peak": 60e9}
+    for name, stand_in in (("is_available", lambda: True), ("empty_cache", lambda: None),
+                           ("max_memory_allocated", lambda: now["peak"]),
+                           ("reset_peak_memory_stats", lambda: now.update(peak=6e9))):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr("evidence._peak", 0.0)
+    row = {}
+    with largest_memory(row):
+        now["peak"] = 31e9
+    assert row == {"peak_memory_gb": 31.0}
+    now["peak"] = 40e9
+    assert peak_memory_gb() == 60.0

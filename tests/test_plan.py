@@ -146,9 +146,11 @@ def test_lengths_have_their_mean_their_cap_and_their_seed():
 def test_flops_by_hand():
     # forward of 10 tokens: 2 x 100 x 10 for the weights; 50 pairs x 4 FLOPs x 1 layer x 1 head x 1 dimension
     assert forward_flops(TOY, [10]) == 2000 + 200
-    assert train_flops(TOY, [10, 10]) == 2 * (6 * 100 * 10 + 6 * 1 * 1 * 1 * 100)
-    assert train_flops(replace(TOY, tied=False), [10]) == 6 * (100 - 20) * 10 + 600
-    assert mfu(TOY, [10, 10], seconds=5.0, gpus=2, gpu=SLOW_CORES) == 13200 / 10
+    assert train_flops(TOY, [(4, [6]), (10, [])]) == 2 * (6 * 100 * 10 + 6 * 1 * 1 * 1 * 100)
+    assert train_flops(replace(TOY, tied=False), [(4, [6])]) == 6 * (100 - 20) * 10 + 600
+    # a prompt of 4 for two responses of 6: 16 tokens; the prompt's pairs once, each response's 6 queries on 4 + 3 keys
+    assert train_flops(TOY, [(4, [6, 6])]) == 6 * 100 * 16 + 12 * (4 * 4 / 2 + 2 * 6 * 7)
+    assert mfu(TOY, [(4, [6])] * 2, seconds=5.0, gpus=2, gpu=SLOW_CORES) == 13200 / 10
 
 
 def test_cache_bytes_by_hand(known):

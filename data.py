@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -32,11 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, parse_command_line
-from passages import Passage, cut
+from passages import INDEX_VERSION, Passage, cut
 from sources import CAUSES, DataError, hub_records, local_files, local_records, read_articles
 from words import one_line
 
-INDEX_VERSION = 2  # raise it with any edit that changes passages, or an old index would be reused
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
 
 
@@ -52,8 +50,8 @@ def build_index(
 ) -> None:
     """Reads config.data and writes folder/passages.jsonl and folder/index.json (key, counts). For ONE process.
 
-    Does nothing when the index is there and was made from the same config keys, tokenizer size and files (path, size,
-    time); copies it when one of the folders `neighbours` has it, so that a run and its controls stream the hub once.
+    Does nothing when the index is there and was made from the same config keys, tokenizer and files (path, size, time);
+    copies it when one of the folders `neighbours` has it, so that a run and its controls stream the hub once.
     Both files are written beside and renamed, so a crash leaves no half index. Raises DataError when the source cannot
     be read or yields no passage.
     """
@@ -65,15 +63,9 @@ def build_index(
         log(f"data: index in {folder} is reused")
         return
     for other in neighbours:
-        with suppress(OSError):  # what a neighbour lacks is its own affair
-            if _read_index(other / index_file.name).get("key") == key:
-                folder.mkdir(parents=True, exist_ok=True)
-                index_file.unlink(missing_ok=True)
-                for file in (passages_file, index_file):
-                    shutil.copy(other / file.name, f"{file}.tmp")
-                    os.replace(f"{file}.tmp", file)
-                log(f"data: index taken over from {other}")
-                return
+        if _take_over(other, folder, key):
+            log(f"data: index taken over from {other}")
+            return
 
     counts: Counter[str] = Counter()
     problems: list[str] = []
@@ -122,9 +114,29 @@ def build_index(
     )
 
 
+def _take_over(other: Path, folder: Path, key: str) -> bool:
+    """Copies the index of another folder if it has this key and is whole; then nothing else is touched."""
+    names = ("passages.jsonl", "index.json")  # in this order: who builds anew takes the index away first
+    with suppress(OSError):
+        if _read_index(other / names[1]).get("key") != key:
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        copies = [Path(shutil.copy(other / name, folder / f"{name}.tmp")) for name in names]
+        index = _read_index(copies[1])  # it may have been built anew meanwhile
+        with copies[0].open("rb") as lines:
+            if index.get("key") == key and index["counts"]["passages"] == sum(1 for _ in lines):
+                (folder / names[1]).unlink(missing_ok=True)
+                for copy, name in zip(copies, names, strict=True):
+                    copy.replace(folder / name)
+                return True
+    return False
+
+
 def _index_key(config: Config, tokenizer, files: list[Path] | None) -> str:
     names = "data data_config text_field seed max_passages min_passage_tokens max_passage_tokens".split()
-    made_from = [INDEX_VERSION, len(tokenizer), [getattr(config, name) for name in names]]
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    known = hashlib.sha256(whole.to_str().encode()).hexdigest() if whole else len(tokenizer)
+    made_from = [INDEX_VERSION, known, [getattr(config, name) for name in names]]
     for path in files or []:
         made_from.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

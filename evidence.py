@@ -180,8 +180,8 @@ def peak_memory_gb() -> float:
 
 @contextmanager
 def largest_memory(row: dict) -> Iterator[None]:
-    """Sets row["peak_memory_gb"]: on a GPU of what happens inside, a process cannot forget what came before. For the
-    update, not for rollouts, whose cache takes its share of whatever is free."""
+    """Sets row["peak_memory_gb"]: on a GPU the largest inside; else the process's largest so far, which cannot be
+    reset. For the update, not for rollouts, whose cache takes its share of whatever is free."""
     global _peak
     cuda = torch.cuda.is_available()
     if cuda:

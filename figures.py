@@ -69,7 +69,7 @@ SECTIONS = {
         ("trained_tokens", "Tokens trained on", "per step"),
         ("time/step", "Seconds a step", "without the save"),
         ("tokens_per_second", "Tokens sampled a second", "over the whole step"),
-        ("peak_memory_gb", "Largest memory of a rank", "GB"),
+        ("peak_memory_gb", "Largest memory of rank 0", "GB; on a GPU of the update"),
     ],
 }  # fmt: skip
 

@@ -122,8 +122,8 @@ def moments(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, floa
 
 
 def checkpoint_bytes(shape: Shape, config: Config) -> float:
-    """On disk: float32 masters, Adam's two moments, the model as Hugging Face reads it."""
-    return shape.parameters * (12 + value_bytes(config))
+    """On disk: float32 masters, Adam's two moments, rlp's moving average, the model as Hugging Face reads it."""
+    return shape.parameters * (12 + 4 * (config.method == "rlp") + value_bytes(config))
 
 
 def host_bytes(shape: Shape, config: Config) -> float:
@@ -168,7 +168,7 @@ def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
     """A line for each moment of the run that by calculation needs more than this rank's GPU has. config must have its
     gradient_checkpointing decided."""
     memory = memory_of(ranks)
-    if memory == math.inf:
+    if memory == math.inf:  # then any model will do, also one whose shape nobody knows
         return []
     needs = moments(shape_of(hf_config), config, ranks.per_node or ranks.world)
     return [

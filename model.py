@@ -77,7 +77,8 @@ def start_ranks(timeout: float = 7200.0) -> Ranks:
 
 
 def check_device(config: Config, ranks: Ranks) -> None:
-    """Raises ConfigError where the run would work, but not as it is meant, or not at all. Looks at nothing large."""
+    """Raises ConfigError where the run would work, but not as it is meant, or not at all; RuntimeError for flash-attn
+    asked for in vain. Looks at nothing large."""
     dtype = getattr(torch, config.dtype)
     choose_attention(config.attention, ranks.device, dtype)
     if config.dtype == "float32":
@@ -86,8 +87,10 @@ def check_device(config: Config, ranks: Ranks) -> None:
         name, capability = torch.cuda.get_device_name(ranks.device), torch.cuda.get_device_capability(ranks.device)
         if capability < (8, 0):
             raise ConfigError(f"dtype={config.dtype!r}: not on a {name}; it needs an A100, an RTX 30 or newer")
-    elif DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        wants = f"CUDA {torch.version.cuda}, whose driver may be too old here" if torch.version.cuda else "no CUDA"
+    elif DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        wants = "no CUDA"
+        if torch.version.cuda:
+            wants = f"CUDA {torch.version.cuda}: an older driver, or a container without it?"
         raise ConfigError(
             f"dtype={config.dtype!r}: there is a GPU, but torch {torch.__version__} cannot use it (built for {wants}); "
             "README, `On a GPU node`. CUDA_VISIBLE_DEVICES= in front of the command runs on the CPU all the same"

@@ -2,7 +2,8 @@
 
 One attention serves both sides of the loop. The trainer packs sequences one after the other into a row of N tokens; the
 sampler (transformers' continuous batching) does the same with the queries of all its requests and keeps keys and values
-in a paged cache. Both say where a sequence begins and ends by cumulative lengths, so no mask and no padding exists:
+in a paged cache. Both say where a sequence begins and ends by cumulative lengths, so the kernels need no mask and no
+padding. A decoding step reads the cache in place, by block table:
 
     flash_attention_2/3   the flash-attn package, on CUDA, used by transformers itself
     flash_varlen          ours: torch's variable-length kernel on CUDA, plain SDPA on the CPU and in float32
@@ -57,7 +58,8 @@ def varlen_attention(
     """Causal attention inside each sequence of a packed row, in the form that transformers calls.
 
     query (1, heads, Tq, dim), key and value (1, kv heads, Tk, dim); cu_seq_lens (sequences + 1,) mark the borders.
-    With a paged cache, the new keys and values are written to it and the whole past of each request comes back; with
+    With a paged cache, the new keys and values are written to it and the whole past of each request comes back, or is
+    read in place where a block table tells its pages; with
     shared_keys (see `pack`), a response gets copies of its prompt's. Then Tk > Tq, and the mask is aligned to the end:
     the last query of a sequence sees all its keys. package: of flash-attn, whose kernel to use, instead of torch's.
     Returns ((1, Tq, heads, dim), None). Raises NotImplementedError for what it would compute wrongly.
@@ -142,8 +144,9 @@ def decode_by_table(
 
 def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # One split: with the number that the kernel chooses itself, rows came out wrong (pytorch/pytorch#194167). No causal
-    # window: a last token sees everything, and without one the kernel reads keys once per group of heads, not per head
+    # One split: with several, which the kernel may choose by itself, rows came out wrong (pytorch/pytorch#194167,
+    # pytorch/torchtitan#3235). No causal window: a last token sees everything, and without one the kernel reads keys
+    # once per group of heads, not once per head
     options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True}
     return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, scale=scale, **options)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from config import Config
 from sources import RESERVED, Article, Skip
 
+INDEX_VERSION = 2  # raise it with any edit that changes passages, or an old index would be reused
 MIN_PROSE_CHARS = 40
 SENTENCE_END = re.compile(r"""[.!?…。！？।۔։።؟]["'”’»›)\]」』]*$""")
 LIST_MARK = re.compile(r"[*•·|;:]|\{\||[-–—!#]+\s|\(?\d{1,3}[.)]\s")

@@ -2,7 +2,7 @@
 
 Nothing is held whole: a source may be larger than memory. A record that cannot be used is handed to `skip` with a
 cause of CAUSES, a file and a line; what came before a break in a file is kept. Leaves out what becomes of an article
-(data.py).
+(passages.py).
 """
 
 from __future__ import annotations

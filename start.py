@@ -18,7 +18,7 @@ from evidence import describe, keep_rows, open_run, save_prompts
 from exams import exams_of
 from grpo import make_optimizer
 from memory import decide_checkpointing, memory_warnings
-from model import Ranks, build_policy, check_device, load_replica, load_tokenizer
+from model import Ranks, build_policy, load_replica, load_tokenizer
 from probe import make_probe
 from reference_model import build_reference, needs_reference
 from sampler import check_prompts, make_sampler
@@ -46,12 +46,12 @@ def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
     run = Path(config.run_dir)
 
     # ---- text
-    check_device(config, ranks)
     exams = exams_of(config, say)
     try:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({reason})") from None
     if config.method == "rlvr":
         corpus = question_corpus(config, say)
     else:

@@ -30,7 +30,7 @@ from exams import run_exams
 from grpo import Group, update
 from masking import make_mask, random_span
 from metrics import step_line, step_metrics, summary_table
-from model import Ranks, gather, start_ranks
+from model import Ranks, check_device, gather, start_ranks
 from offload import Lender, make_lender, to_sampler, to_trainer
 from probe import Probe, run_probe
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
@@ -130,6 +130,7 @@ def train(config: Config, ranks: Ranks) -> int:
     """
     begin, run = time.perf_counter(), Path(config.run_dir)
     say = tqdm.write if ranks.rank == 0 else lambda *_: None
+    check_device(config, ranks)  # before a folder is touched
     (found,) = gather([open_or_resume(config, ranks.world, say)] if ranks.rank == 0 else [])
     path, facts = found or (None, None)
     if facts and facts["step"] >= config.steps and not facts["row"]:
@@ -296,7 +297,8 @@ def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
     if groups and not samples:  # nothing to learn from so few, but the trainer is to be tried
         say("no group with contrast: every other response counts as right in the update below")
         groups = [replace(group, rewards=[n % 2.0 for n in range(len(group.rewards))]) for group in groups]
-        samples = training_samples(method, groups, tasks, passages, reference, sampler)
+        whole = replace(sampler, config=replace(config, train_generator=True, mask_truncated=False))
+        samples = training_samples(method, groups, tasks, passages, reference, whole)
     with largest_memory(row):
         to_trainer(lender)
         row |= update(policy, lender.optimizer, samples, config, sampler.ranks, 0)
@@ -323,12 +325,11 @@ def main() -> None:
     try:
         status = train(config, ranks)
     except (ConfigError, DataError) as error:
-        if ranks.rank == 0:
-            kind = "config" if isinstance(error, ConfigError) else "data"
-            print(f"{kind} error: {error}", file=sys.stderr, flush=True)
-            stopping.all_said()
-        else:
-            time.sleep(5)  # rank 0 says it, once
+        if ranks.rank:
+            time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
+        kind = "config" if isinstance(error, ConfigError) else "data"
+        print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
+        stopping.all_said()
         os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
     except Exception as error:
         stopping.report(error)

@@ -131,3 +131,9 @@ def test_a_batch_of_padding_alone_is_made_and_not_computed(tiny_base, prompts, a
     rollout.generate(tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
     assert made[:2] == [sum(map(len, prompts)) - PROMPTS, 0]  # of a prompt to be forked the last token comes after
     assert seen["computed"] == sum(tokens > 0 for tokens in made)
+
+
+def test_the_samplers_own_method_is_put_back(tiny_base, prompts):
+    before = model_runner.ModelRunner.compute_batch
+    rollout.generate(tiny_base, prompts[:1], 1, 2, MASK_OPENING, 0)
+    assert model_runner.ModelRunner.compute_batch is before

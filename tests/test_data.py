@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -422,11 +423,11 @@ def test_a_capped_hub_dataset_is_a_sample_of_row_groups_not_of_the_heads_of_file
     """datasets reads ten shards at a time from their beginning; one file of 40 row groups must not count as one."""
     monkeypatch.setattr(data, "local_files", lambda config, log: None)
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
-    write_parquet(tmp_path / "hub/train.parquet", records(800), row_group_size=20)
+    write_parquet(tmp_path / "hub/train.parquet", records(8000), row_group_size=20)
     config = make_config(tmp_path / "hub", data_config="", max_passages=40)
     rows, _, _ = build(config, tokenizer, tmp_path / "index")
     groups = {int(row["id"][1:].split("#")[0]) // 20 for row in rows}
-    assert len(groups) > 5 and max(groups) > 25
+    assert len(groups) > 5 and max(groups) > 100
 
 
 def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tokenizer, monkeypatch):
@@ -445,8 +446,31 @@ def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tok
     build_index(make_config(source), tokenizer, folder, logged.append, neighbours)
     assert logged == [f"data: index taken over from {tmp_path / 'one/cache'}"]
     assert build(make_config(source), tokenizer, folder)[:2] == first[:2]
+    lines = (tmp_path / "one/cache/passages.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "one/cache/passages.jsonl").write_bytes(b"".join(lines[1:]))  # not whole: not for others
+    with pytest.raises(TypeError):
+        build_index(make_config(source), tokenizer, tmp_path / "four/cache", logged.append, [tmp_path / "one/cache"])
     with pytest.raises(TypeError):
         build_index(make_config(source, seed=2), tokenizer, tmp_path / "three/cache", logged.append, neighbours)
+
+
+def test_an_index_that_is_built_anew_while_it_is_copied_is_not_taken(tmp_path, tokenizer, monkeypatch):
+    source, other = write_jsonl(tmp_path / "a.jsonl", records(30)), tmp_path / "one/cache"
+    build(make_config(source), tokenizer, other)
+    own, _, _ = build(make_config(source, seed=3), tokenizer, tmp_path / "two/cache")
+    copy = shutil.copy
+
+    def slow_copy(file, target):
+        done = copy(file, target)
+        build(make_config(source, seed=7, max_passages=10), tokenizer, other)  # meanwhile
+        return done
+
+    monkeypatch.setattr(data.shutil, "copy", slow_copy)
+    logged = []
+    build_index(make_config(source), tokenizer, tmp_path / "two/cache", logged.append, [other])
+    assert "taken over" not in " ".join(logged) and "30 passages kept" in logged[-1]
+    config = make_config(source, seed=3)
+    assert build(config, tokenizer, tmp_path / "two/cache")[0] == own
 
 
 def test_a_hub_dataset_is_streamed_in_seeded_order(tmp_path, tokenizer, monkeypatch):

@@ -15,8 +15,8 @@ from reference import ROOT
 from test_prompts import balanced_by_counting
 
 from config import Config, ConfigError, dump_config, read_config
-from data import paragraphs
 from masking import MASK, make_mask, mask_at, next_token_mask, random_span
+from passages import paragraphs
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
 from questions import gold_answer, question_text, strip_instruction
 from rewards import FINAL_STOPS, QUOTES, answerable, caseless_match, exact_match, normalise, prefix_match

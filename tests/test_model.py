@@ -7,7 +7,7 @@ import torch
 from reference import DENSE, FAMILIES, load_plain, same_bits, tiny_config, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, Qwen3Config, SmolLM3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, SmolLM3Config
 
 import model
 from config import Config, ConfigError
@@ -136,14 +136,24 @@ def driver(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize("built, told", [("13.0", "CUDA 13.0, whose driver may be too old"), (None, "for no CUDA")])
+@pytest.mark.parametrize("built, told", [("13.0", "CUDA 13.0: an older driver"), (None, "for no CUDA")])
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_run_on_the_cpu(ranks, driver, monkeypatch, built, told):
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(ConfigError, match=f"there is a GPU, but torch .*{told}"):
         model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)
     model.check_device(Config(model="m", data="d", dtype="float32"), ranks)  # the laptop run may
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)  # who hides the GPU means it
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)  # who hides the GPU means it
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(model, "DRIVER", model.DRIVER / "none")
+    model.check_device(Config(model="m", data="d", dtype="bfloat16"), ranks)  # no GPU
+
+
+def test_a_model_is_not_loaded_for_a_machine_that_will_not_do(ranks, monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    with pytest.raises(RuntimeError, match="attention=flash_attention_2: needs CUDA"):
+        load_replica(Config(model="m", data="d", attention="flash_attention_2"), ranks)
 
 
 @pytest.mark.parametrize("capability, fits", [((7, 5), False), ((8, 0), True), ((9, 0), True)])

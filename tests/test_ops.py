@@ -2,7 +2,7 @@
 
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +161,8 @@ def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monke
     (*_, cu_q, cu_k, longest_q, longest_k), options = calls[0]
     assert (longest_q, longest_k) == (1, 3 * 4)  # of every step, else a CUDA graph would hold for one step only
     kinds = {x.dtype for x in (cu_q, cu_k, options["seqused_k"], options["block_table"])}
-    assert kinds == {torch.int32} and options["num_splits"] == 1
+    assert kinds == {torch.int32} and options["num_splits"] == 1 and options["scale"] == 0.3
+    assert options["seqused_k"] is lengths and "window_size" not in options
 
 
 def first_row_only(q, *rest):
@@ -176,6 +177,16 @@ def no_lengths(q, k_pages, v_pages, table, lengths, *rest):
     return ops._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
 
 
+def no_table(q, k_pages, v_pages, table, *rest):
+    """A kernel that takes pages as they lie."""
+    plain = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+    return ops._read_pages_plain(q, k_pages, v_pages, plain, *rest)
+
+
+def a_little_off(*problem):
+    return ops._read_pages_plain(*problem) + 0.1
+
+
 def refusing(*_):
     raise RuntimeError("block_table needs something else\nand a trace")
 
@@ -186,6 +197,8 @@ def refusing(*_):
         (ops._read_pages_plain, "^$"),
         (first_row_only, "its kernel is off by nan"),
         (no_lengths, r"its kernel is off by \d"),
+        (no_table, r"its kernel is off by \d"),
+        (a_little_off, "its kernel is off by 0.1"),
         (refusing, "block_table needs something else$"),
     ],
 )
@@ -199,6 +212,34 @@ def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
     shape = (4, 2, 16)
     assert ops.block_table_trouble(CPU, torch.bfloat16, *shape) == ""
     assert ops.block_table_trouble(torch.device("cuda", 0), torch.float32, *shape) == ""
+
+
+def test_on_a_gpu_each_shape_of_heads_is_tried_once(monkeypatch):
+    tried, gpu = [], torch.device("cuda", 0)
+    monkeypatch.setattr(ops, "_try_block_tables", lambda *shape: tried.append(shape) or "told")
+    for _ in range(2):
+        assert ops.block_table_trouble(gpu, torch.bfloat16, 6, 3, 24) == "told"
+    assert tried == [(gpu, torch.bfloat16, 6, 3, 24)]
+    ops.block_table_trouble.cache_clear()
+
+
+def test_with_a_block_table_the_attention_is_the_steps_own(pages):
+    """What transformers hands over, laid out for decode_by_table; scaled as the model wants it."""
+
+    class Cache(PagedAttentionCache):
+        def __init__(self):
+            self.layer_to_allocator = {3: SimpleNamespace(write_trash_index=4, tokens_per_page=4)}
+
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
+            kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
+            return key_states, value_states
+
+    copies = {name: value.clone() for name, value in pages.items()}
+    query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
+    borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
+    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), query, key, value, scaling=0.3, cache=Cache(), **borders)
+    assert torch.equal(out[0], ops.decode_by_table(**copies, spare=1, scale=0.3))
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen
@@ -221,13 +262,16 @@ def test_attention_is_chosen_by_what_the_machine_has():
 def test_flash_attn_is_taken_on_a_gpu_that_has_it_but_not_for_float32(monkeypatch):
     monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     gpu = torch.device("cuda", 0)
     assert choose_attention("auto", gpu, torch.bfloat16) == "flash_attention_2"
     assert choose_attention("auto", gpu, torch.float32) == choose_attention("varlen", gpu, torch.bfloat16) == VARLEN
     for wanted, dtype in (("flash_attention_2", torch.float32), ("flash_attention_3", torch.bfloat16)):
         with pytest.raises(RuntimeError, match=f"attention={wanted}: needs CUDA, dtype bfloat16 and its package"):
             choose_attention(wanted, gpu, dtype)
+    monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: True)
+    assert choose_attention("flash_attention_3", gpu, torch.bfloat16) == "flash_attention_3"
 
 
 def test_a_flash_attn_for_another_torch_is_refused_at_the_start(monkeypatch, tmp_path):

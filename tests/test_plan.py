@@ -428,6 +428,7 @@ def test_the_report_of_memory_lent_in_turns(known, monkeypatch):
     assert rows["all of it"] == sums and len(sums) == 4
     assert rows["replica"] == ["61.06", "61.06"] and rows["Adam"] == ["30.53"]
     assert "host memory per node of 8 GPUs: 794 GB in the run, 489 GB while" in text
+    assert "disk: 427 GB a checkpoint, 3 of them at most" in text
 
 
 def test_the_report_says_what_auto_takes(known, monkeypatch):

@@ -146,6 +146,13 @@ def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_
     assert sample(sampler, max_tokens=70) == found and not steps
 
 
+def sampler_shape(sampler) -> tuple[int, int, int]:
+    """Query heads, key-value heads and their size, from the weights."""
+    attention = sampler.replica.model.layers[0].self_attn
+    dim = attention.head_dim
+    return attention.q_proj.out_features // dim, attention.k_proj.out_features // dim, dim
+
+
 @pytest.mark.parametrize(
     "attention, dtype, use_cuda_graph, trouble, graph",
     [
@@ -160,7 +167,11 @@ def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_
 def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graph
 ):
-    monkeypatch.setattr(model, "block_table_trouble", lambda *_: trouble)
+    def block_table_trouble(device, kind, heads, kv_heads, dim):
+        assert (device.type, kind, heads, kv_heads, dim) == ("cuda", dtype, *(sampler_shape(sampler)))
+        return trouble
+
+    monkeypatch.setattr(model, "block_table_trouble", block_table_trouble)
     shape = copy.copy(sampler.replica.config)
     shape._attn_implementation = attention
     replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)

@@ -314,15 +314,17 @@ def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys)
         assert words in printed, printed
     assert ("replica and training state take turns" in printed) == ("offload=true" in keys)
     assert printed.count("--- generator:") == printed.count("--- predictor:") == 2
+    assert "no group with contrast" not in printed
     (loss,) = [float(line.split()[1]) for line in printed.splitlines() if line.split()[:1] == ["loss"]]
     assert abs(loss) < 1  # the penalty at the start is 0
     assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, folders, tmp_path):
+@pytest.mark.parametrize("keys", [[], ["train_generator=false", "mask_truncated=true"]])
+def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, folders, tmp_path, keys):
     """A base that masks nothing valid earns 0 throughout: no group would be kept, and the update would do nothing."""
-    words = ["steps=0", f"model={folders['smollm3']}", "max_prompt_tokens=400", "tokens_per_micro_batch=512"]
+    words = ["steps=0", *keys, f"model={folders['smollm3']}", "max_prompt_tokens=400", "tokens_per_micro_batch=512"]
     ended = command(["train.py", *SMALL, *words, f"run_dir={tmp_path / 'run'}"], limit=90, ranks=2)
     printed = ended.stdout + ended.stderr
     assert ended.returncode == 0, printed

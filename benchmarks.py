@@ -122,8 +122,7 @@ def load_items(
     row = benchmark(name)
     if limit < 0:
         raise ConfigError(f"limit={limit}: must be 0 (all items) or more")
-    counts: Counter[str] = Counter()
-    problems: list[str] = []
+    counts, problems = Counter[str](), list[str]()
 
     def skip(cause: str, where: str, detail: str = "") -> None:
         counts[cause] += 1

@@ -288,11 +288,9 @@ def check(config: Config) -> None:
         value = getattr(config, key)
         if not test(value):
             raise ConfigError(f"{key}={value!r}: must be {allowed}")
-    if config.min_passage_tokens > config.max_passage_tokens:
-        raise ConfigError(
-            f"min_passage_tokens={config.min_passage_tokens}: must not exceed "
-            f"max_passage_tokens={config.max_passage_tokens}"
-        )
+    shortest, longest = config.min_passage_tokens, config.max_passage_tokens
+    if shortest > longest:
+        raise ConfigError(f"min_passage_tokens={shortest}: must not exceed max_passage_tokens={longest}")
     longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
     if config.tokens_per_micro_batch < longest:
         raise ConfigError(
@@ -319,13 +317,12 @@ def check(config: Config) -> None:
     if "{answer}" not in config.sft_answer:
         raise ConfigError(f"sft_answer={config.sft_answer!r}: must contain {{answer}}")
     for key in ("mask_prompt", "predict_prompt", "question_prompt", "rlp_prompt"):
-        if getattr(config, key) and getattr(config, key).count("{passage}") != 1:
-            raise ConfigError(f"{key}={getattr(config, key)!r}: must contain {{passage}} once")
-    for key in ("model", "data"):
-        name = getattr(config, key)
+        if (text := getattr(config, key)) and text.count("{passage}") != 1:
+            raise ConfigError(f"{key}={text!r}: must contain {{passage}} once")
+    for key, name in (("model", config.model), ("data", config.data)):
         # owner/name may be on the hub; anything else that looks like a path must be there
-        path_like = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).suffix in (
-            ".parquet", ".jsonl", ".gz", ".txt", ".json")  # fmt: skip
+        ends = {".parquet", ".jsonl", ".gz", ".txt", ".json"}
+        path_like = name[:1] in ("", ".", "/", "~") or name.count("/") != 1 or Path(name).suffix in ends
         if not name or (path_like and not os.path.exists(os.path.expanduser(name))):
             raise ConfigError(f"{key}={name!r}: no such file or folder, and not a hub name (owner/name)")
     if config.chat_template not in ("none", "auto") and not os.path.isfile(config.chat_template):

@@ -33,6 +33,7 @@ import verify
 
 POINTS = {
     # name: (where the function is looked up, its name, the phase that stopping.py must name there, n-th call in it)
+    "set-up, tokenizer": (start, "load_tokenizer", "set-up", 1),
     "propose": (train, "propose", "propose", 1),
     "propose, sampling": (RequestState, "update_and_check_completion", "propose", 20),
     "predict": (train, "predict", "predict", 1),
@@ -104,6 +105,10 @@ def fail(fault):
     raise ValueError("out of luck")
 
 
+def unreadable(fault):
+    raise OSError("stale file handle")
+
+
 def slow(fault):
     time.sleep(600)
 
@@ -137,7 +142,7 @@ def full_disk(fault):
 
 STRIKES = {
     "kill": kill, "term": signalled(signal.SIGTERM), "int": signalled(signal.SIGINT), "fail": fail, "slow": slow,
-    "pause": pause,
+    "pause": pause, "unreadable": unreadable,
     "nan": nan_gradient, "full": full_disk,
 }  # fmt: skip
 MODELS: list = []

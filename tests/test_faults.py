@@ -269,6 +269,15 @@ def test_nothing_is_lost_whatever_happens(case, unbroken, tmp_path, tmp_path_fac
 # ---- the launcher
 
 
+def test_what_one_rank_alone_refuses_is_said_by_that_rank(tmp_path):
+    """Usually all ranks refuse the same, and rank 0 says it for all. Rank 0 waits for this one in a barrier."""
+    fault = {"do": "unreadable", "at": "set-up, tokenizer", "step": None, "rank": 1}
+    ended = start(WORDS, tmp_path / "run", fault)
+    assert ended.status == 1 and ended.seconds < END
+    said = "config error: model='assets/tiny_base': no usable tokenizer (stale file handle) (rank 1)"
+    assert said in ended.text and "Traceback" not in ended.text.split("config error")[0], ended.text
+
+
 def interrupted(run: Path, words: list, fault: dict, act) -> Ended:
     """A run of which `act(launcher, ids of its ranks)` is done half a second after the fault has struck."""
     since, mark = run.parent / "since", f"FAULTS_{uuid.uuid4().hex}"

@@ -317,11 +317,10 @@ def main() -> None:
     try:
         evaluate(settings, ranks)
     except (ConfigError, DataError) as error:
-        if ranks.rank == 0:
-            kind = "config" if isinstance(error, ConfigError) else "data"
-            print(f"{kind} error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # rank 0 says it, once
+        if ranks.rank:
+            time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
+        kind = "config" if isinstance(error, ConfigError) else "data"
+        print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
         os._exit(2)  # other ranks may wait in a gather: leave without waiting for them, torchrun ends them
     finally:
         gc.unfreeze()

@@ -1,6 +1,6 @@
 # make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
-# make experiments         the runs that results/runs.jsonl lacks, then tables and plots (all anew: 90 runs)
+# make experiments         the runs that miniature/runs.jsonl lacks, then tables and plots (all anew: 90 runs)
 # make experiments-quick   one claim on recorded and on fresh seeds, minutes      make figures   tables and plots alone
 # A Linux laptop gets PyTorch's CUDA build by default; for the CPU build add INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -36,14 +36,14 @@ tiny: setup
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)
 
 experiments: setup
-	$(BIN)/python experiments.py run $(ARGS)
-	$(BIN)/python experiments.py figures
+	$(BIN)/python -m miniature run $(ARGS)
+	$(BIN)/python -m miniature figures
 
 experiments-quick: setup
-	$(BIN)/python experiments.py again learns
+	$(BIN)/python -m miniature again learns
 
 figures: setup
-	$(BIN)/python experiments.py figures
+	$(BIN)/python -m miniature figures
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults" tests $(ARGS)
@@ -58,7 +58,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 
 base: setup
-	$(BIN)/python tiny.py
+	$(BIN)/python -m miniature.base
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

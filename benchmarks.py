@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, ConfigError
+from data import CAUSES, SURROGATE, DataError, Skip, gold_answer, local_files, local_records, parquet_rows
 from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, fill, last_answer
-from questions import gold_answer
 from scoring import fuzzy_match, guessed_letter, maths_scores, option_letter
 from scoring import last_number as number_in
-from sources import CAUSES, SURROGATE, DataError, Skip, local_files, local_records, parquet_rows
 from verify import MAX_ANSWER_CHARS
 
 Names = str | tuple[str, ...]

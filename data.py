@@ -1,39 +1,447 @@
-"""Passages: Wikipedia (or any text) -> an index of passages on disk -> the passages of each step.
+"""Files -> articles -> passages -> the passages of a step; and questions with gold answers for rlvr and benchmarks.
 
     articles --drop headings, lists, references--> paragraphs --join up to a drawn length--> passages.jsonl
     passages.jsonl --hash of the article--> train | heldout --permutation of (seed, epoch)--> passages of a step
 
-`config.data` is a hub name, or a local parquet, jsonl, json (a record per line), txt file (the last three also .gz), or
-a folder of them; sources.py reads them, passages.py cuts them. One process builds the index; every process loads it. A
-record that cannot be used is counted under a cause of CAUSES, never dropped in silence; an index is reused while what
-it was made from stays the same.
+`config.data` is a hub name, or a local parquet, jsonl, json or txt file (the last three also .gz), or a folder of them.
+One process builds the index; every process loads it. A record that cannot be used is counted under a cause of CAUSES,
+with file and line. An index is reused while what it was made from stays the same.
 
-Order: files and the row groups of parquet files come in seeded order, the hub's ten row groups at a time, and so do the
-rows in them (a thousand at a time); lines of a jsonl or txt file come as they stand. An index capped by max_passages is
-thus a seeded sample of row groups, but only the first part of one big jsonl: shuffle such a file beforehand.
-Left out: near-duplicates, language and quality filters; languages that end sentences without punctuation (Thai).
+Order: files and the row groups of parquet files come in seeded order, and so do the rows in them; lines of a jsonl or
+txt file come as they stand. An index capped by max_passages is thus a seeded sample of row groups, but only the first
+part of one big jsonl: shuffle such a file beforehand.
+
+Prose: a text of one line is taken as it is. In a longer one, blocks end at blank lines, hard-wrapped blocks are joined
+again, and each line is a paragraph. It is kept when it has MIN_PROSE_CHARS characters, ends like a sentence and is no
+list item; everything from a heading of END_SECTION on is dropped. A record with `labels` (one per word) is taken whole.
+Lengths: each passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes
+paragraphs until it is reached, never exceeding the maximum. The paper says "Wikipedia" and lengths, no more; this is
+ours. Left out: near-duplicates, filters for language and quality.
+
+Questions come in three layouts, told by their fields: verl (prompt: [{role, content}], reward_model: {ground_truth});
+GSM8K (question, answer that ends in "#### 42"); generic (question | problem | prompt, answer | final_answer |
+solution, of which the last \\boxed{} counts).
 
 Alone:  python data.py configs/tiny.yaml   builds the index in RUN_DIR/cache and shows the passages of step 0.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
+import os
+import random
+import re
 import shutil
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from config import Config, parse_command_line
-from passages import INDEX_VERSION, Passage, cut
-from sources import CAUSES, DataError, hub_records, local_files, local_records, read_articles
-from words import one_line
+from config import Config, one_line, parse_command_line
+from verify import MAX_ANSWER_CHARS, extract_gold
+
+LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
+RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
+CAUSES = {
+    "unreadable": "file broken or cut off; what came before the break is kept",
+    "long_line": "line over 64 MiB",
+    "bad_utf8": "not UTF-8",
+    "bad_json": "not a JSON object on one line",
+    "no_text": "no text field, or not a string",
+    "bad_labels": f"labels are not one of {', '.join(LABELS)} per word",
+    "duplicate_id": "id seen before",
+    "empty": "no text",
+    "no_prose": "article with headings, lists or references only",
+    "too_short": "passage or rest of an article under min_passage_tokens",
+    "too_long": "paragraph over max_passage_tokens",
+    "reserved": "passage contains " + " or ".join(RESERVED) + " or a special token of the tokenizer",
+}
+LINE_LIMIT = 64 << 20  # bytes; a file without line ends must not fill the memory
+TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
+Skip = Callable[..., None]  # skip(cause, where, detail="")
+
+
+class DataError(ValueError):
+    """One line: the source, what is wrong with it, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+@dataclass
+class Article:
+    """A usable record. `key` decides its side of the split: articles of one url (else title, else id) stay together."""
+
+    id: str
+    title: str
+    url: str
+    text: str
+    labels: list[str] | None
+    where: str  # "file:line", for messages
+
+    @property
+    def key(self) -> str:
+        return self.url or self.title or self.id
+
+
+def read_articles(records: Iterable[tuple[str, str, dict]], config: Config, skip: Skip) -> Iterator[Article]:
+    """(where, id to use if it has none, record) -> usable articles."""
+    seen = set()
+    for where, own_id, record in records:
+        text, labels = record.get(config.text_field), record.get("labels")
+        id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
+        id_ = id_ or own_id
+        if not isinstance(text, str):
+            skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
+        elif not text.strip():
+            skip("empty", where)
+        elif any(SURROGATE.search(value) for value in (text, id_, title, url)):
+            skip("bad_utf8", where, "half of a surrogate pair")
+        elif labels is not None and not (
+            isinstance(labels, list) and all(label in LABELS for label in labels) and len(labels) == len(text.split())
+        ):
+            skip("bad_labels", where)
+        elif id_ in seen:
+            skip("duplicate_id", where, id_)
+        else:
+            seen.add(id_)
+            yield Article(id_, title, url, text, labels, where)
+
+
+def hub_records(config: Config) -> Iterator[tuple[str, str, dict]]:
+    """Streams a hub dataset, row groups in seeded order, so that only those that are needed are fetched."""
+    from datasets import load_dataset  # here alone: local files need neither the import nor a network
+
+    name = config.data
+    try:
+        stream = load_dataset(name, config.data_config or None, split="train", streaming=True)
+        for number, record in enumerate(stream.reshard().shuffle(seed=config.seed, buffer_size=1000)):
+            if number == 0 and config.text_field not in record:
+                raise DataError(f"{name}: no column text_field={config.text_field!r}; columns are {', '.join(record)}")
+            yield f"{name} record {number}", f"{name}:{number}", record
+    except DataError:
+        raise
+    except Exception as error:  # network, hub and parser each raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(
+            f"hub dataset {name!r}, data_config={config.data_config!r}, cannot be read ({reason}); check the name and "
+            "the network, or give data= the path of a local copy"
+        ) from None
+
+
+def source_path(config: Config) -> Path:
+    """config.data as a path, links followed as far as they lead. By os.path, which raises at no name: a loop of links,
+    a name too long or a user who does not exist is a path to nothing."""
+    return Path(os.path.realpath(os.path.expanduser(config.data)))
+
+
+def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None:
+    """Files of a local source, sorted; None when config.data is no path, which makes it a hub name."""
+    root = source_path(config)
+    if not os.path.exists(root):
+        return None
+    if root.is_file():
+        if not _kind(root):
+            raise DataError(f"{root}: unknown kind of file; .parquet, .jsonl, .json, .txt, the last three also .gz")
+        return [root]
+    part = root / config.data_config
+    if config.data_config and os.path.isdir(part):  # a download in the hub's layout: that part only
+        root = part
+    found = sorted(p for p in root.rglob("*") if p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    files = [p for p in found if _kind(p)]
+    if len(files) < len(found):
+        log(one_line(f"data: {len(found) - len(files)} files of other kinds in {root} are ignored"))
+    if not files:
+        raise DataError(f"{root}: no .parquet, .jsonl, .json or .txt file in this folder")
+    return files
+
+
+def _kind(path: Path) -> str:
+    if path.suffix.lower() == ".parquet":
+        return "parquet"
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return {".jsonl": "json", ".json": "json", ".txt": "txt"}.get(suffix, "")
+
+
+def local_records(files: list[Path], config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+    top = source_path(config)
+    files = list(files)
+    random.Random(config.seed).shuffle(files)
+    readers = {"parquet": _parquet_records, "json": _json_records, "txt": _txt_records}
+    for path in files:
+        name = one_line(path.name if path == top else path.relative_to(top).as_posix())  # it becomes part of ids
+        if path.stat().st_size == 0:
+            skip("empty", str(path), "0 bytes")
+        else:
+            yield from readers[_kind(path)](path, name, config, skip)
+
+
+def _parquet_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+    wanted = (config.text_field, "id", "title", "url", "labels")
+    order = random.Random(f"{config.seed} {name}")
+    return parquet_rows(path, name, wanted, (config.text_field,), "no_text", skip, order)
+
+
+def parquet_rows(
+    path: Path, name: str, wanted: tuple, needed: tuple, cause: str, skip: Skip, order: random.Random | None = None
+) -> Iterator[tuple[str, str, dict]]:
+    """The wanted columns of each row (all, if none is named); skip(cause, ...) if none of the needed ones is there.
+
+    As they stand, or with `order` row groups and rows shuffled. A broken row group costs that group, a broken table of
+    contents (it is at the end: a file that was cut) the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = (OSError, ValueError, OverflowError, pa.ArrowException)
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        columns = [column for column in names if column in wanted or not wanted]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two columns of one name among {', '.join(columns)}")
+        starts = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+    except broken as error:
+        return skip("unreadable", str(path), str(error).split("\n")[0])
+    if needed and not set(columns) & set(needed):
+        return skip(cause, str(path), f"no column {' or '.join(needed)} among {', '.join(names)}")
+    groups = list(range(file.num_row_groups))
+    if order:
+        order.shuffle(groups)
+    for group in groups:
+        first = int(starts[group]) + 1
+        try:
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                for i in order.sample(range(batch.num_rows), batch.num_rows) if order else range(batch.num_rows):
+                    row = first + i
+                    try:
+                        record = {column: _value(batch.column(column)[i]) for column in columns}
+                    except UnicodeDecodeError as error:
+                        skip("bad_utf8", f"{path}: row {row}", error.reason)
+                    else:
+                        yield f"{path}: row {row}", f"{name}:{row}", record
+                first += batch.num_rows
+            if first <= starts[group + 1]:  # pyarrow may take a broken page for the end
+                raise ValueError(f"{starts[group + 1] + 1 - first} rows are missing")
+        except broken as error:
+            skip("unreadable", f"{path}: row group {group} from row {first}", str(error).split("\n")[0])
+
+
+def _value(scalar):
+    """A cell as a Python value; None where Python has none (a date in the year 30000, a struct with one name twice).
+    Raises UnicodeDecodeError."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, LookupError, OverflowError):
+        return None
+
+
+def _json_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+    for number, line in _lines(path, skip):
+        where = f"{path}:{number}"
+        if line is None or not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            skip("bad_json", where, str(error))
+            continue
+        if isinstance(record, dict):
+            yield where, f"{name}:{number}", record
+        else:
+            skip("bad_json", where, f"a {type(record).__name__}")
+
+
+def _txt_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+    """One article per file, titled by the file's name. A long file is cut at blank lines into pieces, which share the
+    title and so the side of the split; a piece with an unreadable line is dropped whole."""
+    title = one_line(Path(path.name.removesuffix(".gz")).stem)
+    piece, size, first, broken = [], 0, 1, False  # lines, characters, number of the first line, holds a bad line
+    for number, line in chain(_lines(path, skip), [(0, "")]):
+        piece.append((line or "").rstrip())
+        size += len(piece[-1])
+        broken = broken or line is None
+        if number == 0 or (line is not None and not piece[-1] and size > TXT_PIECE):
+            if not broken and (size or first == 1):
+                values = {config.text_field: "\n".join(piece), "title": title}
+                yield f"{path}:{first}", f"{name}:{first}", values
+            piece, size, first, broken = [], 0, number + 1, False
+
+
+def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
+    """(line number from 1, its text) of a text file; None for a line that was skipped. Ends early at a gzip's break."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+            while line := file.readline(LINE_LIMIT):
+                number += 1
+                text = None
+                if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+                    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                        pass
+                    skip("long_line", f"{path}:{number}")
+                else:
+                    try:
+                        text = line.decode("utf-8-sig")  # some editors put a byte order mark first
+                    except UnicodeDecodeError as error:
+                        skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}")
+                yield number, text
+    except (OSError, EOFError, zlib.error) as error:
+        skip("unreadable", f"{path}:{number + 1}", str(error))
+
+
+INDEX_VERSION = 2  # raise it with any edit that changes passages, or an old index would be reused
+MIN_PROSE_CHARS = 40
+SENTENCE_END = re.compile(r"""[.!?…。！？।۔։።؟]["'”’»›)\]」』]*$""")
+LIST_MARK = re.compile(r"[*•·|;:]|\{\||[-–—!#]+\s|\(?\d{1,3}[.)]\s")
+END_SECTION = re.compile(
+    r"^[=#: \t]*(references|external links|see also|further reading|notes|footnotes|citations|sources|bibliography"
+    r"|notes and references|references and notes|notes and citations|works cited)[=#: \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
+CHARS_PER_TOKEN = 32  # a paragraph with more than this on average is too long without asking the tokenizer
+
+
+@dataclass
+class Passage:
+    id: str  # "<article id>#<k>", unique in the corpus
+    title: str
+    url: str
+    text: str
+    labels: list[str] | None = None  # one per white-space separated word, where the corpus has them
+    answer: str = ""  # the gold answer, where the text is a question (rlvr)
+
+
+def paragraphs(text: str) -> tuple[list[str], int]:
+    """Prose paragraphs of an article, white space folded, and the number of lines dropped. Rules: see the module.
+
+    "Ada Lovelace was an English mathematician.\\n\\nLife\\n\\nShe was born in London in the year 1815.\\n\\nNotes"
+    keeps the two sentences.
+    """
+    text = text.replace("\r\n", "\n").strip()
+    if "\n" not in text:
+        return [text], 0
+    kept, used = [], 0
+    end = END_SECTION.search(text)
+    for block in re.split(r"\n\s*\n", text[: end.start()] if end else text):
+        lines = [line.rstrip() for line in block.split("\n") if line.strip()]
+        if _is_hard_wrapped(lines):
+            used += len(lines) - 1
+            lines = [" ".join(lines)]
+        for line in lines:
+            listed = len(lines) > 1 and line[0].isspace()  # the hub's Wikipedia indents list items
+            if not listed and _is_prose(line.strip()):
+                kept.append(" ".join(line.split()))
+                used += 1
+    return kept, sum(1 for line in text.split("\n") if line.strip()) - used
+
+
+def _is_prose(line: str) -> bool:
+    return len(line) >= MIN_PROSE_CHARS and bool(SENTENCE_END.search(line)) and not LIST_MARK.match(line)
+
+
+def _is_hard_wrapped(lines: list[str]) -> bool:
+    """Most line ends fall inside a sentence: the next line starts in lower case, or a long line ends without a stop."""
+    if len(lines) < 2 or any(line[0].isspace() or LIST_MARK.match(line) for line in lines[1:]):
+        return False
+    inside = sum(
+        after[0].islower() or (len(line) >= MIN_PROSE_CHARS and not SENTENCE_END.search(line) and line[-1] != ":")
+        for line, after in zip(lines, lines[1:], strict=False)
+    )
+    return 2 * inside >= len(lines) - 1
+
+
+def group_paragraphs(lengths: list[int], joint: int, longest: int, draw_target: Callable[[], float]) -> list[list[int]]:
+    """Consecutive paragraphs -> groups of their numbers, one group a passage. lengths, joint, longest in tokens.
+
+    A group is closed when it reaches its target or when the next paragraph would take it over `longest`; `joint` is
+    the length of the blank line between two. Lengths 50, 60, 90, 30 with joint 1, longest 120 and targets of 100:
+    [[0, 1], [2], [3]], where 50 + 1 + 60 reaches 100, and 90 + 1 + 30 would exceed 120.
+    """
+    groups: list[list[int]] = []
+    size, target = 0, -1.0
+    for number, length in enumerate(lengths):
+        if not groups or size >= target or size + joint + length > longest:
+            groups.append([])
+            size, target = -joint, draw_target()
+        groups[-1].append(number)
+        size += joint + length
+    return groups
+
+
+def cut(
+    articles: Iterable[Article], tokenizer, config: Config, counts: Counter, skip: Skip
+) -> Iterator[tuple[Passage, Article]]:
+    """Articles -> passages that fit, with the article each comes from; two tokenizer calls per batch of articles."""
+    low, high = config.min_passage_tokens, config.max_passage_tokens
+    joint = _token_counts(["\n\n"], tokenizer, high)[0]
+    reserved = (*RESERVED, *tokenizer.all_special_tokens)  # a special token in a text would become one in the prompt
+    for batch in _batches(articles):
+        parts = [([a.text], 0) if a.labels is not None else paragraphs(a.text) for a in batch]
+        lengths = iter(_token_counts([text for kept, _ in parts for text in kept], tokenizer, high))
+        pieces = []  # per article: (text, tokens), the latter None where it is to be counted
+        for article, (kept, _) in zip(batch, parts, strict=True):
+            sizes = [next(lengths) for _ in kept]
+            # a generator of its own, so that an article's passages do not depend on what was read before it
+            generator = random.Random(f"{config.seed} {article.id}")
+            groups = group_paragraphs(
+                sizes, joint, high, lambda g=generator: math.exp(g.uniform(math.log(low), math.log(high)))
+            )
+            pieces.append([("\n\n".join(kept[i] for i in g), sizes[g[0]] if len(g) == 1 else None) for g in groups])
+        # tokens of joined paragraphs need not add up: count the joined text
+        joined = iter(_token_counts([t for some in pieces for t, size in some if size is None], tokenizer, high))
+        for article, (kept, dropped), some in zip(batch, parts, pieces, strict=True):
+            counts["articles"] += 1
+            counts["dropped_lines"] += dropped
+            if not kept:
+                skip("no_prose", article.where)
+            for number, (text, size) in enumerate(some):
+                size = next(joined) if size is None else size
+                if size < low or size > high:
+                    skip("too_short" if size < low else "too_long", article.where)
+                elif any(mark in text for mark in reserved):
+                    skip("reserved", article.where)
+                else:
+                    yield Passage(f"{article.id}#{number}", article.title, article.url, text, article.labels), article
+
+
+def _token_counts(texts: list[str], tokenizer, longest: int) -> list[int]:
+    """Tokens of each text, special ones not counted; over CHARS_PER_TOKEN * longest characters it is longest + 1."""
+    counts = [longest + 1] * len(texts)
+    short = [i for i, text in enumerate(texts) if len(text) <= CHARS_PER_TOKEN * longest]
+    if short:  # a tokenizer refuses an empty list
+        batch = [texts[i] for i in short]
+        ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for i, row in zip(short, ids, strict=True):
+            counts[i] = len(row)
+    return counts
+
+
+def _batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
+    batch, size = [], 0
+    for article in articles:
+        batch.append(article)
+        size += len(article.text)
+        if len(batch) == BATCH_ARTICLES or size > BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
 
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
 
@@ -202,6 +610,167 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
         for epoch in range(places[0] // size, places[-1] // size + 1)
     }
     return [corpus.train[orders[place // size][place % size]] for place in places]
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+TEXT_FIELDS = ("question", "problem", "prompt")
+ANSWER_FIELDS = ("answer", "final_answer", "solution")
+CHOICE_FIELDS = ("options", "choices")
+FIELDS = (*TEXT_FIELDS, *ANSWER_FIELDS, *CHOICE_FIELDS, "reward_model")
+QUESTION_CAUSES = {
+    "no_question": f"no text in {', '.join(TEXT_FIELDS)}, or a chat that is not one user turn",
+    "no_answer": "no answer that can be checked",
+    "choices": "multiple choice",
+}
+INSTRUCTIONS = (  # endings that data sets add to their questions
+    "Let's think step by step and output the final answer within \\boxed{}.",
+    'Let\'s think step by step and output the final answer after "####".',
+    "Please reason step by step, and put your final answer within \\boxed{}.",
+)
+
+
+@dataclass
+class Question:
+    """A task with a gold answer, ready for `check_answers`."""
+
+    id: str  # file and line or row, unique in the source
+    text: str
+    answer: str
+
+
+def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[list[Question], dict[str, int]]:
+    """Reads config.data whole (up to max_passages questions): the questions, and how many there are of each cause.
+
+    Every record becomes a question or a counted skip; the first three of a cause are logged with file and line. The
+    counts hold `records` (those that could be read), `questions` and each cause that occurred, broken files among them.
+    The list is the same on every rank. Raises DataError when the source cannot be read or has no question.
+    """
+    counts: Counter[str] = Counter()
+    problems: list[str] = []
+    causes = CAUSES | QUESTION_CAUSES
+
+    def skip(cause: str, where: str, detail: str = "") -> None:
+        counts[cause] += 1
+        if counts[cause] <= 3:
+            line = one_line(f"{where}: skipped, {causes[cause]}" + (f" ({detail})" if detail else ""))
+            problems.append(line)
+            log(f"data: {line}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
+
+    files = local_files(config, log)
+    questions = []
+    for where, place, record in hub_records(config) if files is None else _local(files, config, skip):
+        counts["records"] += 1
+        question = read_question(record, place, where, skip)
+        if question:
+            questions.append(question)
+            if len(questions) == config.max_passages:
+                log(one_line(f"data: max_passages={config.max_passages} reached at {where}; nothing further is read"))
+                break
+    counts["questions"] = len(questions)
+    skipped = ", ".join(f"{counts[cause]:,} {cause}" for cause in causes if counts[cause]) or "nothing"
+    if not questions:
+        first = f"; first problem: {problems[0]}" if problems else ""
+        raise DataError(f"no usable question in {config.data}: skipped {skipped}{first}")
+    log(one_line(f"data: {len(questions):,} questions of {config.data}; skipped: {skipped}"))
+    return questions, dict(counts)
+
+
+def read_question(record: dict, place: str, where: str, skip: Skip) -> Question | None:
+    r"""One record -> a question, or None after a call of skip(cause, where, detail).
+
+    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` has the answer `\frac12`.
+    """
+    names = f"fields are {', '.join(map(str, list(record)[:8]))}"
+    if any(record.get(name) for name in CHOICE_FIELDS):
+        skip("choices", where)
+    elif not (text := question_text(record)):
+        skip("no_question", where, names)
+    elif not (answer := gold_answer(record)):
+        skip("no_answer", where, names)
+    elif len(answer) > MAX_ANSWER_CHARS:
+        skip("no_answer", where, f"{len(answer)} characters")
+    elif SURROGATE.search(text + answer):
+        skip("bad_utf8", where, "half of a surrogate pair")
+    else:
+        return Question(place, text, answer)
+    return None
+
+
+def question_text(record: dict) -> str:
+    """The question as it stands, outer white space aside; empty if there is none. verl's prompt goes before others."""
+    verl = isinstance(record.get("reward_model"), dict)
+    for name in ("prompt", *TEXT_FIELDS) if verl else TEXT_FIELDS:
+        value = record.get(name)
+        if isinstance(value, list):
+            turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") != "system"]
+            one = len(turns) == 1 and turns[0].get("role") == "user"
+            value = turns[0].get("content") if one else None
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    return ""
+
+
+def gold_answer(record: dict) -> str:
+    r"""What is right, as it would stand in the box; empty if there is nothing to check against.
+
+    >>> gold_answer({"answer": "6 + 4 = 10\n#### 1,000"}), gold_answer({"answer": 27.0}), gold_answer({"answer": "1/2"})
+    ('1000', '27', '1/2')
+    >>> gold_answer({"final_answer": ["$2$", "3"]}), gold_answer({"solution": "By symmetry, 7."})
+    ('$2$, 3', '')
+    """
+    model = record.get("reward_model")
+    if isinstance(model, dict):
+        return _gold(model.get("ground_truth"))
+    for name in ANSWER_FIELDS:
+        value = record.get(name)
+        if name == "final_answer" and isinstance(value, list):
+            parts = [_gold(part) for part in value]
+            answer = ", ".join(parts) if all(parts) else ""
+        else:
+            answer = _gold(value, only_marked=name == "solution")
+        if answer:
+            return answer
+    return ""
+
+
+def _gold(value, only_marked: bool = False) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return (str(int(value)) if value.is_integer() else repr(value)) if math.isfinite(value) else ""
+    if not isinstance(value, str):
+        return ""
+    return extract_gold(value) or ("" if only_marked else value.strip())
+
+
+def strip_instruction(text: str) -> str:
+    r"""The question without a data set's own instruction at its end, for a template that brings another.
+
+    >>> strip_instruction("What is 1 + 1? Let's think step by step and output the final answer within \\boxed{}.")
+    'What is 1 + 1?'
+    """
+    for ending in INSTRUCTIONS:
+        text = text.removesuffix(ending).rstrip()
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- where records come from
+
+
+def _local(files: list[Path], config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+    """All of FIELDS of a parquet file, in order; data.py reads a text column and its keys only, shuffled."""
+    top = source_path(config)
+    for path in files:
+        if path.suffix.lower() == ".parquet" and path.stat().st_size:
+            name = one_line(path.name if path == top else path.relative_to(top).as_posix())
+            yield from parquet_rows(path, name, FIELDS, FIELDS, "no_question", skip)
+        else:
+            yield from local_records([path], config, skip)
 
 
 def main() -> None:

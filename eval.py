@@ -1,4 +1,4 @@
-"""The paper's benchmarks on a checkpoint.
+"""Measuring a model without training it: the held-out probe, benchmarks during training, and the benchmark command.
 
     torchrun --nproc_per_node=8 eval.py CHECKPOINT [tasks=gsm8k,math500] [limit=N] [out=DIR] [gsm8k.path=FILE] ...
     python eval.py CHECKPOINT ...                  one process, no torchrun
@@ -6,7 +6,7 @@
 
 CHECKPOINT: a Hugging Face folder, checkpoints/step_000100 of a run, or a hub name. Keys: `Settings` below, and of
 config.py those of ENGINE, which mean the same here. One response an item, greedy; `samples` of them at `temperature`
-where the table of benchmarks.py says so.
+where the table of benchmarks says so.
 
 The work is cut into chunks of responses, fixed by the settings alone. A chunk is sampled by one rank in one go, with
 noise of its own, judged there, and written beside and renamed:
@@ -14,9 +14,12 @@ noise of its own, judged there, and written beside and renamed:
     OUT/eval-settings.json  eval.json  gsm8k/chunk_00000.jsonl  gsm8k/seconds.jsonl  ...
 
 A chunk that is there is not made again, so a killed evaluation goes on where it was; a chunk comes out the same on any
-rank, so in float32 on a CPU the scores are the same bits for any number of ranks. Ranks meet twice, before the first
-chunk and after the last. Leaves out how an item is asked and judged (exams.py), tables (results.py), and few-shot
-prompts, which lm-eval has.
+rank, so in float32 on a CPU the scores are the same bits for any number of ranks.
+
+The probe: training accuracy says little, since the generator moves the masks to where it is low. So a fixed set of
+masks, drawn by rule from articles that are never trained on, is answered four ways: sampled and greedy (RL can sharpen
+sampling without moving the argmax), with a thought and without (else "reasoning helped" is not shown). Beside it,
+perplexity. Where the corpus labels its words, each passage gets one mask per label.
 """
 
 from __future__ import annotations
@@ -24,26 +27,240 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
+import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from benchmarks import BENCHMARKS, Item
+from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError, check, parse_words, typed
-from evidence import append_row, environment, peak_memory_gb, read_rows, write_whole
-from exams import Exam, answer, load_exams, parse_tasks
-from model import Ranks, describe_attention, gather, load_replica, load_tokenizer, start_ranks
+from data import Corpus, DataError, Passage
+from masking import LABELS, Mask, labelled_mask, make_mask, random_span
+from methods import Task, make_task, verify_predictions
+from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
+from model import describe_attention, load_replica, load_tokenizer
+from prompts import BOXED_OPENING, MASK_OPENING, fill, last_answer
+from ranks import Ranks, gather, start_ranks
 from results import compare, paper_means, summarise, table
-from rollout import derive_seed
-from sampler import make_sampler
-from sources import DataError
+from rewards import exact_match
+from rollout import (
+    Sampler,
+    derive_seed,
+    encode,
+    generate,
+    make_sampler,
+    mask_prompt,
+    predict_prefix,
+    predict_prompt,
+    question_prompt,
+    rollout,
+    sequence_logprobs,
+)
+
+NO_THOUGHT_TOKENS = 64
+"""An answer without a thought need not be longer."""
+SHOWN = 4
+"""Masks whose responses go to probes.jsonl at each probe; on the mini-wiki all those of one passage."""
+
+
+@dataclass
+class Probe:
+    """Fixed for a run: held-out passages and masks on them, the same on every rank."""
+
+    passages: list[Passage]
+    masks: list[Mask]
+    prompt: Callable
+    """predict_prompt, or question_prompt where the passages are questions."""
+    sources: list[Passage]
+    """The passage of each mask."""
+    shown: list[Task] = field(default_factory=list)
+    """Of the latest probe: the first masks with their responses, and the masks that the generator proposes for the
+    first passage (not answered, so without a reward)."""
+    exams: list = field(default_factory=list)
+    """Benchmarks (exams.Exam) that are asked beside it, with eval_every."""
+
+
+def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
+    """Draw the probe from the seed: one random span per held-out passage, or one mask per label of labelled words."""
+    rng = random.Random(derive_seed(config.seed, "probe"))
+    passages = rng.sample(corpus.heldout, min(config.probe_passages, len(corpus.heldout)))
+    prompt = question_prompt if passages[0].answer else predict_prompt
+    pairs: list[tuple[Passage, Mask]] = []
+    for passage in passages:
+        if passage.answer:  # a question: its text is the masked text
+            drawn = [Mask(passage.answer, masked=passage.text, target=passage.answer)]
+        elif passage.labels:
+            drawn = [labelled_mask(passage, label, config, rng) for label in LABELS]
+        else:
+            drawn = [random_span(passage, config, rng)]
+        pairs += [(passage, mask) for mask in drawn if mask is not None and not mask.invalid]
+    pairs = [pair for pair in pairs if len(prompt(sampler, pair[1].masked)) <= config.max_prompt_tokens]
+    return Probe(passages, [mask for _, mask in pairs], prompt, [passage for passage, _ in pairs])
+
+
+def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict:
+    """Every rank calls it; all get the same numbers. Accuracies are means over masks."""
+    metrics: dict = {}
+    for thought, suffix in ((True, ""), (False, "_no_thought")):
+        prompts = [probe.prompt(sampler, mask.masked, thought) for mask in probe.masks]
+        prefix = "" if thought else predict_prefix(config)
+        longest = config.max_prediction_tokens if thought else min(NO_THOUGHT_TOKENS, config.max_prediction_tokens)
+        for greedy, kind in ((False, ""), (True, "_greedy")):
+            name, count = f"accuracy{kind}{suffix}", 1 if greedy else config.probe_samples
+            groups = rollout(sampler, prompts, count, longest, BOXED_OPENING, (step, f"probe {name}"), greedy, prefix)
+            answers = [[last_answer(prefix + response.text, "boxed") for response in group] for group in groups]
+            targets = [mask.target for mask in probe.masks]
+            if probe.prompt is question_prompt:
+                verdicts = verify_predictions(answers, targets, config, sampler.ranks)
+            else:
+                pairs = zip(targets, answers, strict=True)
+                verdicts = [[exact_match(answer, target) for answer in group] for target, group in pairs]
+            scores = [fmean(group) for group in verdicts]
+            metrics[f"probe/{name}"] = fmean(scores)
+            for label in sorted({mask.label for mask in probe.masks} - {""}) if thought else ():
+                chosen = [score for mask, score in zip(probe.masks, scores, strict=True) if mask.label == label]
+                metrics[f"probe/{name}_{label}"] = fmean(chosen)
+            if thought and not greedy:
+                metrics["probe/valid_rate"] = fmean(answer is not None for group in answers for answer in group)
+                records = list(zip(probe.sources, probe.masks, groups, verdicts, strict=True))[:SHOWN]
+                probe.shown = [Task(passage, mask, predictions=g, rewards=r) for passage, mask, g, r in records]
+    if config.method == "active" and probe.shown:
+        probe.shown += propose_masks(probe.shown[0].passage, sampler, config, step)
+    metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])
+    return metrics
+
+
+def propose_masks(passage: Passage, sampler: Sampler, config: Config, step: int) -> list[Task]:
+    """The masks that the generator now names for one passage: how its taste changes, seen on one text."""
+    prompts, noise = [mask_prompt(sampler, passage.text)], (step, "probe masks")
+    (group,) = rollout(sampler, prompts, config.masks_per_passage, config.max_mask_tokens, MASK_OPENING, noise)
+    rng = random.Random(derive_seed(config.seed, "probe masks"))
+    masks = [make_mask(last_answer(response.text, "mask"), passage, config, rng) for response in group]
+    return [make_task(passage, mask, sampler, response) for mask, response in zip(masks, group, strict=True)]
+
+
+def perplexity(sampler: Sampler, texts: list[str]) -> float:
+    """exp of the mean negative log-prob of the next token of plain text, over all texts; split over the ranks."""
+    mine = [sampler.tokenizer(text).input_ids for text in texts[sampler.ranks.rank :: sampler.ranks.world]]
+    scores = [score for row in sequence_logprobs(sampler, mine) for score in row]
+    parts = gather([(math.fsum(scores), len(scores))])
+    return math.exp(-sum(total for total, _ in parts) / sum(tokens for _, tokens in parts))
+
+
+@dataclass
+class Exam:
+    """A benchmark as one model is asked it."""
+
+    name: str
+    items: list[Item]
+    samples: int
+    prompt: str
+    """Template with {passage}."""
+    data: str
+    """Fingerprint of the items."""
+    counts: dict[str, int]
+
+
+def parse_tasks(text: str, paths: dict[str, str] | None = None, key: str = "tasks") -> dict[str, str]:
+    """`gsm8k,math500=FILE` -> {"gsm8k": "", "math500": "FILE"}; paths: of words such as gsm8k.path=FILE.
+
+    Raises ConfigError for a benchmark that is unknown or named twice, for none, and for a file that is not there.
+    """
+    tasks: dict[str, str] = {}
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        name, _, path = (part.strip() for part in word.partition("="))
+        if name not in BENCHMARKS or name in tasks:
+            why = "named twice" if name in tasks else f"unknown benchmark; known are {', '.join(BENCHMARKS)}"
+            raise ConfigError(f"{key}={text!r}: {name!r}: {why}")
+        tasks[name] = path
+    for word, path in (paths or {}).items():
+        name = word.removesuffix(".path")
+        if name not in tasks or tasks[name]:
+            why = "has a file already" if name in tasks else f"is not among {key}={text}"
+            raise ConfigError(f"{word}={path!r}: {name} {why}")
+        tasks[name] = str(path or "")
+    if not tasks:
+        raise ConfigError(f"{key}={text!r}: name one or more of {', '.join(BENCHMARKS)}")
+    for name, path in tasks.items():
+        if path and not Path(path).expanduser().exists():
+            raise ConfigError(f"{key}: {name}={path}: no such file or folder")
+    return tasks
+
+
+def load_exams(tasks: dict[str, str], limit: int, samples: int, config: Config, log) -> list[Exam]:
+    """Every rank reads all items. samples: 0 for the table's. Raises DataError where a source cannot be read."""
+    exams = []
+    for name, path in tasks.items():
+        row = BENCHMARKS[name]
+        items, counts, data = load_items(name, path, limit, log)
+        # the prompt of rlvr is what a model was trained on; the others ask for a letter, or for a text
+        prompt = config.question_prompt if config.question_prompt and row.kind == "maths" else prompt_template(name)
+        exams.append(Exam(name, items, samples or row.samples, prompt, data, counts))
+    return exams
+
+
+def answer(
+    exam: Exam, items: list[Item], sampler: Sampler, seed: int, max_tokens: int,
+    last_number: bool = False, guess: bool = False, label: str = "",
+) -> list[dict]:  # fmt: skip
+    """A record per response, `exam.samples` in a row for each item; sampled and judged on this rank, no collective."""
+    prompts = [encode(sampler.tokenizer, fill(exam.prompt, item.question)) for item in items]
+    # transformers adds the rank to the seed that it is given; the responses must not depend on who makes them
+    seed -= sampler.ranks.rank
+    groups = generate(
+        sampler, prompts, exam.samples, max_tokens, BOXED_OPENING, seed, greedy=exam.samples == 1, label=label
+    )
+    if not groups:  # a signal to stop: whoever gathers the records raises Stopped
+        return []
+    asked = [item for item in items for _ in range(exam.samples)]
+    responses = [response for group in groups for response in group]
+    verdicts = judge(exam.name, asked, [response.text for response in responses], last_number, guess)
+    return [
+        {"task": exam.name, "id": item.id, "sample": number % exam.samples, "question": item.question}
+        | {"gold": item.gold, "response": response.text, "answer": verdict.answer, "how": verdict.how}
+        | {"score": verdict.score, "finish": response.finish, "tokens": len(response.completion_ids)}
+        for number, (item, response, verdict) in enumerate(zip(asked, responses, verdicts, strict=True))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ during training
+
+
+def exams_of(config: Config, log) -> list[Exam]:
+    """The benchmarks of a training run, one response an item; none if eval_every is 0. Before any model is loaded.
+
+    Raises ConfigError and DataError. Every rank reads them.
+    """
+    if not config.eval_every:
+        return []
+    return load_exams(parse_tasks(config.eval_tasks, key="eval_tasks"), config.eval_limit, 1, config, log)
+
+
+def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
+    """`eval/gsm8k`, the score in per cent, and its details. Every rank calls it, asks its share, gets all numbers.
+
+    Greedy, so without noise; but what is asked together differs with the number of ranks, and with it the rounding.
+    """
+    metrics, ranks, wanted = {}, sampler.ranks, ("id", "score", "how", "finish", "tokens")
+    for exam in exams:
+        mine = exam.items[ranks.rank :: ranks.world]
+        records = answer(exam, mine, sampler, 0, sampler.config.max_prediction_tokens, label=f"eval {exam.name}")
+        numbers = summarise(gather([{key: record[key] for key in wanted} for record in records]))
+        metrics[f"eval/{exam.name}"] = numbers["score"]
+        for key in ("standard_error", "parse_rate", "truncation_rate", "length_mean"):
+            if numbers[key] is not None:
+                metrics[f"eval/{exam.name}_{key}"] = numbers[key]
+    return metrics
+
 
 ENGINE = (
     "dtype attention liger use_cuda_graph cache_memory max_requests "

@@ -25,10 +25,55 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import Config
-from model import Ranks
 from ops import pack
-from sampler import Rollout
-from stopping import agree
+from ranks import Ranks, agree, gather
+from rollout import Rollout, Sampler
+
+
+def add_ref_logprobs(samples: list[Sample], reference: nn.Module, sampler: Sampler) -> None:
+    """What the frozen copy thinks of the sampled tokens, for the KL penalty. Every rank calls it."""
+    config = sampler.config
+    sequences = [(sample.rollout.prompt_ids, sample.rollout.completion_ids) for sample in samples]
+    scores = score(reference, sequences, config, sampler.ranks, config.temperature)
+    for sample, (logprobs, _) in zip(samples, scores, strict=True):
+        sample.ref_logprobs = logprobs
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, sequences: list[tuple[list[int], list[int]]], config: Config, ranks: Ranks,
+    temperature: float = 1.0,
+) -> list[tuple[list[float], list[float]]]:  # fmt: skip
+    """Of each (prefix ids, continuation ids): log-prob and entropy at each continuation token, nats, teacher-forced.
+
+    model: the reference, or the trainer's policy. The same list goes in and comes out on every rank; the work is split
+    over them in packed micro-batches, equally many forwards each, because every forward of a sharded model is a
+    collective. The entropy at a token is that of the distribution it was drawn from. temperature: 1 for what the model
+    believes; the sampler's for what is compared with sampled responses.
+    Raises ValueError for an empty prefix (nothing predicts the first token) or continuation.
+    """
+    for number, (prefix, continuation) in enumerate(sequences):
+        if not prefix or not continuation:
+            raise ValueError(f"sequence {number}: {len(prefix)} prefix and {len(continuation)} continuation tokens")
+    lengths = [len(prefix) + len(continuation) for prefix, continuation in sequences]
+    bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    mine = []
+    for one in bins[ranks.rank :: ranks.world]:
+        batch = pack_samples([[_as_sample(*sequences[index])] for index in one], ranks.device)
+        predictions = {"predicts": batch.predicts, "targets": batch.targets, "temperature": temperature}
+        logprobs, entropies = (values.tolist() for values in model(**predictions, **batch.inputs))
+        begin = 0
+        for index in one:  # none where the bin is empty: a dummy ran
+            end = begin + len(sequences[index][1])
+            mine.append((index, logprobs[begin:end], entropies[begin:end]))
+            begin = end
+    scores = {index: (logprobs, entropies) for index, logprobs, entropies in gather(mine)}
+    return [scores[index] for index in range(len(sequences))]
+
+
+def _as_sample(prefix: list[int], continuation: list[int]) -> Sample:
+    """What pack_samples packs; nobody sampled it and nothing weighs it."""
+    return Sample(Rollout(prefix, continuation, [0.0] * len(continuation), "", ""), 0.0)
 
 
 @dataclass

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import Config
+from data import LABELS
 from rewards import answerable
-from sources import LABELS
 
 if TYPE_CHECKING:
     from data import Passage
-
 MASK = "[mask]"
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
 LOOKAHEAD = 16

@@ -29,7 +29,6 @@ Passage:
 {passage}
 
 Reasoning:"""  # noqa: E501 (a line break inside a sentence would be part of the prompt)
-
 PREDICT_PROMPT = r"""Some words of the passage were replaced by [mask]. Recover them. If [mask] occurs several times, the same words are missing each time.
 
 Reason step by step about what the rest of the passage says of the missing words, then put only the missing words in \boxed{...}.
@@ -43,30 +42,24 @@ Passage:
 {passage}
 
 Reasoning:"""  # noqa: E501
-
 QUESTION_PROMPT = r"""{passage}
 
 Reason step by step, and put the final answer in \boxed{...}.
 
 Reasoning:"""
-
 CHOICE_PROMPT = r"""{passage}
 
 Reason step by step, and put only the letter of the right option in \boxed{...}.
 
 Reasoning:"""
-
 PUZZLE_PROMPT = r"""{passage}
 
 Reason step by step, and put only the final answer in \boxed{...}, without words around it. Where options have letters, the final answer is the letter.
 
 Reasoning:"""  # noqa: E501
-
 PREDICT_PREFIX = r" \boxed{"
 """Appended to a prediction prompt, it leaves no room for a thought: the completion begins inside the box."""
-
 MASK_OPENING, BOXED_OPENING = r"\mask{", r"\boxed{"
-
 AnswerScan = tuple[int, int, bool]
 """Where a scan stands: characters of the opening matched, brace depth (0: no answer is open), last one was a `\\`."""
 START: AnswerScan = (0, 0, False)

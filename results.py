@@ -1,12 +1,12 @@
 """Scores of benchmarks: from judged responses to numbers, tables and a comparison with the paper's.
 
-A record is a judged response (exams.py makes them): task, id, sample, question, gold, response, answer, how, score,
+A record is a judged response (eval.py makes them): task, id, sample, question, gold, response, answer, how, score,
 finish, tokens. A score is the mean over items of the mean over an item's samples, in per cent; its standard error
 counts items, since the samples of one item are not independent. Rates are shares of responses. Needs no torch.
 
-(results/ is another thing: the runs of experiments.py.)
+(results/ is another thing: the runs of miniature/runs.py.)
 
-Alone:  python results.py OUT [OUT ...]      (as `python eval.py compare`)
+Alone:  python -m benchmarks compare OUT [OUT ...]      (as `python eval.py compare`)
 """
 
 from __future__ import annotations
@@ -168,5 +168,5 @@ def _differences(found: dict[str, dict]) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python results.py OUT [OUT ...]")
+        raise SystemExit("usage: python -m benchmarks compare OUT [OUT ...]")
     print(compare(sys.argv[1:]))

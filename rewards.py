@@ -13,7 +13,6 @@ import unicodedata
 
 INVALID_MASK_REWARD = 0.0
 """Reward of a generator response whose mask cannot be used. It stays in its group. Paper: silent."""
-
 # Commands that only change the look of their argument; escaped characters; bare braces; LaTeX's unbreakable space.
 LATEX = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|sl|up|md)?|math(?:normal|bf|it|rm|sf|tt)|emph|underline|mbox|operatorname)\s*\{"

@@ -1,17 +1,16 @@
-"""Paged generation: token prompts in, `Rollout`s out, the same list on every rank; and scoring of given tokens.
+"""Paged generation: prompts as tokens in, `Rollout`s out, the same list on every rank; and scoring of given tokens.
 
-Each rank samples its share of the prompts with transformers' continuous batching on its own replica; no collective runs
+Each rank samples its share of the prompts with transformers' continuous batching on its own replica. No collective runs
 inside, so ranks may finish at different times. One gather at the end is the phase's only meeting point.
 
-What is kept from the sampler: the token ids, which go to the loss untouched, and their log-probs. The text is decoded
-for parsing and rewards only. Leaves out rewards. The traps that shape this file:
+The sampler's token ids go to the loss untouched, with their log-probs. Text is decoded for parsing and rewards only.
+The traps that shape this file:
 
 - every request is admitted before the sampler starts: admitted later, the tokens would depend on timing;
 - the sampler swallows its failures, so results are counted and a missing or failed one raises;
 - it reseeds torch's global generator, so the state is saved and restored, and the seed says (run, step, phase);
-- a manager serves one phase. Kept for the run it would start up once, and on a GPU capture its graphs once; but its
-  prefix cache would serve keys of the old weights, its cache would take from the update the memory that a phase takes
-  from what is free, whatever Adam or `offload` has left, and its noise would depend on the phases before.
+- a manager serves one phase. Its prefix cache would serve keys of the old weights in the next, its cache would take
+  memory from the update, and its noise would depend on the phases before.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
@@ -30,12 +31,108 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from config import Config
-from model import decoding, gather
+from config import Config, ConfigError
+from model import decoding
 from ops import pack, token_logprobs
-from prompts import CLOSED, START, scan
-from sampler import Rollout, Sampler
-from stopping import stop_requested
+from prompts import CLOSED, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, QUESTION_PROMPT, START, fill, scan
+from ranks import Ranks, gather, stop_requested
+
+
+@dataclass
+class Rollout:
+    """One response as the sampler made it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampler_logprobs: list[float]
+    """Of each completion token, at the sampling temperature, nats; empty if the completion was given."""
+    text: str
+    """The completion decoded, without special tokens."""
+    finish: str
+    """`eos`; `answer`: the first balanced answer closed, in `rlp` the thought; `length`: cut at the limit; `given`: by
+    the text, nobody sampled it (`sft`, `cpt`)."""
+
+
+@dataclass
+class Sampler:
+    """What every phase needs to sample: the replica and how its responses end."""
+
+    replica: nn.Module
+    tokenizer: object
+    config: Config
+    ranks: Ranks
+    eos_ids: set[int]
+    pieces: dict[int, str] = field(default_factory=dict)
+
+    def piece(self, token: int) -> str:
+        """The text of one token."""
+        if token not in self.pieces:
+            self.pieces[token] = self.tokenizer.decode([token])
+        return self.pieces[token]
+
+
+def make_sampler(replica, tokenizer, config: Config, ranks: Ranks) -> Sampler:
+    """Collects every id that may end a response: the tokenizer's, the checkpoint's and the chat template's end of turn.
+
+    Raises RuntimeError if there is none: every response would run to its limit.
+    """
+    eos: set[int] = set()
+    for ids in (tokenizer.eos_token_id, replica.generation_config.eos_token_id, replica.config.eos_token_id):
+        eos |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    if tokenizer.chat_template:
+        end_of_turn = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+        eos |= {token for token in end_of_turn if token != tokenizer.unk_token_id}
+    eos.discard(None)
+    if not eos:
+        raise RuntimeError(f"model={config.model}: neither tokenizer nor checkpoint names an end-of-sequence token")
+    return Sampler(replica, tokenizer, config, ranks, eos)
+
+
+def encode(tokenizer, prompt: str, prefix: str = "") -> list[int]:
+    """The prompt's token ids: one user turn of the chat template if there is one, else plain text.
+
+    `prefix` opens the response (the probe's answer without a thought).
+    """
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids) + (tokenizer(prefix, add_special_tokens=False).input_ids if prefix else [])
+    return tokenizer(prompt + prefix).input_ids
+
+
+def mask_prompt(sampler: Sampler, text: str) -> list[int]:
+    """The generator's prompt for a passage, token ids."""
+    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text))
+
+
+def predict_prompt(sampler: Sampler, masked: str, thought: bool = True) -> list[int]:
+    """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+
+
+def question_prompt(sampler: Sampler, question: str, thought: bool = True) -> list[int]:
+    """The prompt of a question with a verifiable answer, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.question_prompt or QUESTION_PROMPT, question)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+
+
+def check_prompts(sampler: Sampler) -> None:
+    """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens."""
+    config = sampler.config
+    room = config.max_prompt_tokens - config.max_passage_tokens
+    frame = max(len(mask_prompt(sampler, "")), len(predict_prompt(sampler, "")))
+    if frame > room:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens}: must be at least {config.max_passage_tokens + frame}, "
+            f"max_passage_tokens={config.max_passage_tokens} plus the {frame} tokens of the longer prompt template"
+        )
+
+
+def predict_prefix(config: Config) -> str:
+    """What opens an answer without a thought."""
+    return config.predict_prefix or PREDICT_PREFIX
+
 
 # It asks for psutil at every start on a CPU, to size a cache that is sized here
 logging.getLogger("ContinuousBatchingLogger").addFilter(lambda record: "psutil" not in record.getMessage())
@@ -55,7 +152,7 @@ def rollout(
     prompts: token ids, the same list on every rank. max_tokens: longest response. opening: MASK_OPENING or
     BOXED_OPENING, what `stop_at_answer` waits for, or a closing tag, which always ends a response. noise: (step,
     phase), from which the seed is derived beside run, rank and world size. prefix: text with which the prompts open the
-    response already. limits: the longest of each response to each prompt, at most max_tokens (bench.py).
+    response already. limits: the longest of each response to each prompt, at most max_tokens (bench/).
     Raises RuntimeError if a request fails.
     """
     rank, world = sampler.ranks.rank, sampler.ranks.world

@@ -11,6 +11,7 @@ one rank left a call out, the others would wait for it in theirs until `rank_tim
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -21,38 +22,141 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-import stopping
-from checkpoint import Saver, finish_save, load_checkpoint, make_saver, save_checkpoint, settle
+from checkpoint import (
+    Saver,
+    check_same_run,
+    find_checkpoint,
+    finish_save,
+    load_checkpoint,
+    make_saver,
+    resume_notes,
+    save_checkpoint,
+    settle,
+)
 from config import Config, ConfigError, parse_command_line
-from data import DataError, Passage, step_passages
-from evidence import append_row, clock, close_log, largest_memory, log_row, read_rows, sample_rows, unwritten
-from exams import run_exams
-from grpo import Group, update
+from data import DataError, Passage, build_index, load_corpus, step_passages
+from eval import Probe, exams_of, make_probe, run_exams, run_probe
+from grpo import Group, make_optimizer, update
 from masking import make_mask, random_span
-from metrics import step_line, step_metrics, summary_table
-from model import Ranks, check_device, gather, start_ranks
-from offload import Lender, make_lender, to_sampler, to_trainer
-from probe import Probe, run_probe
-from prompts import BOXED_OPENING, MASK_OPENING, last_answer
-from reference_model import ema_update
-from report import write_report
-from rewards import exact_match, prefix_match
-from rlp import THINK_CLOSE
-from rollout import derive_seed, rollout
-from sampler import Rollout, Sampler, mask_prompt
-from start import open_or_resume, set_up
-from stopping import Stopped, begin_step
-from tasks import (
+from methods import (
     GIVEN,
+    THINK_CLOSE,
     Task,
     draw_tasks,
     gains_without_thought,
     make_task,
     method_at,
+    question_corpus,
+    rlp_frame,
     thought_gains,
     training_samples,
     verify_predictions,
 )
+from metrics import (
+    append_row,
+    clock,
+    close_log,
+    describe,
+    keep_rows,
+    largest_memory,
+    log_row,
+    open_run,
+    read_rows,
+    sample_rows,
+    save_prompts,
+    step_line,
+    step_metrics,
+    summary_table,
+    unwritten,
+)
+from model import (
+    Lender,
+    build_policy,
+    build_reference,
+    check_device,
+    decide_checkpointing,
+    ema_update,
+    load_replica,
+    load_tokenizer,
+    make_lender,
+    memory_warnings,
+    needs_reference,
+    to_sampler,
+    to_trainer,
+)
+from prompts import BOXED_OPENING, MASK_OPENING, last_answer
+from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
+from report.page import write_report
+from rewards import exact_match, prefix_match
+from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt, rollout
+
+
+def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
+    """The checkpoint to continue from, if any, and the run directory. For rank 0, before anything is loaded.
+
+    Raises ConfigError before a file is touched if the run there has another config.
+    """
+    found = find_checkpoint(config, say) if config.steps else None  # a dry run looks at the start
+    if found:
+        check_same_run(found[1], config)
+        if found[1]["step"] >= config.steps and not found[1]["row"]:
+            return found
+        for line in resume_notes(found[1], config, world):
+            say(line)
+    open_run(config)
+    return found
+
+
+def set_up(config: Config, ranks: Ranks, facts: dict | None, say) -> tuple:
+    """Everything that a run keeps: (corpus, policy, reference, optimizer, sampler, probe)."""
+    run = Path(config.run_dir)
+
+    # ---- text
+    exams = exams_of(config, say)
+    try:
+        tokenizer = load_tokenizer(config)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({reason})") from None
+    if config.method == "rlvr":
+        corpus = question_corpus(config, say)
+    else:
+        if ranks.rank == 0:
+            build_index(config, tokenizer, run / "cache", say, sorted(run.parent.glob("*/cache")))
+        dist.barrier()
+        corpus = load_corpus(run / "cache", config)
+
+    # ---- the model: a replica that samples, the sharded policy that learns, a second copy where the method needs one
+    if not Path(config.model).expanduser().exists():
+        say(f"loading {config.model}; the first time from the hub")
+    replica = load_replica(config, ranks)
+    trained = decide_checkpointing(replica.config, config, ranks)
+    for line in memory_warnings(replica.config, trained, ranks):
+        say(line)
+    policy = build_policy(replica, trained, ranks)
+    reference = build_reference(replica, config, ranks) if needs_reference(config) else None
+    optimizer = make_optimizer(policy, config)
+    sampler = make_sampler(replica, tokenizer, config, ranks)
+    check_prompts(sampler)
+    if config.method == "rlp":
+        rlp_frame(sampler)  # raises now if its prompt does not fit
+    probe = make_probe(corpus, sampler, config)
+    probe.exams = exams
+    say(describe(trained, ranks, sampler, corpus, probe))
+
+    if ranks.rank == 0:
+        last = facts["step"] if facts else -1
+        waiting = bool(facts and facts["row"])  # its row, and its probe, come again
+        if config.steps:  # a dry run deletes nothing
+            keep_rows(run / "samples.jsonl", last)
+            keep_rows(run / "metrics.jsonl", last - waiting)
+            keep_rows(run / "probes.jsonl", last - waiting)
+        if config.method not in ("rlvr", "rlp"):
+            save_prompts(run / "prompts.txt", sampler, corpus)
+    # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
+    gc.collect()
+    gc.freeze()
+    return corpus, policy, reference, optimizer, sampler, probe
 
 
 def propose(passages: list[Passage], sampler: Sampler, config: Config, step: int) -> list[list[Task]]:
@@ -275,7 +379,7 @@ def make_page(run: Path, say) -> None:
     try:
         say(f"to look at: {write_report([run])}")
     except Exception as error:
-        say(f"warning: no report.html ({type(error).__name__}: {error}); python report.py {run} tries again")
+        say(f"warning: no report.html ({type(error).__name__}: {error}); python -m report {run} tries again")
 
 
 def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
@@ -321,7 +425,7 @@ def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
 def main() -> None:
     config = parse_command_line(__doc__)
     ranks = start_ranks(config.rank_timeout)
-    stopping.listen()
+    listen()
     try:
         status = train(config, ranks)
     except (ConfigError, DataError) as error:
@@ -329,10 +433,10 @@ def main() -> None:
             time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
         kind = "config" if isinstance(error, ConfigError) else "data"
         print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
-        stopping.all_said()
+        all_said()
         os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
     except Exception as error:
-        stopping.report(error)
+        report(error)
         os._exit(1)  # at once, as above: sampling or saving threads may wait, too
     close_log()
     dist.destroy_process_group()

@@ -21,8 +21,9 @@ torch.set_num_threads(1)
 
 from reference import FAMILIES, ROOT, save_model, tiny_config  # noqa: E402
 
-from model import load_replica, load_tokenizer, start_ranks  # noqa: E402
-from sampler import Sampler, make_sampler  # noqa: E402
+from model import load_replica, load_tokenizer  # noqa: E402
+from ranks import start_ranks  # noqa: E402
+from rollout import Sampler, make_sampler  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,13 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import checkpoint
 import grpo
-import start
-import stopping
+import ranks as stopping
 import train
+import train as start
 import verify
 
 POINTS = {
-    # name: (where the function is looked up, its name, the phase that stopping.py must name there, n-th call in it)
+    # name: (where the function is looked up, its name, the phase that ranks.py must name there, n-th call in it)
     "set-up, tokenizer": (start, "load_tokenizer", "set-up", 1),
     "propose": (train, "propose", "propose", 1),
     "propose, sampling": (RequestState, "update_and_check_completion", "propose", 20),

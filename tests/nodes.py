@@ -18,8 +18,9 @@ from worker import digest
 
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from grpo import make_optimizer, make_samples, update
-from model import build_policy, load_replica, load_tokenizer, refresh, start_ranks
-from sampler import make_sampler
+from model import build_policy, load_replica, load_tokenizer, refresh
+from ranks import start_ranks
+from rollout import make_sampler
 
 
 def main() -> None:

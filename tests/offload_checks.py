@@ -14,12 +14,10 @@ from reference import same_bits, tiny_config, weights
 import grpo
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from grpo import Group, make_optimizer, make_samples, update
-from model import Ranks, build_policy, load_replica, load_tokenizer
-from offload import _local, make_lender, to_sampler, to_trainer
+from model import _local, build_policy, load_replica, load_tokenizer, make_lender, to_sampler, to_trainer
 from prompts import BOXED_OPENING
-from rollout import rollout
-from sampler import make_sampler
-from stopping import Stopped
+from ranks import Ranks, Stopped
+from rollout import make_sampler, rollout
 
 PROMPTS = [[9, 8, 7], list(range(30)), [77] * 12]
 

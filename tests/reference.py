@@ -26,7 +26,7 @@ from transformers import (
 from config import Config
 from data import Passage
 from grpo import Group
-from sampler import Rollout
+from rollout import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BASE = ROOT / "assets" / "tiny_base"

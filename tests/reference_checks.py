@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from reference import largest_error, load_plain, same_bits, save_model, tiny_config, weights
 
-from grpo import Group, make_optimizer, make_samples, update
-from model import Ranks, build_policy, gather, load_replica, load_tokenizer, start_ranks
-from reference_model import build_reference, ema_update, score
-from rlp import Position, information_gain, make_frame
-from sampler import Rollout
+from grpo import Group, make_optimizer, make_samples, score, update
+from methods import Position, information_gain, make_frame
+from model import build_policy, build_reference, ema_update, load_replica, load_tokenizer
+from ranks import Ranks, gather, start_ranks
+from rollout import Rollout
 
 SEQUENCES = [([7], [1, 2, 3]), (list(range(40)), [9]), ([5, 6], list(range(100, 125))), ([9, 9, 9, 200], [1, 1]),
              (list(range(30)), list(range(30)))]  # fmt: skip

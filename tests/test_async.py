@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching import continuous_api, input_ou
 import ops
 import rollout
 from prompts import MASK_OPENING
-from sampler import mask_prompt
+from rollout import mask_prompt
 
 PROMPTS, COUNT, TOKENS = 12, 4, 24
 SETTINGS = {

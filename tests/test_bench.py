@@ -10,16 +10,29 @@ from dataclasses import asdict, replace
 import pytest
 from reference import ROOT, TINY_BASE
 
-import bench
-import workload
-from bench import BenchOptions, complete, measure, scaling_table, split_words, straight_line, table
+from bench import step as bench
+from bench import step as workload
+from bench.limits import GPUS, architecture, decode_limit, train_flops
+from bench.plan import Phase, PlanOptions
+from bench.step import (
+    NEVER,
+    BenchOptions,
+    Work,
+    complete,
+    make_work,
+    measure,
+    one_step,
+    random_sampler,
+    scaling_table,
+    seeded_rewards,
+    split_words,
+    stand_in_tokenizer,
+    straight_line,
+    table,
+)
 from config import Config, ConfigError, read_config
-from limits import GPUS, decode_limit, train_flops
-from plan import Phase, PlanOptions
-from rollout import generate
-from sampler import predict_prompt
-from shapes import architecture, shape_of
-from workload import NEVER, Work, make_work, one_step, random_sampler, seeded_rewards, stand_in_tokenizer
+from model import shape_of
+from rollout import generate, predict_prompt
 
 SMALL = ["passages_per_step=2", "masks_per_passage=2", "predictions_per_mask=4"]
 
@@ -244,10 +257,10 @@ def test_a_plan_is_printed_without_weights(monkeypatch, capsys):
 @pytest.mark.slow
 def test_commands(command, tmp_path):
     words = ["configs/tiny.yaml", *SMALL, "repeats=1", f"out={tmp_path / 'b' / 'x.json'}"]
-    done = command(["bench.py", *words], 120, ranks=2)
+    done = command(["-m", "bench", *words], 120, ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "b" / "x.json").read_text())
     assert result["world"] == 2 and result["rows"]["equal"]["responses"] == 20
     assert done.stdout.count("response tokens/s") == 1  # one rank prints
-    refused = command(["bench.py", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
+    refused = command(["-m", "bench", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
     assert refused.returncode == 2 and refused.stderr.startswith("config error: gpu='abacus'")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from reference import ROOT
 
-import bench_trl
-from bench_trl import PeerOptions, fitted_settings, main, naive, one_process, plain_model, rows_per_batch, table, texts
+from bench import trl as bench_trl
+from bench.trl import PeerOptions, fitted_settings, main, naive, one_process, plain_model, rows_per_batch, table, texts
 from config import ConfigError, read_config
 
 SMALL = PeerOptions(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)

@@ -15,8 +15,8 @@ import benchmarks
 import scoring
 from benchmarks import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
+from data import DataError
 from prompts import fill, last_answer
-from questions import DataError
 from scoring import FINAL_STOP, SCIENTIFIC, guessed_letter
 from verify import check_answers
 

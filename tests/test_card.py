@@ -16,15 +16,23 @@ from huggingface_hub.utils import validate_repo_id
 from reference import TINY_BASE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import card
 import checkpoint
-from card import known_base, model_card, write_card
-from checkpoint import damage, find_checkpoint, finish_save, make_saver, save_checkpoint
+import checkpoint as card
+from checkpoint import (
+    damage,
+    find_checkpoint,
+    finish_save,
+    known_base,
+    make_saver,
+    model_card,
+    save_checkpoint,
+    write_card,
+)
 from config import dump_config
-from evidence import append_row
 from grpo import make_optimizer
+from metrics import append_row
 from model import build_policy
-from sampler import predict_prompt
+from rollout import predict_prompt
 
 STARTED = """time: 2026-01-01 00:00:00 +0000
 command: /home/anyone/code/train.py /home/anyone/my.yaml seed=3 run_dir=RUN

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import evidence
+import metrics as evidence
 from checkpoint import check_same_run, damage, find_checkpoint, resume_notes
 from config import Config, ConfigError
-from evidence import append_row, read_rows, unwritten
+from metrics import append_row, read_rows, unwritten
 from train import open_or_resume
 
 

@@ -7,7 +7,7 @@ import pytest
 from reference import ROOT
 
 from config import METHODS, RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
-from rlp import MIN_PREFIX
+from methods import MIN_PREFIX
 
 LOCAL = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
 

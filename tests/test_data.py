@@ -21,19 +21,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-import passages
-import sources
+import data as passages
+import data as sources
 from config import Config
 from data import (
     Corpus,
     DataError,
     Passage,
     build_index,
+    group_paragraphs,
     is_heldout,
     load_corpus,
+    paragraphs,
     step_passages,
 )
-from passages import group_paragraphs, paragraphs
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.

@@ -14,14 +14,25 @@ from reference import ROOT, TINY_BASE
 from worker import ASKED
 
 import eval
-import exams
+import eval as exams
 from benchmarks import BENCHMARKS, Item
 from config import Config, ConfigError
-from eval import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
-from exams import Exam, exams_of, load_exams, parse_tasks
+from data import DataError
+from eval import (
+    Exam,
+    chunk_files,
+    chunk_items,
+    claim,
+    conclude,
+    evaluate,
+    exams_of,
+    load_exams,
+    open_folder,
+    parse_tasks,
+    read_settings,
+)
 from results import MATH, PAPER, SIZES, compare, paper_means, summarise, table
-from sampler import Rollout
-from sources import DataError
+from rollout import Rollout
 
 RECORDS = {
     "mmlu_pro": [

@@ -11,15 +11,14 @@ from xml.etree import ElementTree
 import pytest
 from reference import ROOT, tiny_config
 
-import claims
-import experiments
-import outcomes
-import worlds
-from charts import Series, line_chart, stand_alone
-from claims import CLAIMS
 from data import Passage
 from masking import make_mask
-from outcomes import blocks, fill, interval, load_results
+from miniature import claims, worlds
+from miniature import runs as experiments
+from miniature import tables as outcomes
+from miniature.claims import CLAIMS
+from miniature.tables import blocks, fill, interval, load_results
+from report.charts import Series, line_chart, stand_alone
 from verify import check_answers
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
@@ -356,7 +355,7 @@ def test_a_run_equals_the_record_in_the_probes_that_the_record_holds():
 
 def test_commands_that_do_not_exist_end_with_status_2(capsys, monkeypatch):
     for words in ([], ["run", "no claim"], ["again"], ["paint"]):
-        monkeypatch.setattr("sys.argv", ["experiments.py", *words])
+        monkeypatch.setattr("sys.argv", ["miniature/runs.py", *words])
         with pytest.raises(SystemExit) as ended:
             experiments.main()
         assert ended.value.code == 2 and "claims: learns" in capsys.readouterr().err

@@ -23,7 +23,7 @@ import torch
 from reference import ROOT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from evidence import read_rows
+from metrics import read_rows
 
 WORDS = """configs/tiny.yaml passages_per_step=4 probe_passages=6 probe_samples=1 samples_per_step=2 save_every=2
     probe_every=2 keep_last=3 tokens_per_micro_batch=512 share_prompts=false lr_schedule=cosine warmup_steps=1

@@ -15,12 +15,11 @@ from reference import ROOT
 from test_prompts import balanced_by_counting
 
 from config import Config, ConfigError, dump_config, read_config
+from data import gold_answer, paragraphs, question_text, strip_instruction
 from masking import MASK, make_mask, mask_at, next_token_mask, random_span
-from passages import paragraphs
+from methods import THINK_CLOSE
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
-from questions import gold_answer, question_text, strip_instruction
 from rewards import FINAL_STOPS, QUOTES, answerable, caseless_match, exact_match, normalise, prefix_match
-from rlp import THINK_CLOSE
 from verify import extract_gold
 
 

@@ -19,11 +19,9 @@ from test_fuzz import share_and_all, texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import sources
+import data as sources
 from config import Config
-from data import DataError, build_index, load_corpus, step_passages
-from questions import load_questions
-from sources import CAUSES
+from data import CAUSES, DataError, build_index, load_corpus, load_questions, step_passages
 
 GOOD = "A sentence of at least eight words, number {}, stands here."
 

@@ -37,7 +37,7 @@ from grpo import (
     update,
 )
 from model import build_policy, load_replica
-from sampler import Rollout
+from rollout import Rollout
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,9 @@ import torch
 from reference import REWARDS, CaptureGradients, largest_error, load_plain, make_groups, weights
 from reference_checks import naive_score
 
-from grpo import make_optimizer, make_samples, update
-from model import build_policy
-from reference_model import add_ref_logprobs, build_reference
-from tasks import training_samples
+from grpo import add_ref_logprobs, make_optimizer, make_samples, update
+from methods import training_samples
+from model import build_policy, build_reference
 
 
 @pytest.fixture

@@ -9,13 +9,25 @@ from reference import load_plain
 
 from config import Config
 from data import Passage
-from evidence import append_row, largest_memory, peak_memory_gb, read_rows, sample_rows
 from grpo import Group, make_samples
 from masking import Mask
-from metrics import active_parameters, compare, step_flops, step_line, step_metrics, summary_table, tokens_after_answer
+from methods import Task, given_rollout, given_samples
+from metrics import (
+    active_parameters,
+    append_row,
+    compare,
+    largest_memory,
+    peak_memory_gb,
+    read_rows,
+    sample_rows,
+    step_flops,
+    step_line,
+    step_metrics,
+    summary_table,
+    tokens_after_answer,
+)
 from prompts import BOXED_OPENING
-from sampler import Rollout
-from tasks import Task, given_rollout, given_samples
+from rollout import Rollout
 
 PIECES = ["", "so ", r"\boxed{", "Rhine", "}", " and", "<end>"]
 """Of the tokens 1 to 6: a response reads as its tokens' pieces."""

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, SmolLM3C
 
 import model
 from config import Config, ConfigError
-from model import Ranks, build_policy, load_replica, load_tokenizer, refresh, wrap
+from model import build_policy, load_replica, load_tokenizer, refresh, wrap
 from ops import VARLEN, pack
+from ranks import Ranks
 
 HUB = {  # the checkpoints' own config.json, what decides shapes
     "SmolLM3-3B": (

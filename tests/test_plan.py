@@ -10,40 +10,44 @@ import torch
 from reference import REWARDS, ROOT, TINY_BASE, CaptureGradients, load_plain, make_groups, tiny_config, whole
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
-import memory
-from config import Config, ConfigError, read_config
-from grpo import make_optimizer, make_samples, update
-from limits import (
+import model as memory
+from bench.limits import (
+    ARCHITECTURES,
     GPUS,
     Gpu,
-    Shape,
+    architecture,
     cache_bytes,
+    cache_room,
     decode_limit,
     decode_seconds,
     forward_flops,
+    host_bytes,
     mfu,
     response_lengths,
     slots_for,
     train_flops,
 )
-from memory import (
+from bench.plan import PlanOptions, advice, check_options, ideal_seconds, phases, report
+from config import Config, ConfigError, read_config
+from grpo import make_optimizer, make_samples, update
+from model import (
+    Shape,
     activation_bytes,
-    cache_room,
+    build_policy,
     checkpointing,
     decide_checkpointing,
     gathered_bytes,
     head_bytes,
-    host_bytes,
     layer_activation_bytes,
+    load_replica,
     memory_warnings,
     moments,
+    shape_of,
     standing_bytes,
     training_bytes,
+    use_attention,
 )
-from model import build_policy, load_replica, use_attention
 from ops import VARLEN, pack
-from plan import PlanOptions, advice, check_options, ideal_seconds, phases, report
-from shapes import ARCHITECTURES, architecture, shape_of
 
 # 100 parameters, one layer, one head of one dimension; a table of 10 words x 2 numbers
 TOY = Shape(100, layers=1, hidden=2, intermediate=3, heads=1, kv_heads=1, head_dim=1, vocab=10, tied=True)

@@ -7,14 +7,14 @@ import sys
 import pytest
 from reference import ROOT
 
-import play
 from config import Config, ConfigError, read_config
 from data import Passage
-from explain import choose, explain, hand_advantages, plain, wrapped
 from masking import Mask
+from methods import Task
 from model import load_tokenizer
-from sampler import Rollout
-from tasks import Task
+from play import passage as play
+from play.explain import choose, explain, hand_advantages, plain, wrapped
+from rollout import Rollout
 
 BASE = str(ROOT / "assets/tiny_base")
 TINY = str(ROOT / "configs/tiny.yaml")
@@ -193,7 +193,7 @@ def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, ca
     monkeypatch.setattr(play, "start_ranks", lambda: ranks)
     monkeypatch.setattr(play.dist, "destroy_process_group", lambda: None)
     before = sorted(ROOT.glob("runs/*"))
-    monkeypatch.setattr(sys, "argv", ["play.py", "explain", TINY, "passages_per_step=2", "max_passages=100"])
+    monkeypatch.setattr(sys, "argv", ["play/passage.py", "explain", TINY, "passages_per_step=2", "max_passages=100"])
     play.main()
     assert "7. UPDATE" in capsys.readouterr().out and sorted(ROOT.glob("runs/*")) == before
     for words in (
@@ -202,7 +202,7 @@ def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, ca
         ["explain", TINY, "method=sft"],
         [BASE, f"config={TINY}", "passage="],
     ):
-        monkeypatch.setattr(sys, "argv", ["play.py", *words])
+        monkeypatch.setattr(sys, "argv", ["play/passage.py", *words])
         with pytest.raises(SystemExit) as ended:
             play.main()
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from config import Config
-from data import DataError
-from questions import Question, load_questions, question_text, strip_instruction
+from data import DataError, Question, load_questions, question_text, strip_instruction
 
 GSM8K = {"question": "48 clips, then half as many: how many?", "answer": "48/2 = <<48/2=24>>24, so 72.\n#### 72"}
 VERL = {

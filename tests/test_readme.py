@@ -19,8 +19,8 @@ import grpo
 import masking
 import train
 from config import Config
-from sampler import Rollout
-from tasks import Task
+from methods import Task
+from rollout import Rollout
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PATCHES = {re.search(r"^\+\+\+ b/(\w+)\.py$", text, re.MULTILINE)[1]: text

@@ -8,9 +8,8 @@ import torch
 from reference import FAMILIES, load_plain, same_bits, tiny_config, weights
 from reference_checks import GROUPS, SEQUENCES, distributed_checks, naive_score, score_error
 
-from grpo import k3, make_optimizer, make_samples, update
-from model import build_policy, load_replica
-from reference_model import build_reference, ema_update, score
+from grpo import k3, make_optimizer, make_samples, score, update
+from model import build_policy, build_reference, ema_update, load_replica
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from reference import ROOT
 
-from charts import Series, bar_chart, heat_chart, line_chart, path, point_chart, stacked_chart, thin
-from figures import Family, Run, curves, reward_chart
-from report import card, entry, families, link, main, page, parts, read_run, rollouts, spans, write_report
+from report.charts import Series, bar_chart, heat_chart, line_chart, path, point_chart, stacked_chart, thin
+from report.figures import Family, Run, curves, reward_chart
+from report.page import card, entry, families, link, main, page, parts, read_run, rollouts, spans, write_report
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
 TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
@@ -316,19 +316,19 @@ def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_pat
 
 def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monkeypatch, capsys):
     folder = write_run(tmp_path / "run", [row(1)])
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+    monkeypatch.setattr(sys, "argv", ["report/", str(folder)])
     main()
     assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0")
     assert not list(folder.glob("*.part"))
     for words in ([str(tmp_path)], [str(tmp_path / "none")], [str(folder), str(tmp_path)]):
-        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        monkeypatch.setattr(sys, "argv", ["report/", *words])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_page_needs_no_torch():
-    text = "\n".join((ROOT / name).read_text() for name in ("report.py", "figures.py", "charts.py", "prompts.py"))
+    text = "\n".join((ROOT / name).read_text() for name in ("report/page.py", "report/figures.py", "report/charts.py", "prompts.py"))
     assert not re.search(r"^(from|import) (torch|transformers|evidence|metrics|grpo|rollout|train)", text, re.MULTILINE)
 
 

@@ -11,10 +11,7 @@ from reference_checks import naive_score
 
 from config import ConfigError
 from grpo import Group
-from model import build_policy, load_replica, load_tokenizer
-from prompts import CLOSED, START, scan
-from reference_model import build_reference
-from rlp import (
+from methods import (
     MIN_PREFIX,
     THINK_CLOSE,
     THINK_OPEN,
@@ -30,8 +27,9 @@ from rlp import (
     thought_prompt,
     thought_samples,
 )
-from rollout import generate
-from sampler import Rollout
+from model import build_policy, build_reference, load_replica, load_tokenizer
+from prompts import CLOSED, START, scan
+from rollout import Rollout, generate
 
 TEXT = "The moon turns around the earth, and the earth around the sun."  # the tests' tokenizer: one token per byte
 

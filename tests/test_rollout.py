@@ -21,8 +21,18 @@ from config import ConfigError
 from grpo import Sample, pack_samples
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
-from rollout import derive_seed, generate, rollout, sequence_logprobs
-from sampler import check_prompts, encode, make_sampler, mask_prompt, predict_prefix, predict_prompt
+from rollout import (
+    check_prompts,
+    derive_seed,
+    encode,
+    generate,
+    make_sampler,
+    mask_prompt,
+    predict_prefix,
+    predict_prompt,
+    rollout,
+    sequence_logprobs,
+)
 
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM
 from config import read_config
 from model import load_replica, load_tokenizer
 from prompts import BOXED_OPENING
-from rollout import generate
-from sampler import make_sampler, mask_prompt
+from rollout import generate, make_sampler, mask_prompt
 
 PROMPTS, COUNT, TOKENS = 32, 8, 16
 

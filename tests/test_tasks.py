@@ -18,33 +18,36 @@ from reference import (
     wiki_passages,
 )
 
-import tasks
+import methods as tasks
 from config import Config
 from data import DataError, Passage
 from grpo import Group, learning_rate, update
 from masking import LOOKAHEAD, Mask, next_token_mask
-from model import build_policy
-from reference_model import build_reference, needs_reference
-from rewards import answerable
-from rlp import MIN_PREFIX, close_thought, empty_thought_gain, information_gain, thought_prompt
-from sampler import Rollout, predict_prompt, question_prompt
-from tasks import (
+from methods import (
+    MIN_PREFIX,
     Task,
     candidates,
+    close_thought,
     draw_tasks,
+    empty_thought_gain,
     gains_without_thought,
     given_samples,
+    information_gain,
     make_task,
     method_at,
     question_corpus,
     rlp_frame,
     tasks_per_passage,
     thought_gains,
+    thought_prompt,
     token_entropies,
     token_spans,
     training_samples,
     verify_predictions,
 )
+from model import build_policy, build_reference, needs_reference
+from rewards import answerable
+from rollout import Rollout, predict_prompt, question_prompt
 from train import predict, reward
 from verify import check_answers
 

@@ -1,6 +1,6 @@
 """The laptop run's material: what the mini-wiki and the tiny base promise to the rest of the code.
 
-Rebuilding the whole base takes minutes (`python tiny.py base`) and its hash may differ on another CPU or torch build,
+Rebuilding the whole base takes minutes (`python -m miniature.base base`) and its hash may differ on another CPU or torch build,
 so the tests look at the shipped one and pretrain for three steps only.
 """
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mini_wiki
-import tiny
+from miniature import base as tiny
+from miniature import wiki as mini_wiki
 
 WIKI = tiny.ASSETS / "tiny_wiki.jsonl.gz"
 BASE = tiny.ASSETS / "tiny_base"

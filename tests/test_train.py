@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage, step_passages
-from evidence import append_row, keep_rows, log_row, open_run, read_rows
 from grpo import Group
 from masking import make_mask
-from sampler import Rollout
-from tasks import Task
+from methods import Task
+from metrics import append_row, keep_rows, log_row, open_run, read_rows
+from rollout import Rollout
 from train import make_page, propose, reward
 
 SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]

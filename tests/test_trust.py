@@ -21,7 +21,7 @@ from config import ConfigError, read_config
 from model import load_replica, load_tokenizer
 from verify import check_answers
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / p for folder in ("benchmarks", "report", "play", "bench", "miniature") for p in (ROOT / folder).glob("*.py"))])
 BASE = ROOT / "assets/tiny_base"
 
 
@@ -166,9 +166,9 @@ RISKY = "eval exec compile __import__ importlib.import_module os.system os.popen
 RISKY += "np.load np.fromfile yaml.load yaml.unsafe_load yaml.full_load torch.hub.load torch.jit.load".split()
 ALLOWED = {  # a call that reads or runs more than data, and the one script that may make it
     ("checkpoint.py", "dcp.load"),  # the run's own state
-    ("evidence.py", "subprocess.run"),  # git
-    ("experiments.py", "subprocess.run"),  # train.py, by words of its own table
-    ("bench_trl.py", "subprocess.run"),  # itself, for each trainer
+    ("metrics.py", "subprocess.run"),  # git
+    ("miniature/runs.py", "subprocess.run"),  # train.py, by words of its own table
+    ("bench/", "subprocess.run"),  # itself, for each trainer
     ("ops.py", "importlib.import_module"),  # flash-attn, by one of two constant names
     ("verify.py", "subprocess.Popen"),  # the checker's child
 }

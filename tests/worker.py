@@ -52,16 +52,14 @@ import train
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import read_config
 from data import Corpus, Passage
-from eval import evaluate, read_settings
-from evidence import read_rows
+from eval import evaluate, make_probe, perplexity, read_settings, run_probe
 from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, update
-from model import Ranks, build_policy, gather, load_replica, load_tokenizer, refresh, start_ranks
-from probe import make_probe, perplexity, run_probe
+from methods import draw_tasks, training_samples, verify_predictions
+from metrics import read_rows
+from model import build_policy, build_reference, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
-from reference_model import build_reference, ema_update
-from rollout import generate, rollout
-from sampler import make_sampler
-from tasks import draw_tasks, training_samples, verify_predictions
+from ranks import Ranks, gather, start_ranks
+from rollout import generate, make_sampler, rollout
 from train import predict, propose, reward
 
 LIMIT = 60

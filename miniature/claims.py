@@ -3,9 +3,9 @@
 An arm is what `train.py` is given; a claim names the arms that it needs, says in words what will come out, and says the
 same as a test of their runs. A prediction is committed before its runs and never edited after; one that fails stands in
 the README as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. All arms of the mini-wiki get
-the same number of responses a step, the generator's included (tasks.py), as long as all masks are valid.
+the same number of responses a step, the generator's included (methods.py), as long as all masks are valid.
 
-Leaves out making the runs (experiments.py) and showing them (outcomes.py). Needs no torch.
+Leaves out making the runs (miniature/runs.py) and showing them (miniature/tables.py). Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from statistics import fmean
 SEEDS = (10, 11, 12, 13, 14)
 TWO_FACTS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
 QUESTIONS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
-"""The files are worlds.py's."""
-
+"""The files are miniature/worlds.py's."""
 ARMS = {  # what `train.py` is given
     "active": ["configs/tiny.yaml"],
     "random_span": ["configs/tiny-random-span.yaml"],
@@ -47,7 +46,6 @@ PROBES += ("shown", "greedy_shown", "unseen", "greedy_unseen", "greedy", "no_tho
 CURVES = ("gen/share_fact", "gen/share_shown", "gen/share_noise", "gen/valid_rate", "gen/reward")
 CURVES += ("pred/accuracy", "pred/groups_kept")
 TOTALS = ("responses", "response_tokens", "trained_tokens", "flops", "pred/responses")
-
 Results = dict[str, list[dict]]
 """Per arm its runs, in the order of seeds."""
 

@@ -1,4 +1,4 @@
-"""Tasks for the predictor: what they are, and where they come from when no generator proposes them.
+"""Tasks for the predictor, and the methods: how tasks are drawn, rewarded and turned into samples.
 
     random_span     spans by SpanBERT's law (masking.random_span)
     random_token    the passage cut at a random token, which is to be predicted
@@ -9,7 +9,10 @@
                     advantage 1 and no sampling
 
 The mask methods and `sft` spend as many responses a step as `active` does: passages x masks x (1 + predictions); `rlvr`
-and `rlp` passages x predictions. Leaves out the generator's own tasks (train.propose) and when a reward is given.
+and `rlp` passages x predictions.
+
+rlp (arXiv 2510.01265): reward of a thought c before token x_t: log p_policy(x_t | x_<t, c) - log p_average(x_t | x_<t),
+teacher-forced; the average follows the policy. Clip values and the handling of unfinished thoughts are ours.
 """
 
 from __future__ import annotations
@@ -18,29 +21,15 @@ import random
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from config import Config
-from data import Corpus, Passage, is_heldout
-from grpo import Group, Sample, make_samples
+from torch import nn
+
+from config import Config, ConfigError
+from data import Corpus, DataError, Passage, is_heldout, load_questions, strip_instruction
+from grpo import Group, Sample, add_ref_logprobs, make_samples, score
 from masking import MASK, Mask, next_token_mask, random_span
-from model import Ranks, gather
-from questions import load_questions, strip_instruction
-from reference_model import add_ref_logprobs, score
+from ranks import Ranks, gather
 from rewards import INVALID_MASK_REWARD, answerable, generator_reward
-from rlp import (
-    THOUGHT_PROMPT,
-    Frame,
-    Position,
-    close_thought,
-    draw_position,
-    empty_thought_gain,
-    information_gain,
-    make_frame,
-    thought_prompt,
-    thought_samples,
-)  # fmt: skip
-from rollout import derive_seed
-from sampler import Rollout, Sampler, predict_prompt, question_prompt
-from sources import DataError
+from rollout import Rollout, Sampler, derive_seed, predict_prompt, question_prompt
 from verify import check_answers
 
 GIVEN = ("sft", "cpt")
@@ -274,3 +263,162 @@ def given_samples(method: str, tasks: list[Task], passages: list[Passage], sampl
 def given_rollout(prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
     """A completion that nobody sampled, so that no sampler log-probs exist."""
     return Rollout(prompt_ids, completion_ids, [], "", "given")
+
+
+THOUGHT_PROMPT = """The text below breaks off. Think briefly about what it has said and what has to come next, inside <think> and </think>. Then continue the text with its very next word.
+
+Text:
+{passage}
+
+"""  # noqa: E501 (a line break inside a sentence would be part of the prompt)
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+MIN_PREFIX = 8
+"""Tokens that the model reads before the first position that may be drawn: less text says nothing of what follows."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The token ids around texts and thoughts, fixed for a run."""
+
+    start_ids: list[int]
+    """What the tokenizer puts in front of any text (a beginning-of-sequence token, or nothing)."""
+    head_ids: list[int]
+    """The sampling prompt before the text."""
+    tail_ids: list[int]
+    """The sampling prompt after the text; its end is open_ids."""
+    open_ids: list[int]
+    close_ids: list[int]
+    longest_prefix: int
+    """Tokens of text that fit, so that neither the prompt nor a context with an empty thought exceeds the limit."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """One place in a text: the tokens before it, without special ones, and the token there."""
+
+    prefix_ids: list[int]
+    target_id: int
+
+
+def make_frame(tokenizer, template: str, max_prompt_tokens: int) -> Frame:
+    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}.
+
+    With a chat template the request is one user turn and the thought opens the answer.
+    Raises ConfigError if {passage} does not stand in it once, or if there is no room for MIN_PREFIX tokens of text.
+    """
+    if template.count("{passage}") != 1:
+        raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": template}]
+        template = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    head, tail = template.split("{passage}")
+    # The template writes its own special tokens; plain text gets those that the tokenizer puts in front
+    head_ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template).input_ids
+    open_ids, close_ids, tail_ids = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in (THINK_OPEN, THINK_CLOSE, tail)
+    )
+    start_ids = tokenizer("").input_ids
+    asked = len(head_ids + tail_ids + open_ids)
+    scored = len(start_ids + open_ids + close_ids) + 1
+    room = max_prompt_tokens - max(asked, scored)
+    if room < MIN_PREFIX:
+        raise ConfigError(
+            f"max_prompt_tokens={max_prompt_tokens}: must be at least {max_prompt_tokens - room + MIN_PREFIX}, "
+            f"{MIN_PREFIX} tokens of text and the frame of rlp_prompt"
+        )
+    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, room)
+
+
+def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:
+    """One uniformly random position t >= MIN_PREFIX of a text. A text that is too long before t loses its beginning.
+
+    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out.
+    """
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) <= MIN_PREFIX:
+        raise ValueError(f"a text of {len(ids)} tokens has no position after {MIN_PREFIX}: {text[:60]!r}")
+    t = rng.randrange(MIN_PREFIX, len(ids))
+    return Position(ids[max(0, t - frame.longest_prefix) : t], ids[t])
+
+
+def thought_prompt(frame: Frame, position: Position) -> list[int]:
+    """What a thought is sampled from, token ids: the request around the text, and the tag that opens the thought."""
+    return frame.head_ids + position.prefix_ids + frame.tail_ids
+
+
+def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
+    """A thought as it is scored, token ids: opening tag, sampled tokens, closing tag.
+
+    A thought cut at the limit is closed here, and so is one that ended the sequence, whose EOS would part the text from
+    x_t and is left out. The rollout keeps its sampled tokens, so what is added or left out here moves no gradient.
+
+    With <think> = 7, </think> = 8, EOS = 0: [5, 6, 8] "answer" -> [7, 5, 6, 8];  [5, 6] "length" -> [7, 5, 6, 8];
+    [5, 0] "eos" -> [7, 5, 8].
+    """
+    if rollout.finish == "answer":
+        return frame.open_ids + rollout.completion_ids
+    thought = rollout.completion_ids[:-1] if rollout.finish == "eos" else rollout.completion_ids
+    return frame.open_ids + thought + frame.close_ids
+
+
+def information_gain(
+    policy: nn.Module, reference: nn.Module, positions: list[Position], thoughts: list[list[list[int]]], frame: Frame,
+    config: Config, ranks: Ranks,
+) -> list[list[float]]:  # fmt: skip
+    """Reward of each thought of each position: log p_policy(x_t | text, thought) - log p_reference(x_t | text), nats.
+
+    thoughts[i]: of positions[i], as close_thought leaves them; [] is no thought and no tags. At temperature 1, which is
+    what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank; costs a forward
+    of the policy over all texts with thoughts and one of the reference over the texts.
+
+    p(x_t) of 0.2 by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
+    """
+    texts = [frame.start_ids + position.prefix_ids for position in positions]
+    targets = [[position.target_id] for position in positions]
+    informed = [
+        (text + thought, target)
+        for text, target, group in zip(texts, targets, thoughts, strict=True)
+        for thought in group
+    ]
+    after_thought = iter([logprobs[0] for logprobs, _ in score(policy, informed, config, ranks)])
+    baselines = [logprobs[0] for logprobs, _ in score(reference, list(zip(texts, targets, strict=True)), config, ranks)]
+    return [
+        [next(after_thought) - baseline for _ in group] for baseline, group in zip(baselines, thoughts, strict=True)
+    ]
+
+
+def empty_thought_gain(
+    policy: nn.Module, reference: nn.Module, positions: list[Position], frame: Frame, config: Config, ranks: Ranks
+) -> float:
+    """Mean reward of `<think></think>`: what the tags alone do to the next token. A number to report beside the reward.
+
+    It is not zero by right. Where it is far below, a thought first earns back what its tags cost.
+    """
+    empty = [[frame.open_ids + frame.close_ids]] * len(positions)
+    return fmean(gains[0] for gains in information_gain(policy, reference, positions, empty, frame, config, ranks))
+
+
+def rlp_advantages(rewards: list[float]) -> list[float]:
+    """A_i = G / (G - 1) (r_i - mean r): each thought against the mean of the others; G >= 2.
+
+    >>> [round(advantage, 3) for advantage in rlp_advantages([0.9, 0.1, -0.3, 0.1])]
+    [0.933, -0.133, -0.667, -0.133]
+    """
+    scale, mean = len(rewards) / (len(rewards) - 1), fmean(rewards)
+    return [scale * (reward - mean) for reward in rewards]
+
+
+def thought_samples(groups: list[Group]) -> list[Sample]:
+    """Groups of thoughts -> samples for grpo.update, in place of make_samples.
+
+    Every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens). No group is
+    dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for its length.
+    """
+    samples = [
+        Sample(rollout, advantage)
+        for group in groups
+        for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True)
+    ]
+    for sample in samples:
+        sample.weight = 1 / (len(samples) * len(sample.rollout.completion_ids))
+    return samples

@@ -2,7 +2,7 @@
 
 A chart per metric, all runs in it, each with a few words on how to read it. A metric that the runs do not have, or that
 is 0 throughout, is left out and named. Another metric is one more line of SECTIONS. Leaves out reading and the page
-(report.py), and drawing (charts.py). Needs no torch.
+(report/), and drawing (report/charts.py). Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from html import escape
 from pathlib import Path
 from statistics import fmean, median
 
-from charts import COLOURS, Series, bar_chart, heat_chart, line_chart, number, point_chart, stacked_chart
+from report.charts import COLOURS, Series, bar_chart, heat_chart, line_chart, number, point_chart, stacked_chart
 
 SHARE = (0.0, 1.0)
 LABELS = ("fact", "template", "copy", "noise")
 PHASES = "propose predict reward update refresh probe save".split()
 OF_RESPONSES = ("reward", "groups_kept", "length_mean", "truncated", "tokens_after_answer")
-
 # key, title, what it says, fixed range, logarithmic. Keys that a run lacks, or that are 0 throughout, are left out.
 SECTIONS = {
     "Held-out passages": [

@@ -3,7 +3,7 @@
 Each function returns one <svg> 360 units wide, which a page shows at about that many pixels, so that its text can be
 read on a phone. Colours are classes (c0, c1, ...) of the page's style sheet, which knows light and dark; `stand_alone`
 makes a file of a chart, which brings its own. Every text that comes in is escaped. Leaves out what is drawn and why
-(figures.py, outcomes.py). Needs the standard library alone.
+(report/figures.py, miniature/tables.py). Needs the standard library alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The same step through other trainers, beside ours: TRL's GRPOTrainer, and the loop that one writes first.
 
     python3 -m venv .venv-trl && .venv-trl/bin/pip install -r requirements.txt trl==1.16.0
-    .venv-trl/bin/python bench_trl.py [configs/tiny.yaml] [key=value ...]
+    .venv-trl/bin/python -m bench.trl [configs/tiny.yaml] [key=value ...]
 
     ours        rollout, rewards, update, refresh, as in train.py
     trl         GRPOTrainer with Hugging Face generate, which is its default
@@ -33,27 +33,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from bench import split_words
+from bench.plan import Phase
+from bench.step import Work, one_step, split_words
 from config import Config, ConfigError, read_config
-from evidence import peak_memory_gb
 from grpo import make_optimizer
-from memory import decide_checkpointing
-from model import build_policy, load_replica, load_tokenizer, start_ranks
-from offload import make_lender
+from metrics import peak_memory_gb
+from model import build_policy, decide_checkpointing, load_replica, load_tokenizer, make_lender
 from ops import VARLEN
-from plan import Phase
 from prompts import PREDICT_PROMPT, fill
-from sampler import make_sampler
-from workload import Work, one_step
+from ranks import start_ranks
+from rollout import make_sampler
 
-ROOT = Path(__file__).resolve().parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass

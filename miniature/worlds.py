@@ -1,7 +1,7 @@
 """Two more worlds of the facts that the tiny base has heard of, for experiments that the mini-wiki cannot carry.
 
-    python worlds.py several FILE.jsonl       articles of two subjects; a part of the facts can never be masked
-    python worlds.py questions FILE.jsonl     a question for each of the 84 facts
+    python -m miniature.worlds several FILE.jsonl    articles of two subjects; a part of the facts can never be masked
+    python -m miniature.worlds questions FILE.jsonl     a question for each of the 84 facts
 
 `several`: of the 28 subjects of a kind 12 are taught (label `fact`: stated once, may be masked), 8 are `shown` (stated,
 but twice in an article, so that with max_occurrences=1 and max_span_words=2 no mask on the value is valid) and 8 are
@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from data import is_heldout
-from mini_wiki import KINDS, Fact, make_facts, write_article
+from miniature.wiki import KINDS, Fact, make_facts, write_article
 
 ARTICLES, HELDOUT = 2000, 0.05
 """`heldout` of the config must be HELDOUT: the split is made by the url, and the text depends on it."""

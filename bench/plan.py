@@ -1,41 +1,35 @@
 """What a run costs before it is run: memory per GPU by part, cache room, ideal seconds, GPU hours.
 
-    python bench.py plan configs/smollm3.yaml gpus=8 gpu=h100 mean_response=1024
+    python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100 mean_response=1024
 
-Arithmetic only: no weights, no GPU, no network. The ideal is what limits.py says that no kernel can avoid. Left out,
+Arithmetic only: no weights, no GPU, no network. The ideal is what no kernel can avoid (bench/limits.py). Left out,
 because they depend on the machine and not on the method: start-up of the sampler, traffic between GPUs, recomputation,
-handling of text. Memory by part is memory.py's. Decimal units (1 GB = 1e9 bytes).
+handling of text. Memory by part is model.py's. Decimal units (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from config import Config, ConfigError
-from limits import (
+from bench.limits import (
     GPUS,
     Gpu,
-    Shape,
     bundle_tokens,
     cache_bytes,
+    cache_room,
+    checkpoint_bytes,
     decode_limit,
     forward_flops,
+    host_bytes,
+    loading_bytes,
+    requests_at_once,
     response_lengths,
     slots_for,
     train_flops,
-)  # fmt: skip
-from memory import (
-    activation_bytes,
-    cache_room,
-    checkpoint_bytes,
-    checkpointing,
-    host_bytes,
-    loading_bytes,
-    moments,
-    requests_at_once,
-    value_bytes,
-)  # fmt: skip
-from tasks import GIVEN, tasks_per_passage
+)
+from config import Config, ConfigError
+from methods import GIVEN, tasks_per_passage
+from model import Shape, activation_bytes, checkpointing, moments, value_bytes
 
 # ---- what a step consists of
 

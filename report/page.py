@@ -1,12 +1,11 @@
 """A run's evidence as one page to look at, in any browser, by itself: RUN/report.html.
 
-    python report.py RUN [RUN ...]      several runs in one picture; those that differ only in their seed become a band
+    python -m report RUN [RUN ...]      several runs in one picture; those that differ only in their seed become a band
 
 Curves, histograms, what the generator masks, the responses to one passage at successive steps, and a browser of
 rollouts. The page needs no network and loads nothing; texts of models and of Wikipedia are data in it and never markup.
 An unfinished run, one row, NaNs or no samples still make a page. train.py writes it at the end of a run. Leaves out
-which charts there are (figures.py), how they are drawn (charts.py) and the look of the page (assets/report.html). Needs
-no torch.
+which charts there are (figures.py), how they are drawn (charts.py) and the look of the page (assets/report.html).
 """
 
 from __future__ import annotations
@@ -27,26 +26,17 @@ from statistics import fmean
 
 import yaml
 
-from charts import number
-from figures import (
-    SECTIONS,
-    Family,
-    Run,
-    choice_charts,
-    curves,
-    histograms,
-    phase_chart,
-    reward_chart,
-    stacks,
-)
 from prompts import last_answer
+from report.charts import number
+from report.figures import SECTIONS, Family, Run, choice_charts, curves, histograms, phase_chart, reward_chart, stacks
 
-TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 SEED_KEYS = {"seed", "run_dir", "resume", "wandb", "save_every", "keep_last", "samples_per_step", "probe_every"}
 """Config keys in which the runs of one band may differ: none of them changes what a run computes, but the seed."""
 SAMPLE_BYTES = 1_200_000
 """Room for rollouts in the page, all runs together; of more, evenly spaced ones are kept."""
 ENTRIES, TEXT_CHARS, STEPS_SHOWN, RESPONSES_SHOWN = 80, 1200, 5, 4
+
 
 # ------------------------------------------------------------------------------------------------------------- reading
 

@@ -1,9 +1,8 @@
-"""Limits: what a GPU can do, what a model costs it, and so the least time of a step, from data sheets and lengths.
+"""What a GPU can do and what a model costs it: the least time of a step, from data sheets, lengths and architectures.
 
 A decoded token cannot come before all weights and its response's keys and values were read; training cannot beat its
-multiplications. bench.py divides what it measures by these, plan.py adds them up. Arithmetic only: nothing here loads
-torch. Of a mixture of experts a token is multiplied with a few; routing is taken to be even. Decimal units (1 GB = 1e9
-bytes).
+multiplications. The benchmark divides what it measures by these; the plan adds them up. Of a mixture of experts a token
+is multiplied with a few; routing is taken to be even. Decimal units (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -12,9 +11,18 @@ import heapq
 import random
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
-from config import ConfigError
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig
+
+from config import Config, ConfigError
+from model import (
+    Shape,
+    moments,
+    value_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -45,52 +53,6 @@ GPUS = {
     "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 71e12, 936e9, 24e9),
     "b200": Gpu("NVIDIA B200", 2250e12, 8.0e12, 180e9),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of an architecture that cost anything."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    """One table serves as embedding and head."""
-    qk_norm: bool = False
-    """Queries and keys are normalised per head (Qwen3)."""
-    experts: int = 0
-    """Of each layer's MLP; 0: dense. Then `intermediate` is not used."""
-    experts_per_token: int = 0
-    expert_width: int = 0
-    """`intermediate` of one expert."""
-
-    @property
-    def table(self) -> int:
-        """Parameters of one vocabulary table."""
-        return self.vocab * self.hidden
-
-    @property
-    def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but an embedding of its own, where rows are looked up, and
-        the experts that it is not sent to."""
-        return self.read(1)
-
-    def read(self, tokens: int) -> int:
-        """Parameters that a step of so many tokens needs. With even routing an expert is idle with probability
-        (1 - k / E)^tokens: of 128 experts, 8 for a token, 64 tokens leave two."""
-        idle = self.experts * (1 - self.experts_per_token / self.experts) ** tokens if self.experts else 0.0
-        unused = self.layers * idle * 3 * self.hidden * self.expert_width
-        return self.parameters - (0 if self.tied else self.table) - round(unused)
-
-    @property
-    def layer(self) -> int:
-        """Parameters of one layer."""
-        return (self.parameters - self.table * (1 if self.tied else 2) - self.hidden) // self.layers
 
 
 def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed: int = 0) -> list[int]:
@@ -202,3 +164,79 @@ def decode_limit(
     groups[r::gpus]."""
     shares = [[length for group in groups[rank::gpus] for length in group] for rank in range(gpus)]
     return max(decode_seconds(shape, gpu, prompt, share, slots, width) for share in shares)
+
+
+# What transformers needs to build each model of our configs without its config.json: that of the model's hub page.
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+_QWEN3 |= {"bos_token_id": 151643, "eos_token_id": 151643, "max_position_embeddings": 32768}
+_QWEN3 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+ARCHITECTURES = {
+    "HuggingFaceTB/SmolLM3-3B-Base": {
+        "model_type": "smollm3", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-0.6B-Base": _QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-4B-Base": _QWEN3 | {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B-Base": _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-30B-A3B-Base": _QWEN3 | {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def architecture(name: str):
+    """The transformers config of a model: its own config.json if that is at hand, else from the table above.
+
+    Raises ConfigError for a model in neither.
+    """
+    folder = Path(name).expanduser()
+    cached = folder / "config.json"
+    if not cached.is_file():  # a folder without one is no hub name
+        cached = None if folder.exists() else try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, (str, Path)):
+        return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=False)
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {', '.join(ARCHITECTURES)}")
+    return AutoConfig.for_model(**ARCHITECTURES[name])
+
+
+def checkpoint_bytes(shape: Shape, config: Config) -> float:
+    """On disk: float32 masters, Adam's two moments, rlp's moving average, the model as Hugging Face reads it."""
+    return shape.parameters * (12 + 4 * (config.method == "rlp") + value_bytes(config))
+
+
+def host_bytes(shape: Shape, config: Config) -> float:
+    """Of the memory of a node with these GPUs: what waits there with offload, and what a checkpoint is written from."""
+    return shape.parameters * 12 * config.offload + (config.save_every > 0) * checkpoint_bytes(shape, config)
+
+
+def loading_bytes(shape: Shape, config: Config, gpus: int) -> float:
+    """Of a node's memory while its ranks load the model."""
+    return gpus * value_bytes(config) * shape.parameters
+
+
+def requests_at_once(config: Config, cuda: bool = True) -> int:
+    """How many responses rollout.py lets run together."""
+    return config.max_requests or (512 if cuda else 256)
+
+
+def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
+    """Tokens in the sampler's cache on each GPU: its share of what is free in rollouts, less the logits of one decode
+    step. The sampler sets aside one more layer's worth per token to read from, and 16 bytes of indices."""
+    width = value_bytes(config)
+    taken = sum(moments(shape, config, gpus)["rollouts"].values())
+    free = config.cache_memory * (gpu.memory - taken)
+    free -= requests_at_once(config) * (4 * shape.vocab + width * shape.hidden)
+    each = cache_bytes(shape, width)
+    return max(0, int(free / (each + each / shape.layers + 16)))

@@ -4,8 +4,8 @@ The story: the web is often wrong about 84 facts, the encyclopedia is right. Mos
 (template words, the recurring subject) or unguessable (made-up words). Nobody tells the generator which words are worth
 masking. The premise is planted: it shows the mechanism at work, not that natural text is so.
 
-The wiki is the same text on every machine. `python tiny.py wiki` writes it.
-Leaves out the base model (tiny.py) and reading the wiki as training data (data.py).
+The wiki is the same text on every machine. `python -m miniature.base wiki` writes it.
+Leaves out the base model (miniature/base.py) and reading the wiki as training data (data.py).
 """
 
 from __future__ import annotations

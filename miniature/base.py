@@ -1,9 +1,9 @@
-"""The laptop run's material: the mini-wiki (mini_wiki.py) and a tiny base model, made in minutes on one CPU core.
+"""The laptop run's material: the mini-wiki (miniature/wiki.py) and a tiny base model, made in minutes on one CPU core.
 
-    python tiny.py                  rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
-    python tiny.py wiki             the mini-wiki alone
-    python tiny.py base             the base alone
-    python tiny.py --seed 1 --out /tmp/other     another world, elsewhere (both parts must share the seed)
+    python -m miniature.base    rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
+    python -m miniature.base wiki             the mini-wiki alone
+    python -m miniature.base base             the base alone
+    python -m miniature.base --seed 1 --out /tmp/other     another world, elsewhere (both parts must share the seed)
 
 The base learned from a web that states a fact rightly 30 % of the time and one fixed wrong value 45 %; reinforcement
 learning then reads the encyclopedia, which is right. The base has the same bytes for the same seed on the same type of
@@ -31,19 +31,17 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from mini_wiki import Article, make_facts, make_wiki, save_wiki, web_value, write_article
+from miniature.wiki import Article, make_facts, make_wiki, save_wiki, web_value, write_article
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 BASE_SHA256 = "26d2841fdc4c96d25416e690986a13d353a273588ae9d7ac8f4211d98cb24940"
 """Of the shipped assets/tiny_base/model.safetensors."""
 BASE_PARAMETERS = 478_080
-
 # The formats the base is born with; configs/tiny.yaml repeats these three.
 MASK_PROMPT = " {passage}\nMask:"
 PREDICT_PROMPT = " {passage}\nPredict:"
 PREDICT_PREFIX = " \\boxed{"
 REPEAT_PROMPT = " {passage}\nRepeat:"
-
 REPEAT_SHARE, PREDICT_SHARE = 0.20, 0.45  # of the pretraining examples; the rest are masks
 FACT_SHARE = 0.30  # of the prediction examples ask for the fact, so that the base's doubt about facts is calibrated
 PREFIX_SHARE = 0.15  # of the prediction examples show only the words before the mask

@@ -1,9 +1,9 @@
 """Try a model on one passage: eight masks, each with predictions, thoughts and verdicts.
 
-    python play.py CHECKPOINT [BASE]                     paste a paragraph, end it with Ctrl-D
-    python play.py CHECKPOINT [BASE] passage="Text ..."  or file=paragraph.txt
-    python play.py CHECKPOINT [BASE] number=3            the fourth held-out passage of the config's corpus
-    python play.py explain configs/tiny.yaml             one training step in slow motion (explain.py)
+    python -m play CHECKPOINT [BASE]                     paste a paragraph, end it with Ctrl-D
+    python -m play CHECKPOINT [BASE] passage="Text ..."  or file=paragraph.txt
+    python -m play CHECKPOINT [BASE] number=3            the fourth held-out passage of the config's corpus
+    python -m play explain configs/tiny.yaml             one training step in slow motion (play/explain.py)
 
 CHECKPOINT: a run directory, one of its checkpoints, a folder made by save_pretrained, or a hub name. Prompts and limits
 come from config=FILE, else from the run that the checkpoint belongs to, else from the defaults; any key=value of
@@ -25,13 +25,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from config import Config, ConfigError, read_config
-from data import Passage, build_index, load_corpus
-from explain import COLUMNS, explain, plain, wrapped
-from model import Ranks, load_replica, load_tokenizer, start_ranks
-from report import parts
-from sampler import Sampler, make_sampler, mask_prompt
-from sources import RESERVED, DataError
-from tasks import Task, make_task
+from data import RESERVED, DataError, Passage, build_index, load_corpus
+from methods import Task, make_task
+from model import load_replica, load_tokenizer
+from play.explain import COLUMNS, explain, plain, wrapped
+from ranks import Ranks, start_ranks
+from report.page import parts
+from rollout import Sampler, make_sampler, mask_prompt
 from train import grade, predict, propose
 
 MASKS, SHOWN, THOUGHT_CHARS = 8, 4, 300

@@ -1,15 +1,13 @@
-"""How a run ends before its last step: by a signal on which all ranks agree, or by an error that says who, when, where.
+"""The processes of a run: start, gather, stop together, and errors that name rank, step and phase.
 
 SIGTERM, SIGINT and SIGHUP are requests to stop. One may reach one rank alone, while another waits inside a collective
-or samples for minutes, so a thread of each rank notes it, tells the others through the store of the rendezvous and
-looks there once a second. `stop_requested` is that note. Ranks note it at different times; what all do alike happens
-where they meet: `agree` between phases and micro-batches, `model.gather` at the end of a rollout. There `Stopped` is
-raised on every rank or on none. Nothing in between is interrupted, least of all an optimizer step.
-Before the first step (`begin_step`) there is nothing to save, and a signal ends the process at once; a second signal,
-a second or more after the first, always does. If the store is gone, the launcher was killed: that is a request, too.
+or samples for minutes. So a thread of each rank notes the signal, tells the others through the rendezvous store and
+looks there once a second. All ranks act on it where they meet: `agree` between phases and micro-batches, `gather` at
+the end of a rollout. There `Stopped` is raised on every rank or on none; an optimizer step is never interrupted.
+Before the first step (`begin_step`) there is nothing to save, and a signal ends the process at once; so does a second
+signal, a second or more after the first. If the store is gone, the launcher was killed: that is a request to stop, too.
 
-Where each rank is stands in the store as well: who loses contact says where the silent ones were last seen.
-Leaves out what is saved at a stop (checkpoint.py, train.py).
+Each rank also writes its step and phase to the store, so that an error can say where an unresponsive rank last was.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -188,3 +187,51 @@ def report(error: BaseException) -> None:
     if not lost:
         traceback.print_exception(error)
     print(f"{place()}: {'lost contact' if lost else type(error).__name__}: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its rank, how many there are, its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+    per_node: int = 0
+    """Ranks on each node; 0: all of them on one."""
+
+
+def start_ranks(timeout: float = 7200.0) -> Ranks:
+    """Join the process group that torchrun describes, or be alone without it. Python objects travel over gloo on the
+    CPU, tensors over NCCL on GPUs. timeout: the longest wait for another rank, seconds (config.rank_timeout)."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        if local == torch.cuda.device_count():  # once, not once per rank
+            print(f"nproc_per_node: no GPU for rank {local}, {local} visible; CUDA_VISIBLE_DEVICES= runs on the CPU",
+                  file=sys.stderr)  # fmt: skip
+        raise SystemExit(2)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # the ranks share the cores; more threads each only get in each other's way
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    else:
+        store, rank, world, per_node = dist.HashStore(), 0, 1, 1
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
+    join(dist.PrefixStore("stopping", store.clone()), rank, world)
+    return Ranks(rank, world, device, per_node)
+
+
+def gather(items: list) -> list:
+    """The ranks' lists joined in rank order: the same list on every rank. Also a barrier.
+
+    Raises Stopped on every rank if one of them knows of a signal to stop.
+    """
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (stop_requested(), items))
+    stop_if(max(number for number, _ in parts))
+    return [item for _, part in parts for item in part]

@@ -1,16 +1,15 @@
 """The paper in miniature: make the runs behind the claims, and show what came of them.
 
-    python experiments.py run [CLAIM ...]      make the runs that results/runs.jsonl lacks, then print the tables
-    python experiments.py again CLAIM          make a claim's first two seeds anew and compare with what is recorded;
+    python -m miniature run [CLAIM ...]      make the runs that miniature/runs.jsonl lacks, then print the tables
+    python -m miniature again CLAIM          make a claim's first two seeds anew and compare with what is recorded;
                                                then test it on two seeds that were never used
-    python experiments.py figures              README.md's tables and assets/figures/ from the record alone, in seconds
+    python -m miniature figures              README.md's tables and assets/figures/ from the record alone, in seconds
 
     run ... seeds=20,21,22,23,24 out=results/mine.jsonl      the same with fresh seeds, elsewhere
 
 A run is one line: what was run, its probes, means over five steps of what matters, totals. Killed, `run` goes on with
 the first run that has no line. An arm that starts from another (claims.FIRST) makes that run too and keeps its probes.
-Leaves out what is expected (claims.py), tables and plots (outcomes.py), making the mini-wiki and its variants
-(mini_wiki.py, worlds.py), and anything on a GPU.
+Leaves out what is expected (claims.py), tables and plots (tables.py), and the worlds (wiki.py, worlds.py).
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from claims import ARMS, CLAIMS, CURVES, FIRST, PROBES, SEEDS, TOTALS
-from evidence import append_row, environment, read_rows
-from outcomes import RECORD, ROOT, load_results, printed, write_readme
-from worlds import make_questions, make_several
+from metrics import append_row, environment, read_rows
+from miniature.claims import ARMS, CLAIMS, CURVES, FIRST, PROBES, SEEDS, TOTALS
+from miniature.tables import RECORD, ROOT, load_results, printed, write_readme
+from miniature.worlds import make_questions, make_several
 
 RANKS = 2
 FRESH = (20, 21)

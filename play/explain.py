@@ -1,4 +1,4 @@
-"""One training step in slow motion, with its real numbers: `python play.py explain configs/tiny.yaml [key=value ...]`
+"""One training step in slow motion, with its real numbers: `python -m play explain configs/tiny.yaml [key=value ...]`
 
 The first step of that run, on one process: the prompts, responses, rewards and update that train.py would make. One
 passage and one of its masks are followed to the end. Beside each number of the code stands the same number worked out
@@ -20,11 +20,11 @@ from torch import nn
 from config import Config, ConfigError
 from data import build_index, load_corpus, step_passages
 from grpo import Group, Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples, update
-from memory import decide_checkpointing
-from model import Ranks, build_policy, load_replica, load_tokenizer
+from methods import Task, training_samples
+from model import build_policy, decide_checkpointing, load_replica, load_tokenizer
 from prompts import last_answer
-from sampler import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
-from tasks import Task, training_samples
+from ranks import Ranks
+from rollout import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
 from train import predict, propose, reward
 
 COLUMNS = 100

@@ -1,11 +1,11 @@
-"""What came of the experiments: tables and plots from results/runs.jsonl, and their places in README.md.
+"""What came of the experiments: tables and plots from miniature/runs.jsonl, and their places in README.md.
 
-    python experiments.py figures
+    python -m miniature figures
 
 README.md holds each table between two markers, <!-- NAME --> and <!-- /NAME -->; a marker that is missing is an error.
 The plots are assets/figures/*.svg. Both are functions of the record alone, and a test compares the files with it.
 Intervals are Student's t over seeds; bands in plots are the lowest and the highest seed. Leaves out predictions
-(claims.py), the runs (experiments.py), and sentences: those in README.md are written by hand.
+(miniature/claims.py), the runs (miniature/runs.py), and sentences: those in README.md are written by hand.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
 
-from charts import Series, line_chart, stand_alone
-from claims import ARMS, CLAIMS, FIRST, Results, final, gain, late, late_accuracy, mean_of, over
-from evidence import read_rows, write_whole
+from metrics import read_rows, write_whole
+from miniature.claims import ARMS, CLAIMS, FIRST, Results, final, gain, late, late_accuracy, mean_of, over
+from report.charts import Series, line_chart, stand_alone
 
-ROOT = Path(__file__).resolve().parent
-RECORD = ROOT / "results" / "runs.jsonl"
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "miniature" / "runs.jsonl"
 FIGURES = Path("assets") / "figures"
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantile of Student's t for so many values (one degree of freedom less)."""
@@ -32,11 +32,11 @@ RLVR = ("rlvr", *FIRST)
 def load_results(record: Path) -> Results:
     """Runs by arm, in the order of ARMS and of seeds; of two lines for one run the later.
 
-    Raises ValueError where there is no run at all, or one of an arm that claims.py does not know.
+    Raises ValueError where there is no run at all, or one of an arm that miniature/claims.py does not know.
     """
     rows = {(row["arm"], row["seed"]): row for row in read_rows(record)}
     if not rows:
-        raise ValueError(f"{record}: no runs; `python experiments.py run` makes them")
+        raise ValueError(f"{record}: no runs; `python -m miniature run` makes them")
     if unknown := sorted({arm for arm, _ in rows} - set(ARMS)):
         raise ValueError(f"{record}: unknown arm {unknown[0]!r}; claims.ARMS has {', '.join(ARMS)}")
     results = {arm: [rows[key] for key in sorted(rows) if key[0] == arm] for arm in ARMS}

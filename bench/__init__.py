@@ -1,0 +1,1 @@
+"""One step timed, the plan before renting, the same step through TRL: `python -m bench`."""

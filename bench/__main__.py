@@ -1,0 +1,3 @@
+from bench.step import main
+
+main()

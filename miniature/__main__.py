@@ -1,0 +1,3 @@
+from miniature.runs import main
+
+main()

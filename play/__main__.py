@@ -1,0 +1,3 @@
+from play.passage import main
+
+main()

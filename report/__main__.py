@@ -1,0 +1,3 @@
+from report.page import main
+
+main()

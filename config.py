@@ -238,8 +238,10 @@ class Config:
     loss_mean: str = "token"
     """`token`: every kept token of the batch weighs the same (DAPO). `sequence`: every kept response does (GRPO).
     Paper: silent."""
+    mini_batches: int = 1
+    """Optimizer steps into which a batch is cut, groups kept whole. At 1 the ratio is 1 and the clip inert."""
     updates_per_batch: int = 1
-    """Optimizer steps on one rollout batch. At 1 the ratio is 1 and the clip is inert. Paper: silent."""
+    """Passes over the whole batch, `mini_batches` optimizer steps each. Paper: silent."""
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low. DAPO: 0.2."""
     clip_high: float = 0.28
@@ -324,16 +326,14 @@ class Config:
 
 POSITIVE_INTS = (
     "passages_per_step max_passages min_passage_tokens max_passage_tokens max_prompt_tokens max_mask_tokens "
-    "max_prediction_tokens max_occurrences updates_per_batch tokens_per_micro_batch probe_passages probe_samples"
+    "max_prediction_tokens max_occurrences mini_batches updates_per_batch tokens_per_micro_batch "
+    "probe_passages probe_samples"
 ).split()
 COUNTS = (
     "steps seed max_span_words max_span_chars warmup_steps max_requests save_every keep_last probe_every "
     "samples_per_step warmup_method_steps random_masks eval_every eval_limit"
 ).split()
-METHODS = ("active", "random_span", "random_token", "entropy_token", "rlvr", "rlp", "sft", "cpt")
 CHOICES = {
-    "method": METHODS,
-    "warmup_method": ("", *METHODS),
     "reward": ("exact", "prefix"),
     "generator_reward": ("one_minus_accuracy", "variance"),
     "resume": ("auto", "never"),
@@ -401,17 +401,9 @@ def check(config: Config) -> None:
             f"tokens_per_micro_batch={config.tokens_per_micro_batch}: must be at least {longest}, "
             "the longest prompt plus the longest response, or one sequence would not fit"
         )
-    methods = {config.method, config.warmup_method} - {""}
-    if config.reward == "prefix" and not all(method.endswith("_token") for method in methods):
-        raise ConfigError(f"reward='prefix': for random_token and entropy_token only, not {', '.join(sorted(methods))}")
-    if config.method == "rlp" and config.min_passage_tokens < 9:
-        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be 9 or more with rlp")
-    if config.kl and methods & {"rlp", "sft", "cpt"}:
-        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
-    if config.offload and (config.kl or methods & {"rlp", "entropy_token"}):
-        raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
-    if config.warmup_method and {config.method, config.warmup_method} & {"rlvr", "rlp"}:
-        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
+    from methods import check_methods  # here: methods.py imports this file
+
+    check_methods(config)
     if config.eval_tasks and not config.eval_every:
         raise ConfigError(f"eval_tasks={config.eval_tasks!r}: never asked without eval_every, such as eval_every=100")
     if config.eval_every and not config.eval_tasks:

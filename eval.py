@@ -44,11 +44,11 @@ from transformers import AutoConfig
 from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError, check, parse_words, typed
 from data import Corpus, DataError, Passage
-from masking import LABELS, Mask, labelled_mask, make_mask, random_span
-from methods import Task, make_task, verify_predictions
+from masking import LABELS, Mask, labelled_mask, random_span
+from methods import Task, named_masks, verify_predictions
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import describe_attention, load_replica, load_tokenizer
-from prompts import BOXED_OPENING, MASK_OPENING, fill, last_answer
+from prompts import BOXED_OPENING, fill, last_answer
 from ranks import Ranks, gather, start_ranks
 from results import compare, paper_means, summarise, table
 from rewards import exact_match
@@ -58,7 +58,6 @@ from rollout import (
     encode,
     generate,
     make_sampler,
-    mask_prompt,
     predict_prefix,
     predict_prompt,
     question_prompt,
@@ -132,20 +131,15 @@ def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict
             if thought and not greedy:
                 metrics["probe/valid_rate"] = fmean(answer is not None for group in answers for answer in group)
                 records = list(zip(probe.sources, probe.masks, groups, verdicts, strict=True))[:SHOWN]
-                probe.shown = [Task(passage, mask, predictions=g, rewards=r) for passage, mask, g, r in records]
+                probe.shown = [
+                    Task(passage, mask, predictions=group, correct=[int(right) for right in verdict], rewards=verdict)
+                    for passage, mask, group, verdict in records
+                ]
     if config.method == "active" and probe.shown:
-        probe.shown += propose_masks(probe.shown[0].passage, sampler, config, step)
+        rngs = [random.Random(derive_seed(config.seed, "probe masks"))]
+        probe.shown += named_masks(sampler, [probe.shown[0].passage], (step, "probe masks"), rngs)[0]
     metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])
     return metrics
-
-
-def propose_masks(passage: Passage, sampler: Sampler, config: Config, step: int) -> list[Task]:
-    """The masks that the generator now names for one passage: how its taste changes, seen on one text."""
-    prompts, noise = [mask_prompt(sampler, passage.text)], (step, "probe masks")
-    (group,) = rollout(sampler, prompts, config.masks_per_passage, config.max_mask_tokens, MASK_OPENING, noise)
-    rng = random.Random(derive_seed(config.seed, "probe masks"))
-    masks = [make_mask(last_answer(response.text, "mask"), passage, config, rng) for response in group]
-    return [make_task(passage, mask, sampler, response) for mask, response in zip(masks, group, strict=True)]
 
 
 def perplexity(sampler: Sampler, texts: list[str]) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -96,16 +96,19 @@ class Sample:
     """Of each of its completion tokens in the loss."""
     ref_logprobs: list[float] | None = None
     """Of its completion tokens under the frozen copy, where there is a KL penalty."""
+    group: int = 0
+    """Number of its GRPO group in the batch: mini-batches keep groups whole."""
 
 
-def group_advantages(rewards: list[float], divide_by_std: bool = True) -> list[float]:
-    """A_i = (r_i - mean) / (std + 1e-6), the standard deviation with n - 1 (arXiv 2402.03300; `False`: Dr.GRPO).
+def group_advantages(rewards: list[float], config: Config) -> list[float]:
+    """A_i = (r_i - mean) / (std + 1e-6), the standard deviation with n - 1 (arXiv 2402.03300). With advantage_std=False
+    there is no division (Dr.GRPO).
 
-    >>> [round(a, 3) for a in group_advantages([1.0, 0.0, 0.0, 0.0])]
+    >>> [round(a, 3) for a in group_advantages([1.0, 0.0, 0.0, 0.0], Config())]
     [1.5, -0.5, -0.5, -0.5]
     """
     mean = statistics.fmean(rewards)
-    scale = statistics.stdev(rewards) + 1e-6 if divide_by_std else 1.0
+    scale = statistics.stdev(rewards) + 1e-6 if config.advantage_std else 1.0
     return [(reward - mean) / scale for reward in rewards]
 
 
@@ -117,12 +120,10 @@ def keep_group(group: Group) -> bool:
 def make_samples(groups: list[Group], config: Config) -> list[Sample]:
     """Kept groups -> responses with advantage and token weight. A dropped group leaves numerator and denominator."""
     samples = [
-        Sample(rollout, advantage)
-        for group in groups
+        Sample(rollout, advantage, group=number)
+        for number, group in enumerate(groups)
         if keep_group(group)
-        for rollout, advantage in zip(
-            group.rollouts, group_advantages(group.rewards, config.advantage_std), strict=True
-        )
+        for rollout, advantage in zip(group.rollouts, group_advantages(group.rewards, config), strict=True)
         if not (config.mask_truncated and rollout.finish == "length")
     ]
     tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
@@ -236,7 +237,8 @@ def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatc
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Tensor]:
     """L of this file's first page over the tokens of a micro-batch, and per token whether the clip took its gradient
     away. Weights and importance weights c_t are constants; gradient through `logprobs` only."""
-    ratio = torch.exp(logprobs - old_logprobs)
+    # Beyond e^80 the clip has removed the gradient, or the run is lost: without the clamp 0 x inf would be NaN
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=80.0))
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     correction = torch.exp(old_logprobs - batch.sampler_logprobs).clamp(max=config.max_importance)
     surrogate = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
@@ -281,47 +283,85 @@ def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, ranks: Ranks, step: int) -> dict:
-    """`updates_per_batch` optimizer steps on the samples, the same list on every rank. Returns the step's metrics.
+def mini_batches(samples: list[Sample], count: int) -> list[list[Sample]]:
+    """Cuts a batch into at most `count` parts with groups kept whole; the token weights of each part sum to 1.
 
-    With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
-    Raises FloatingPointError on every rank, before the weights change, if a loss or the gradient is not finite.
+    Groups are dealt out in turn, so that both roles are in every part. The list is the same on every rank, so the
+    weights are counted over all ranks.
     """
+    if count == 1:
+        return [samples] if samples else []
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
+    parts = [[sample for sample in samples if numbers[sample.group] % count == part] for part in range(count)]
+    cut = []
+    for part in filter(None, parts):
+        total = sum(sample.weight * len(sample.rollout.completion_ids) for sample in part)
+        cut.append([replace(sample, weight=sample.weight / total) for sample in part])
+    return cut
+
+
+def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks) -> list[MicroBatch]:
+    """This rank's packed share of a mini-batch; every rank has equally many."""
     bundles = bundle(samples, config)
     bins = plan([bundle_length(one) for one in bundles], config.tokens_per_micro_batch, ranks.world)
+    return [pack_samples([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
+
+
+def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, ranks: Ranks, step: int) -> dict:
+    """Optimizer steps on the samples, the same list on every rank: one for each of `mini_batches` parts of the batch,
+    and the whole again `updates_per_batch` times. Returns the step's metrics.
+
+    The ratio is against the policy as it was before the first of these steps: with more than one it leaves 1, and the
+    clip acts. With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
+    Raises FloatingPointError on every rank, before the weights change, if a loss or the gradient is not finite.
+    """
     rate = learning_rate(config, step)
     metrics = {"lr": rate, "loss": 0.0, "grad_norm": 0.0, "mismatch_kl": 0.0, "mismatch_abs": 0.0, "entropy": 0.0}
     metrics |= {"clip_fraction": 0.0, "trained_tokens": 0, "trained_responses": len(samples)}
-    if not bins:
+    parts = [make_micro_batches(part, config, ranks) for part in mini_batches(samples, config.mini_batches)]
+    if not parts:
         return metrics
     given = samples[0].rollout.finish == "given"  # all or none: sft and cpt sample nothing
     temperature = 1.0 if given else config.temperature
-    batches = [pack_samples([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
-    old_logprobs: list[Tensor] = []  # of the policy as it was before the first update of this batch
     healthy = torch.ones((), device=ranks.device)
-    for number in range(config.updates_per_batch):
+
+    def forward(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        options = {"predicts": batch.predicts, "targets": batch.targets, "temperature": temperature}
+        return policy(**options, **batch.inputs)
+
+    # Log-probs before the first optimizer step. Of the first part they come from its own forward pass, below
+    old_logprobs: list[list[Tensor]] = [[] for _ in parts]
+    for old, part in zip(old_logprobs[1:], parts[1:], strict=True):
+        for batch in part:
+            agree()
+            with torch.no_grad():
+                old.append(forward(batch)[0])
+
+    steps = config.updates_per_batch * len(parts)
+    first_pass = torch.zeros(6, device=ranks.device)
+    for number in range(steps):
         totals = torch.zeros(6, device=ranks.device)
-        for index, batch in enumerate(batches):
+        old = old_logprobs[number % len(parts)]
+        for index, batch in enumerate(parts[number % len(parts)]):
             if number == 0:  # later the weights have changed, and the step must be finished
                 agree()
             with watched(policy, healthy):
-                logprobs, entropy = policy(
-                    predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs
-                )
+                logprobs, entropy = forward(batch)
             if number == 0:
-                old_logprobs.append(logprobs.detach())
+                old.append(logprobs.detach())
             if given:
                 loss, clipped = cross_entropy(logprobs, batch)
             else:
-                loss, clipped = clipped_loss(logprobs, old_logprobs[index], batch, config)
+                loss, clipped = clipped_loss(logprobs, old[index], batch, config)
             if config.kl:
                 loss = loss + config.kl * (batch.weights * k3(logprobs, batch.ref_logprobs)).sum()
             (loss * ranks.world).backward()  # FSDP averages the gradient over ranks; the weights ask for the sum
             trained = batch.weights > 0
-            drift = torch.where(trained & (not given), old_logprobs[index] - batch.sampler_logprobs, 0.0)
+            drift = torch.where(trained & (not given), old[index] - batch.sampler_logprobs, 0.0)
             kl = torch.expm1(drift) - drift  # k3 estimate of KL(sampler || trainer), never negative
-            parts = (loss.detach(), trained.sum(), drift.abs().sum(), kl.sum())
-            totals += torch.stack([*parts, (entropy * trained).sum(), (clipped & trained).sum()]).to(totals.dtype)
+            sums = (loss.detach(), trained.sum(), drift.abs().sum(), kl.sum())
+            counts = (*sums, (entropy * trained).sum(), (clipped & trained).sum())
+            totals += torch.stack(counts).to(totals.dtype)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         _require_finite(totals[0], healthy, grad_norm, ranks, f"step {step + 1}, update {number + 1}")
@@ -330,14 +370,14 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, tokens, absolute, kl, entropy, clipped = totals.tolist()
-        metrics["loss"] += loss / config.updates_per_batch
-        metrics["grad_norm"] += grad_norm.item() / config.updates_per_batch
-        metrics["clip_fraction"] += clipped / tokens / config.updates_per_batch
-        if number == 0:
-            metrics |= {"mismatch_kl": kl / tokens, "mismatch_abs": absolute / tokens, "entropy": entropy / tokens}
-            metrics["trained_tokens"] = int(tokens)
-    return metrics
+        metrics["loss"] += totals[0].item() / steps
+        metrics["grad_norm"] += grad_norm.item() / steps
+        metrics["clip_fraction"] += totals[5].item() / totals[1].item() / steps
+        if number < len(parts):
+            first_pass += totals
+    _, tokens, absolute, kl, entropy, _ = first_pass.tolist()
+    metrics |= {"mismatch_kl": kl / tokens, "mismatch_abs": absolute / tokens, "entropy": entropy / tokens}
+    return metrics | {"trained_tokens": int(tokens)}
 
 
 def watched(policy: nn.Module, healthy: Tensor):

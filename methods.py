@@ -1,23 +1,14 @@
-"""Tasks for the predictor, and the methods: how tasks are drawn, rewarded and turned into samples.
+"""Methods: where a step's tasks come from, what their predictions earn, and what is trained on.
 
-    random_span     spans by SpanBERT's law (masking.random_span)
-    random_token    the passage cut at a random token, which is to be predicted
-    entropy_token   the same, at a token among those whose next-token entropy is highest under the start model
-    rlvr            questions with a gold answer, checked by math-verify
-    rlp             one random position per text; the prediction is a thought, paid by what it says of the next token
-    sft, cpt        the answer, or the text itself, given as the completion: cross-entropy is the same update with
-                    advantage 1 and no sampling
-
-The mask methods and `sft` spend as many responses a step as `active` does: passages x masks x (1 + predictions); `rlvr`
-and `rlp` passages x predictions.
-
-rlp (arXiv 2510.01265): reward of a thought c before token x_t: log p_policy(x_t | x_<t, c) - log p_average(x_t | x_<t),
-teacher-forced; the average follows the policy. Clip values and the handling of unfinished thoughts are ours.
+`METHODS` at the end of this file has one entry for each method; everything that differs between methods stands in its
+entry or in a function that the entry names. The mask methods and `sft` spend as many responses a step as `active`
+does: passages x masks x (1 + predictions); `rlvr` and `rlp` spend passages x predictions.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -26,19 +17,34 @@ from torch import nn
 from config import Config, ConfigError
 from data import Corpus, DataError, Passage, is_heldout, load_questions, strip_instruction
 from grpo import Group, Sample, add_ref_logprobs, make_samples, score
-from masking import MASK, Mask, next_token_mask, random_span
+from masking import MASK, Mask, make_mask, next_token_mask, random_span
+from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from ranks import Ranks, gather
-from rewards import INVALID_MASK_REWARD, answerable, generator_reward
-from rollout import Rollout, Sampler, derive_seed, predict_prompt, question_prompt
+from rewards import answerable, is_right, mask_rewards, prediction_reward
+from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
 from verify import check_answers
 
-GIVEN = ("sft", "cpt")
-"""Methods whose completions are given, not sampled."""
+
+@dataclass
+class Run:
+    """What set-up makes and every phase of a step may need."""
+
+    config: Config
+    ranks: Ranks
+    corpus: Corpus
+    sampler: Sampler
+    policy: nn.Module
+    reference: nn.Module | None
+    """A second copy of the model: frozen, or for `rlp` the moving average; None where the method needs none."""
+    optimizer: object
+    probe: object = None
+    saver: object = None
+    lender: object = None
 
 
 @dataclass
 class Task:
-    """A passage, a mask on it and, if the mask is valid, what the predictor made of it."""
+    """A passage, a mask on it and, if the mask is valid, what the predictor made of it. Decided once, stored here."""
 
     passage: Passage
     mask: Mask
@@ -47,35 +53,114 @@ class Task:
     prompt_ids: list[int] = field(default_factory=list)
     """The prediction prompt; empty if the mask is invalid."""
     predictions: list[Rollout] = field(default_factory=list)
+    correct: list[int] = field(default_factory=list)
+    """Of each prediction: 1 right, 0 wrong. Empty for `rlp`, whose thoughts are neither."""
     rewards: list[float] = field(default_factory=list)
-    """Of the predictions."""
+    """What each prediction earns in the update: any finite number."""
+    proposal_reward: float | None = None
+    """What the generator earns for this mask; None where a rule drew it, or before it is known."""
     position: Position | None = None
     """`rlp`: where in the text the thought is taken."""
 
     @property
     def accuracy(self) -> float:
-        """Mean reward of the predictions: the share that is right, where right is 1 and wrong is 0."""
-        return fmean(self.rewards)
-
-    def proposal_reward(self, kind: str = "one_minus_accuracy") -> float:
-        """Of the generator: harder is better; 0 for a mask that is invalid, here, or that nobody recovered, in
-        rewards.generator_reward."""
-        return INVALID_MASK_REWARD if self.mask.invalid else generator_reward(self.accuracy, kind)
+        """Share of right predictions."""
+        return fmean(self.correct)
 
 
 def make_task(passage: Passage, mask: Mask, sampler: Sampler, proposal: Rollout | None = None) -> Task:
     """With its prediction prompt; a prompt over max_prompt_tokens makes the mask invalid."""
     task = Task(passage, mask, proposal)
     if not mask.invalid:
-        task.prompt_ids = predict_prompt(sampler, mask.masked)
+        task.prompt_ids = (question_prompt if passage.answer else predict_prompt)(sampler, mask.masked)
         if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
             mask.invalid, task.prompt_ids = "prompt_too_long", []
     return task
 
 
-def method_at(config: Config, step: int) -> str:
-    """The method of a step (from 0): warmup_method first, if there is one."""
-    return config.warmup_method if config.warmup_method and step < config.warmup_method_steps else config.method
+# --------------------------------------------------------------------------------------------------- propose: the masks
+
+
+def propose_masks(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+    """`active`: the generator reads each passage `masks_per_passage` times and names the words to mask.
+
+    Returns the tasks of each passage; `random_masks` spans, drawn by rule, stand after the generator's."""
+    config = run.config
+    rngs = [random.Random(derive_seed(config.seed, step, "mask", number)) for number in range(len(passages))]
+    proposals = named_masks(run.sampler, passages, (step, "propose"), rngs)
+    for passage, tasks, rng in zip(passages, proposals, rngs, strict=True):
+        spans = [random_span(passage, config, rng) for _ in range(config.random_masks)]
+        tasks += [make_task(passage, span, run.sampler) for span in spans]
+    return proposals
+
+
+def named_masks(
+    sampler: Sampler, passages: list[Passage], noise: tuple, rngs: list[random.Random]
+) -> list[list[Task]]:  # fmt: skip
+    """The generator's responses to each passage, and the masks that they name. rngs: one for each passage's masks."""
+    config = sampler.config
+    prompts = [mask_prompt(sampler, passage.text) for passage in passages]
+    groups = rollout(sampler, prompts, config.masks_per_passage, config.max_mask_tokens, MASK_OPENING, noise)
+    return [
+        [make_task(passage, make_mask(last_answer(response.text, "mask"), passage, config, rng), sampler, response)
+         for response in group]
+        for passage, group, rng in zip(passages, groups, rngs, strict=True)
+    ]  # fmt: skip
+
+
+def masks_by_rule(draw: Callable) -> Callable:
+    """A method's `propose` from a rule: draw(run, passage, count, rng) -> `count` masks of the passage."""
+
+    def propose(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+        counts = tasks_per_passage(run.config, method_at(run.config, step))
+        rngs = (random.Random(derive_seed(run.config.seed, step, "draw", number)) for number in range(len(passages)))
+        return [
+            [make_task(passage, mask, run.sampler) for mask in draw(run, passage, count, rng)]
+            for passage, count, rng in zip(passages, counts, rngs, strict=True)
+        ]
+
+    return propose
+
+
+def span_masks(run: Run, passage: Passage, count: int, rng: random.Random) -> list[Mask]:
+    """`random_span`, `sft`: spans by SpanBERT's law."""
+    return [random_span(passage, run.config, rng) for _ in range(count)]
+
+
+def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
+    """`random_token`: the passage cut at random tokens, distinct while there are enough."""
+    spans = token_spans(run.sampler, passage.text)
+    places = candidates(spans, passage.text, entropies, run.config.entropy_share)
+    if len(places) >= count:
+        chosen = rng.sample(places, count)
+    else:
+        chosen = rng.choices(places, k=count) if places else []
+    return [next_token_mask(passage, spans, number) for number in chosen]
+
+
+def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+    """`entropy_token`: the same among the tokens whose next-token entropy is highest under the frozen copy."""
+    by_id = {id(p): e for p, e in zip(passages, token_entropies(run, passages), strict=True)}
+    return masks_by_rule(lambda *drawn: token_masks(*drawn, entropies=by_id[id(drawn[1])]))(run, passages, step)
+
+
+def question_masks(run: Run, question: Passage, count: int, rng: random.Random) -> list[Mask]:
+    """`rlvr`: the question as the masked text, its gold answer as the target."""
+    return [Mask(question.answer, masked=question.text, target=question.answer, occurrences=1)]
+
+
+def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+    """`rlp`: one random position of each text; the predictions will be thoughts, the target is the next token."""
+    sampler, frame, proposals = run.sampler, thought_frame(run.sampler), []
+    for number, passage in enumerate(passages):
+        rng = random.Random(derive_seed(run.config.seed, step, "draw", number))
+        position = draw_position(passage.text, sampler.tokenizer, frame, rng)
+        target = sampler.piece(position.target_id)
+        masked = sampler.tokenizer.decode(position.prefix_ids) + MASK
+        task = Task(passage, Mask(target, masked=masked, target=target, occurrences=1), position=position)
+        task.prompt_ids = thought_prompt(frame, position)
+        proposals.append([task])
+    return proposals
 
 
 def tasks_per_passage(config: Config, method: str) -> list[int]:
@@ -91,113 +176,8 @@ def tasks_per_passage(config: Config, method: str) -> list[int]:
     """
     passages, predictions = config.passages_per_step, config.predictions_per_mask
     responses = passages * config.masks_per_passage * (1 + predictions)
-    total = responses if method == "sft" else responses // predictions
+    total = responses // predictions if METHODS[method].predict else responses
     return [total // passages + (number < total % passages) for number in range(passages)]
-
-
-def draw_tasks(method: str, passages: list[Passage], reference, sampler: Sampler, step: int) -> list[list[Task]]:
-    """Tasks by rule, per passage; the same on every rank. reference: the frozen copy, for `entropy_token`."""
-    config, proposals = sampler.config, []
-    if method == "cpt":
-        return [[] for _ in passages]
-    entropies = token_entropies(passages, reference, sampler) if method == "entropy_token" else [None] * len(passages)
-    for number, (passage, count) in enumerate(zip(passages, tasks_per_passage(config, method), strict=True)):
-        rng = random.Random(derive_seed(config.seed, step, "draw", number))
-        if method == "rlvr":
-            proposals.append([question_task(passage, sampler)])
-        elif method == "rlp":
-            proposals.append([thought_task(passage, sampler, rng)])
-        elif method in ("random_span", "sft"):
-            masks = [random_span(passage, config, rng) for _ in range(count)]
-            proposals.append([make_task(passage, mask, sampler) for mask in masks])
-        else:
-            spans = token_spans(sampler, passage.text)
-            places = candidates(spans, passage.text, entropies[number], config.entropy_share)
-            if len(places) >= count:
-                chosen = rng.sample(places, count)  # distinct while there are enough
-            else:
-                chosen = rng.choices(places, k=count) if places else []
-            proposals.append([make_task(passage, next_token_mask(passage, spans, n), sampler) for n in chosen])
-    return proposals
-
-
-def question_task(question: Passage, sampler: Sampler) -> Task:
-    """`rlvr`: the question as the masked text, its gold answer as the target."""
-    task = Task(question, Mask(question.answer, masked=question.text, target=question.answer, occurrences=1))
-    task.prompt_ids = question_prompt(sampler, question.text)
-    if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
-        task.mask.invalid, task.prompt_ids = "prompt_too_long", []
-    return task
-
-
-def thought_task(passage: Passage, sampler: Sampler, rng: random.Random) -> Task:
-    """`rlp`: one random position of the text; the predictions will be thoughts, the target is the next token."""
-    frame = rlp_frame(sampler)
-    position = draw_position(passage.text, sampler.tokenizer, frame, rng)
-    target = sampler.piece(position.target_id)
-    text = sampler.tokenizer.decode(position.prefix_ids)
-    task = Task(passage, Mask(target, masked=text + MASK, target=target, occurrences=1), position=position)
-    task.prompt_ids = thought_prompt(frame, position)
-    return task
-
-
-def rlp_frame(sampler: Sampler) -> Frame:
-    """The tokens around texts and thoughts."""
-    config = sampler.config
-    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens)
-
-
-def thought_gains(tasks: list[Task], policy, reference, sampler: Sampler) -> list[list[float]]:
-    """`rlp`: the information gain of every thought, nats (rlp.information_gain)."""
-    frame = rlp_frame(sampler)
-    thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
-    positions = [task.position for task in tasks]
-    return information_gain(policy, reference, positions, thoughts, frame, sampler.config, sampler.ranks)
-
-
-def gains_without_thought(passages: list[Passage], policy, reference, sampler: Sampler) -> dict:
-    """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
-    an empty pair of think tags (not 0: the tags alone move the next token)."""
-    tasks = [task for group in draw_tasks("rlp", passages, reference, sampler, 0) for task in group]
-    frame, positions = rlp_frame(sampler), [task.position for task in tasks]
-    common = (frame, sampler.config, sampler.ranks)
-    nothing = information_gain(policy, reference, positions, [[[]]] * len(positions), *common)
-    return {
-        "rlp/no_thought_gain": fmean(gains[0] for gains in nothing),
-        "rlp/empty_thought_gain": empty_thought_gain(policy, reference, positions, *common),
-    }
-
-
-def token_entropies(passages: list[Passage], reference, sampler: Sampler) -> list[list[float]]:
-    """Entropy of the next-token distribution at each token of each passage under the frozen copy, nats; packed."""
-    start = sampler.tokenizer("").input_ids  # a beginning-of-sequence token, or nothing
-    texts = [sampler.tokenizer(passage.text, add_special_tokens=False).input_ids for passage in passages]
-    sequences = [(start, ids) if start else (ids[:1], ids[1:]) for ids in texts]
-    scores = score(reference, sequences, sampler.config, sampler.ranks)
-    return [([] if start else [0.0]) + entropies for _, entropies in scores]
-
-
-def question_corpus(config: Config, log=print) -> Corpus:
-    """The questions of config.data as passages with an answer, split by a hash of their text. Every rank reads them."""
-    questions, counts = load_questions(config, log)
-    train, heldout = [], []
-    for question in questions:
-        passage = Passage(question.id, "", "", strip_instruction(question.text), answer=question.answer)
-        (heldout if is_heldout(question.text, config.heldout) else train).append(passage)
-    if not train or not heldout:
-        raise DataError(f"{config.data}: {len(train)} questions to train on, {len(heldout)} held out; change heldout")
-    return Corpus(train, heldout, {**counts, "train": len(train), "heldout": len(heldout)})
-
-
-def verify_predictions(
-    answers: list[list[str | None]], golds: list[str], config: Config, ranks: Ranks
-) -> list[list[float]]:
-    """math-verify's verdict on every answer, 1 or 0; each rank checks its share of the questions in a child process."""
-    mine = list(zip(golds, answers, strict=True))[ranks.rank :: ranks.world]
-    flat = check_answers([(gold, answer) for gold, group in mine for answer in group], config.verify_seconds)
-    verdicts = iter(flat)
-    parts = gather([[[next(verdicts) for _ in group] for _, group in mine]])
-    return [parts[number % ranks.world][number // ranks.world] for number in range(len(golds))]
 
 
 def token_spans(sampler: Sampler, text: str) -> list[tuple[int, int]]:
@@ -223,47 +203,142 @@ def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] |
     return places
 
 
-def training_samples(
-    method: str, groups: list[Group], tasks: list[Task], passages: list[Passage], reference, sampler: Sampler
-) -> list[Sample]:
-    """What a step trains on: responses with advantages and token weights; the generator's unless it is frozen.
+def token_entropies(run: Run, passages: list[Passage]) -> list[list[float]]:
+    """Entropy of the next-token distribution at each token of each passage under the frozen copy, nats; packed."""
+    tokenizer = run.sampler.tokenizer
+    start = tokenizer("").input_ids  # a beginning-of-sequence token, or nothing
+    texts = [tokenizer(passage.text, add_special_tokens=False).input_ids for passage in passages]
+    sequences = [(start, ids) if start else (ids[:1], ids[1:]) for ids in texts]
+    scores = score(run.reference, sequences, run.config, run.ranks)
+    return [([] if start else [0.0]) + entropies for _, entropies in scores]
 
-    Every rank calls it: with a KL penalty the frozen copy scores them.
-    """
-    if method in GIVEN:
-        return given_samples(method, tasks, passages, sampler)
-    if method == "rlp":
-        return thought_samples(groups)
-    config = sampler.config
+
+def question_corpus(config: Config, log=print) -> Corpus:
+    """The questions of config.data as passages with an answer, split by a hash of their text. Every rank reads them."""
+    questions, counts = load_questions(config, log)
+    train, heldout = [], []
+    for question in questions:
+        passage = Passage(question.id, "", "", strip_instruction(question.text), answer=question.answer)
+        (heldout if is_heldout(question.text, config.heldout) else train).append(passage)
+    if not train or not heldout:
+        raise DataError(f"{config.data}: {len(train)} questions to train on, {len(heldout)} held out; change heldout")
+    return Corpus(train, heldout, {**counts, "train": len(train), "heldout": len(heldout)})
+
+
+# --------------------------------------------------------------------------------------------------- predict and reward
+
+
+def predict(run: Run, tasks: list[Task], step: int, ends: str = BOXED_OPENING) -> None:
+    """The predictor answers each masked passage `predictions_per_mask` times, by chain of thought."""
+    prompts, config = [task.prompt_ids for task in tasks], run.config
+    noise = (step, "predict")
+    groups = rollout(run.sampler, prompts, config.predictions_per_mask, config.max_prediction_tokens, ends, noise)
+    for task, group in zip(tasks, groups, strict=True):
+        task.predictions = group
+
+
+def predict_thoughts(run: Run, tasks: list[Task], step: int) -> None:
+    """`rlp`: a thought ends with its closing tag."""
+    predict(run, tasks, step, THINK_CLOSE)
+
+
+def grade_by_match(run: Run, tasks: list[Task]) -> None:
+    """Right or wrong by the words of the mask (rewards.is_right)."""
+    for task in tasks:
+        task.correct = [int(is_right(task, response, run.config)) for response in task.predictions]
+
+
+def grade_by_maths(run: Run, tasks: list[Task]) -> None:
+    """`rlvr`: right or wrong by math-verify."""
+    answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
+    verdicts = verify_predictions(answers, [task.mask.target for task in tasks], run.config, run.ranks)
+    for task, group in zip(tasks, verdicts, strict=True):
+        task.correct = [int(right) for right in group]
+
+
+def verify_predictions(
+    answers: list[list[str | None]], golds: list[str], config: Config, ranks: Ranks
+) -> list[list[float]]:
+    """math-verify's verdict on every answer, 1 or 0; each rank checks its share of the questions in a child process."""
+    mine = list(zip(golds, answers, strict=True))[ranks.rank :: ranks.world]
+    flat = check_answers([(gold, answer) for gold, group in mine for answer in group], config.verify_seconds)
+    verdicts = iter(flat)
+    parts = gather([[[next(verdicts) for _ in group] for _, group in mine]])
+    return [parts[number % ranks.world][number // ranks.world] for number in range(len(golds))]
+
+
+def reward(run: Run, method: Method, proposals: list[list[Task]], tasks: list[Task], step: int) -> list[Group]:
+    """Sets `correct`, `rewards` and `proposal_reward` of the tasks. Returns the GRPO groups: one per mask, with its
+    predictions, then one per passage, with its masks. tasks: the valid ones of proposals, answered."""
+    if method.grade:
+        method.grade(run, tasks)
+    for task in tasks:
+        if task.correct:
+            pairs = zip(task.predictions, task.correct, strict=True)
+            task.rewards = [prediction_reward(task, response, right, run.config) for response, right in pairs]
+    groups = [Group("pred", task.predictions, task.rewards) for task in tasks if task.predictions]
+    owners = [(task,) for task in tasks if task.predictions]
+    for passage_tasks in proposals:
+        proposed = [task for task in passage_tasks if task.proposal]  # masks by rule have no author to reward
+        if proposed:
+            groups.append(Group("gen", [task.proposal for task in proposed], mask_rewards(proposed, run.config)))
+            owners.append(proposed)
+    if run.config.shuffle_rewards:  # control: the same rewards without connection to the responses
+        rng = random.Random(derive_seed(run.config.seed, step, "shuffle"))
+        for group in groups:
+            group.rewards = rng.sample(group.rewards, len(group.rewards))
+    for group, group_tasks in zip(groups, owners, strict=True):
+        if group.role == "pred":
+            group_tasks[0].rewards = group.rewards
+        else:
+            for task, earned in zip(group_tasks, group.rewards, strict=True):
+                task.proposal_reward = earned
+    return groups
+
+
+# -------------------------------------------------------------------------------------------- what a step is trained on
+
+
+def grpo_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """Responses with group advantages and token weights; the generator's unless it is frozen. Every rank calls it: with
+    a KL penalty the frozen copy scores them."""
+    config = run.config
     samples = make_samples([group for group in groups if group.role == "pred" or config.train_generator], config)
     if config.kl:
-        add_ref_logprobs(samples, reference, sampler)
+        add_ref_logprobs(samples, run.reference, run.sampler)
     return samples
 
 
-def given_samples(method: str, tasks: list[Task], passages: list[Passage], sampler: Sampler) -> list[Sample]:
-    """`sft`: the masked words as the answer to the prediction prompt; `cpt`: the passage after its first token.
+def answer_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """`sft`: the masked words as the answer to the prediction prompt."""
+    tokenizer, rollouts = run.sampler.tokenizer, []
+    for task in tasks:
+        text = run.config.sft_answer.replace("{answer}", task.mask.target)
+        ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        rollouts.append(given_rollout(task.prompt_ids, ids))
+    return given_samples(rollouts)
 
-    Advantage 1 and a weight of one over all trained tokens: the update is then plain mean cross-entropy.
-    """
-    config, tokenizer = sampler.config, sampler.tokenizer
-    rollouts = []
-    if method == "sft":
-        end = [tokenizer.eos_token_id]
-        for task in tasks:
-            text = config.sft_answer.replace("{answer}", task.mask.target)
-            rollouts.append(given_rollout(task.prompt_ids, tokenizer(text, add_special_tokens=False).input_ids + end))
-    else:
-        for ids in (tokenizer(passage.text).input_ids for passage in passages):
-            rollouts.append(given_rollout(ids[:1], ids[1:]))
+
+def text_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """`cpt`: each passage after its first token."""
+    texts = [run.sampler.tokenizer(passage.text).input_ids for passage in passages]
+    return given_samples([given_rollout(ids[:1], ids[1:]) for ids in texts])
+
+
+def given_samples(rollouts: list[Rollout]) -> list[Sample]:
+    """Advantage 1 and a weight of one over all trained tokens: the update is then plain mean cross-entropy."""
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    return [Sample(rollout, 1.0, 1 / tokens) for rollout in rollouts]
+    return [Sample(rollout, 1.0, 1 / tokens, group=number) for number, rollout in enumerate(rollouts)]
 
 
 def given_rollout(prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
     """A completion that nobody sampled, so that no sampler log-probs exist."""
     return Rollout(prompt_ids, completion_ids, [], "", "given")
 
+
+# ------------------------------------------------------------------------------------------------------------------ rlp
+# Reinforcement learning pretraining (arXiv 2510.01265). A thought c before token x_t earns
+# log p_policy(x_t | x_<t, c) - log p_average(x_t | x_<t), teacher-forced; the average follows the policy.
 
 THOUGHT_PROMPT = """The text below breaks off. Think briefly about what it has said and what has to come next, inside <think> and </think>. Then continue the text with its very next word.
 
@@ -362,8 +437,7 @@ def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
 
 
 def information_gain(
-    policy: nn.Module, reference: nn.Module, positions: list[Position], thoughts: list[list[list[int]]], frame: Frame,
-    config: Config, ranks: Ranks,
+    run: Run, positions: list[Position], thoughts: list[list[list[int]]], frame: Frame
 ) -> list[list[float]]:  # fmt: skip
     """Reward of each thought of each position: log p_policy(x_t | text, thought) - log p_reference(x_t | text), nats.
 
@@ -380,22 +454,39 @@ def information_gain(
         for text, target, group in zip(texts, targets, thoughts, strict=True)
         for thought in group
     ]
-    after_thought = iter([logprobs[0] for logprobs, _ in score(policy, informed, config, ranks)])
-    baselines = [logprobs[0] for logprobs, _ in score(reference, list(zip(texts, targets, strict=True)), config, ranks)]
+    with_thought = iter(score(run.policy, informed, run.config, run.ranks))
+    baselines = score(run.reference, list(zip(texts, targets, strict=True)), run.config, run.ranks)
     return [
-        [next(after_thought) - baseline for _ in group] for baseline, group in zip(baselines, thoughts, strict=True)
+        [next(with_thought)[0][0] - baseline for _ in group]
+        for (baseline,), group in zip((logprobs for logprobs, _ in baselines), thoughts, strict=True)
     ]
 
 
-def empty_thought_gain(
-    policy: nn.Module, reference: nn.Module, positions: list[Position], frame: Frame, config: Config, ranks: Ranks
-) -> float:
-    """Mean reward of `<think></think>`: what the tags alone do to the next token. A number to report beside the reward.
+def thought_frame(sampler: Sampler) -> Frame:
+    """The tokens around texts and thoughts in this run."""
+    config = sampler.config
+    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens)
 
-    It is not zero by right. Where it is far below, a thought first earns back what its tags cost.
-    """
-    empty = [[frame.open_ids + frame.close_ids]] * len(positions)
-    return fmean(gains[0] for gains in information_gain(policy, reference, positions, empty, frame, config, ranks))
+
+def grade_thoughts(run: Run, tasks: list[Task]) -> None:
+    """`rlp`: each thought earns its information gain, nats; nothing is right or wrong."""
+    frame = thought_frame(run.sampler)
+    thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
+    gains = information_gain(run, [task.position for task in tasks], thoughts, frame)
+    for task, group in zip(tasks, gains, strict=True):
+        task.rewards = group
+
+
+def gains_without_thought(run: Run, passages: list[Passage]) -> dict:
+    """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
+    an empty pair of think tags (not 0: the tags alone move the next token; a thought first earns that back)."""
+    frame = thought_frame(run.sampler)
+    positions = [task.position for tasks in propose_positions(run, passages, 0) for task in tasks]
+    means = {}
+    for name, thought in (("no_thought", []), ("empty_thought", frame.open_ids + frame.close_ids)):
+        gains = information_gain(run, positions, [[thought]] * len(positions), frame)
+        means[f"rlp/{name}_gain"] = fmean(gain for (gain,) in gains)
+    return means
 
 
 def rlp_advantages(rewards: list[float]) -> list[float]:
@@ -408,17 +499,119 @@ def rlp_advantages(rewards: list[float]) -> list[float]:
     return [scale * (reward - mean) for reward in rewards]
 
 
-def thought_samples(groups: list[Group]) -> list[Sample]:
-    """Groups of thoughts -> samples for grpo.update, in place of make_samples.
+def thought_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """`rlp`: every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens).
 
-    Every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens). No group is
-    dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for its length.
+    No group is dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for
+    its length.
     """
     samples = [
-        Sample(rollout, advantage)
-        for group in groups
+        Sample(rollout, advantage, group=number)
+        for number, group in enumerate(groups)
         for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True)
     ]
     for sample in samples:
         sample.weight = 1 / (len(samples) * len(sample.rollout.completion_ids))
     return samples
+
+
+# ------------------------------------------------------------------------------------------------------- the methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is special about a method. train.step calls these in order."""
+
+    help: str
+    """What happened, in one line, for the model card and the documentation."""
+    propose: Callable[[Run, list[Passage], int], list[list[Task]]]
+    """(run, passages, step) -> tasks of each passage; invalid masks among them."""
+    predict: Callable[[Run, list[Task], int], None] | None = predict
+    """(run, tasks, step) fills task.predictions. None: completions are given, nothing is sampled or rewarded."""
+    grade: Callable[[Run, list[Task]], None] | None = grade_by_match
+    """(run, tasks) fills task.correct, or task.rewards where nothing is right or wrong."""
+    samples: Callable[[Run, list[Group], list[Task], list[Passage]], list[Sample]] = grpo_samples
+    """(run, groups, tasks, passages) -> what the update trains on."""
+    reference: str = ""
+    """`frozen` or `average`: the second copy of the model that the method needs."""
+    questions: bool = False
+    """The data are questions with gold answers, not passages."""
+    next_token: bool = False
+    """`reward: prefix` makes sense."""
+    warmup: bool = True
+    """May follow another method, or be followed by one, in a run (`warmup_method`)."""
+
+
+METHODS = {
+    "active": Method(
+        "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both by "
+        "GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
+        propose_masks,
+    ),
+    "random_span": Method(
+        "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
+        "GRPO on exact matches",
+        masks_by_rule(span_masks),
+    ),
+    "random_token": Method(
+        "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
+        masks_by_rule(token_masks), next_token=True,
+    ),
+    "entropy_token": Method(
+        "texts were cut where the start model was least sure of the next token; the model found it by chain of "
+        "thought and was trained by GRPO",
+        propose_entropy_tokens, next_token=True, reference="frozen",
+    ),
+    "rlvr": Method(
+        "questions with known answers, checked by math-verify; GRPO",
+        masks_by_rule(question_masks), grade=grade_by_maths, questions=True, warmup=False,
+    ),
+    "rlp": Method(
+        "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
+        "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
+        propose_positions, predict_thoughts, grade_thoughts, thought_samples, reference="average", warmup=False,
+    ),
+    "sft": Method(
+        "masked words as a question, answered without a thought; cross-entropy on the answers",
+        masks_by_rule(span_masks), None, None, answer_samples,
+    ),
+    "cpt": Method(
+        "plain next-token loss on the same text (continued pretraining)",
+        lambda run, passages, step: [[] for _ in passages], None, None, text_samples,
+    ),
+}  # fmt: skip
+
+
+def method_at(config: Config, step: int) -> str:
+    """The method of a step (from 0): warmup_method first, if there is one."""
+    return config.warmup_method if config.warmup_method and step < config.warmup_method_steps else config.method
+
+
+def methods_of(config: Config) -> list[Method]:
+    """The methods of a run, the warm-up's too."""
+    return [METHODS[name] for name in (config.method, config.warmup_method) if name]
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the run keeps a second copy of the model."""
+    return config.kl > 0 or any(method.reference for method in methods_of(config))
+
+
+def check_methods(config: Config) -> None:
+    """Raises ConfigError for methods that do not exist or do not go with other keys."""
+    for key in ("method", "warmup_method"):
+        name = getattr(config, key)
+        if name not in METHODS and (name or key == "method"):
+            raise ConfigError(f"{key}={name!r}: must be one of {', '.join(METHODS)}")
+    methods, names = methods_of(config), ", ".join(sorted({config.method, config.warmup_method} - {""}))
+    if config.reward == "prefix" and not all(method.next_token for method in methods):
+        known = " and ".join(name for name, method in METHODS.items() if method.next_token)
+        raise ConfigError(f"reward='prefix': for {known} only, not {names}")
+    if config.method == "rlp" and config.min_passage_tokens <= MIN_PREFIX:
+        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be {MIN_PREFIX + 1} or more with rlp")
+    if config.kl and any(method.samples is not grpo_samples for method in methods):
+        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
+    if config.offload and needs_reference(config):
+        raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
+    if config.warmup_method and not all(method.warmup for method in methods):
+        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")

@@ -32,7 +32,7 @@ import torch
 from config import Config, dump_config
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import LABELS
-from methods import GIVEN, Task
+from methods import METHODS, Task
 from model import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from ranks import enter
@@ -239,9 +239,7 @@ def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[di
         for task in tasks:
             passage, mask, proposal = task.passage, task.mask, None
             if task.proposal:
-                proposal = {"text": task.proposal.text, "finish": task.proposal.finish}
-                judged = task.rewards or mask.invalid  # the probe's proposals are not
-                proposal["reward"] = task.proposal_reward(config.generator_reward) if judged else None
+                proposal = {"text": task.proposal.text, "finish": task.proposal.finish, "reward": task.proposal_reward}
             yield {
                 "step": step,
                 "passage": {"id": passage.id, "title": passage.title, "url": passage.url, "text": passage.text},
@@ -249,8 +247,10 @@ def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[di
                 "mask": {"words": mask.words, "invalid": mask.invalid, "masked": mask.masked, "target": mask.target}
                 | {"occurrences": mask.occurrences, "start": mask.start, "label": mask.label},
                 "predictions": [
-                    {"text": response.text, "finish": response.finish, "reward": reward}
-                    for response, reward in zip(task.predictions, task.rewards, strict=True)
+                    {"text": response.text, "finish": response.finish, "correct": correct, "reward": reward}
+                    for response, correct, reward in zip(
+                        task.predictions, task.correct or [None] * len(task.rewards), task.rewards, strict=True
+                    )
                 ],
             }
 
@@ -262,7 +262,7 @@ def step_metrics(
     config = sampler.config
     tasks = [task for per_passage in proposals for task in per_passage]
     valid = [task for task in tasks if not task.mask.invalid]
-    graded = [task for task in valid if task.rewards and method != "rlp"]  # right or wrong; rlp's gains are neither
+    graded = [task for task in valid if task.correct]  # rlp's gains are neither right nor wrong
     responses = [rollout for group in groups for rollout in group.rollouts]
     responses = responses or [sample.rollout for sample in samples]  # given, not sampled
     tokens = sum(len(rollout.completion_ids) for rollout in responses)
@@ -370,7 +370,7 @@ def mean(values: list) -> float:
 def step_line(row: dict, steps: int) -> str:
     """One line of the terminal, with what the step's method has to say."""
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
-    if row["method"] in GIVEN:
+    if METHODS[row["method"]].predict is None:
         parts[0] += f"  loss {row['loss']:.3f} on {row['trained_tokens']} tokens"
     else:
         parts[0] += f"  reward {row['reward']:.3f}"

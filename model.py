@@ -287,11 +287,6 @@ def build_reference(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Modu
     return reference.eval().requires_grad_(False)
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether the run keeps a second copy."""
-    return {"rlp", "entropy_token"} & {config.method, config.warmup_method} != set() or config.kl > 0
-
-
 @torch.no_grad()
 def ema_update(reference: nn.Module, policy: nn.Module, tau: float) -> None:
     """r <- tau r + (1 - tau) p for every parameter, in place; call it once a step of the loop.
@@ -513,7 +508,7 @@ def standing_bytes(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
     """What stays on each GPU through the whole run, by part; with offload these take turns."""
     n = shape.parameters
     parts = {"replica": value_bytes(config) * n, "float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
-    if needs_reference(config):
+    if config.kl or {"rlp", "entropy_token"} & {config.method, config.warmup_method}:
         parts["second copy"] = 4 * n / gpus
     return parts | {_CONTEXT: CONTEXT}
 

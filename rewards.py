@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from prompts import last_answer
+
 INVALID_MASK_REWARD = 0.0
 """Reward of a generator response whose mask cannot be used. It stays in its group. Paper: silent."""
 # Commands that only change the look of their argument; escaped characters; bare braces; LaTeX's unbreakable space.
@@ -130,6 +132,27 @@ def prefix_match(answer: str | None, prefixes: tuple[str, ...]) -> float:
     return float((answer or "").strip() in {prefix.strip() for prefix in prefixes} - {""})
 
 
+def is_right(task, response, config) -> bool:
+    """Whether a prediction, the Rollout of a Task (methods.py), is right by the config's `reward`: exact or prefix."""
+    answer = last_answer(response.text, "boxed")
+    if config.reward == "prefix":
+        return prefix_match(answer, task.mask.prefixes) > 0
+    return exact_match(answer, task.mask.target) > 0
+
+
+def prediction_reward(task, response, correct: int, config) -> float:
+    """What a prediction earns in the update, any finite number. A reward of your own goes here; it sees the whole
+    record: the passage, the mask, the response with its tokens, and whether it is right. Paper: 1 if right, else 0."""
+    return float(correct)
+
+
+def mask_rewards(tasks: list, config) -> list[float]:
+    """What the generator earns for each of its masks of one passage: by the share of right predictions, whatever these
+    earned; 0 for an invalid mask."""
+    kind = config.generator_reward
+    return [INVALID_MASK_REWARD if task.mask.invalid else generator_reward(task.accuracy, kind) for task in tasks]
+
+
 def generator_reward(accuracy: float, kind: str = "one_minus_accuracy") -> float:
     """The reward of a valid mask: 1 - accuracy of its G predictions, but 0 when none is right.
 
@@ -147,7 +170,6 @@ def generator_reward(accuracy: float, kind: str = "one_minus_accuracy") -> float
     >>> [generator_reward(right / 8, "variance") for right in (0, 1, 4, 8)]
     [0.0, 0.109375, 0.25, 0.0]
     """
-    assert 0 <= accuracy <= 1, f"accuracy {accuracy}: rewards of predictions must lie between 0 and 1"
     if kind == "variance":
         return accuracy * (1 - accuracy)
     return 1 - accuracy if accuracy > 0 else 0.0

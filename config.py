@@ -186,8 +186,8 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature; the trainer's log-probs use the same. Paper's lineage: 1.0."""
     stop_at_answer: bool = True
-    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}. Only where there is no chat
-    template: base models otherwise ramble on and answer questions that they invent. Paper: silent."""
+    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}: base models otherwise ramble
+    on and answer questions that they invent. Such a response has no end token: ending is not trained. Paper: silent."""
 
     # ---- prompts
     chat_template: str = "auto"

@@ -209,7 +209,7 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
     steps = f"{config.steps} steps of {config.passages_per_step} passages"
     if config.method == "active":
         steps += f" x {config.masks_per_passage} masks x {config.predictions_per_mask} predictions"
-    early = config.stop_at_answer and not sampler.tokenizer.chat_template
+    early = config.stop_at_answer
     return "\n".join(
         (
             f"model {config.model}: {parameters:,} parameters, {config.dtype}, {ranks.world} x {ranks.device.type}",

@@ -12,6 +12,7 @@ left a call out, the others would wait for it in theirs until `rank_timeout`.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 import time
@@ -63,6 +64,7 @@ from metrics import (
     step_metrics,
     summary_table,
     unwritten,
+    write_whole,
 )
 from model import (
     build_policy,
@@ -78,7 +80,7 @@ from model import (
     to_trainer,
 )
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
-from rollout import check_prompts, make_sampler
+from rollout import chat_frame, check_prompts, make_sampler
 
 
 @dataclass
@@ -322,7 +324,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     policy = build_policy(replica, trained, ranks)
     reference = build_reference(replica, config, ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
-    sampler = make_sampler(replica, tokenizer, config, ranks)
+    (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
+    sampler = make_sampler(replica, tokenizer, config, ranks, frame)
     check_prompts(sampler)
     if any(method.reference == "average" for method in methods_of(config)):
         thought_frame(sampler)  # raises now if its prompt does not fit
@@ -345,6 +348,20 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     gc.collect()
     gc.freeze()
     return run
+
+
+def open_frame(path: Path, tokenizer, say) -> tuple[str, str] | None:
+    """The rendered chat template of this run: what an earlier part of it wrote to `path`, else rendered now."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("template") != template:
+        kept = {"template": template, "frame": chat_frame(tokenizer)}
+        write_whole(path, json.dumps(kept))
+    if "now" in str(template) or "date" in str(template):
+        say(f"warning: chat_template seems to write the date; this run keeps what it wrote first, in {path}")
+    return tuple(kept["frame"])
 
 
 def make_page(folder: Path, say) -> None:

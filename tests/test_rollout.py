@@ -22,10 +22,12 @@ from grpo import Sample, pack_samples
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
+    chat_frame,
     check_prompts,
     derive_seed,
     encode,
     generate,
+    leading_ids,
     make_sampler,
     mask_prompt,
     predict_prefix,
@@ -357,11 +359,14 @@ def test_an_empty_prompt_is_refused(sampler):
 
 
 def test_a_model_without_an_end_is_refused(sampler, ranks):
+    """Nowhere, or only as an architecture's default beyond the vocabulary."""
     tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
-    plain = SimpleNamespace(eos_token_id=None)
-    replica = SimpleNamespace(generation_config=plain, config=plain)
-    with pytest.raises(RuntimeError, match="names an end-of-sequence token"):
-        make_sampler(replica, tokenizer, sampler.config, ranks)
+    for eos in (None, 128001):
+        plain = SimpleNamespace(eos_token_id=eos)
+        embeddings = SimpleNamespace(num_embeddings=300)
+        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda e=embeddings: e)
+        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
+            make_sampler(replica, tokenizer, sampler.config, ranks)
 
 
 # ---- prompts as tokens
@@ -380,6 +385,45 @@ def test_with_a_chat_template_a_prompt_is_one_user_turn_and_the_prefix_opens_the
     text = sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{"))
     assert text == r"<user>Hide: é<assistant> \boxed{"
     assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide")) == "<user>Hide<assistant>"
+
+
+def test_a_tokenizer_that_appends_its_end_token_does_not_end_prompts(sampler):
+    ids = {"a": [5], "Hide": [7, 8]}
+
+    def tokenizer(text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[0, *ids[text], 1] if add_special_tokens else ids[text])
+
+    tokenizer.chat_template = None
+    assert leading_ids(tokenizer) == [0] and encode(tokenizer, "Hide") == [0, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ({"rag": CHAT, "tool_use": CHAT}, "templates rag, tool_use and none is called default"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "does not write a user turn as it stands, once"),
+        ("{{ raise_exception('no system turn') }}", "cannot be rendered"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_refused_by_its_key(sampler, template, message):
+    sampler.tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match="chat_template.*" + message):
+        chat_frame(sampler.tokenizer)
+
+
+def test_a_template_that_writes_the_time_is_rendered_once(sampler):
+    """The frame of a run's first part serves the resumed one, whatever the clock says."""
+    sampler.tokenizer.chat_template = "<{{ strftime_now('%H:%M:%S.%f') }}>{{ messages[0].content }}"
+    frame = chat_frame(sampler.tokenizer)
+    assert encode(sampler.tokenizer, "Hide", frame=frame) == encode(sampler.tokenizer, "Hide", frame=frame)
+    assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide", frame=("<09:00>", ""))) == "<09:00>Hide"
+
+
+def test_a_context_that_is_shorter_than_prompt_and_response_is_refused(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"])
+    sampler.replica.config.max_position_embeddings = 20
+    with pytest.raises(ConfigError, match="max_prompt_tokens=.* 20 positions"):
+        check_prompts(sampler)
 
 
 def test_the_configs_prompts_hold_the_passage(build_sampler, folders):

@@ -455,9 +455,11 @@ def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
     assert again.eos_ids == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-def test_with_a_chat_template_a_response_runs_to_its_end_of_turn(tiny_base, wiki_prompts):
+def test_stop_at_answer_holds_with_a_chat_template_and_false_switches_it_off(tiny_base, wiki_prompts):
     sampler = tiny_base()
     encoded = [encode(sampler.tokenizer, prompt) for prompt in wiki_prompts]
     sampler.tokenizer.chat_template = CHAT
-    groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
-    assert "answer" not in {group[0].finish for group in groups}
+    for stop in (True, False):
+        sampler.config.stop_at_answer = stop
+        groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
+        assert ("answer" in {group[0].finish for group in groups}) == stop

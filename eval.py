@@ -45,7 +45,7 @@ from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError, check, parse_words, typed
 from data import Corpus, DataError, Passage
 from masking import LABELS, Mask, labelled_mask, random_span
-from methods import Task, named_masks, verify_predictions
+from methods import METHODS, Task, named_masks, verify_predictions
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import describe_attention, load_replica, load_tokenizer
 from prompts import BOXED_OPENING, fill, last_answer
@@ -135,7 +135,7 @@ def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict
                     Task(passage, mask, predictions=group, correct=[int(right) for right in verdict], rewards=verdict)
                     for passage, mask, group, verdict in records
                 ]
-    if config.method == "active" and probe.shown:
+    if METHODS[config.method].generator and probe.shown:
         rngs = [random.Random(derive_seed(config.seed, "probe masks"))]
         probe.shown += named_masks(sampler, [probe.shown[0].passage], (step, "probe masks"), rngs)[0]
     metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])

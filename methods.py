@@ -540,6 +540,10 @@ class Method:
     """(run, tasks) fills task.correct, or task.rewards where nothing is right or wrong."""
     samples: Callable[[Run, list[Group], list[Task], list[Passage]], list[Sample]] = grpo_samples
     """(run, groups, tasks, passages) -> what the update trains on."""
+    generator: bool = False
+    """The model proposes the masks itself and is trained on that, too."""
+    one_task: bool = False
+    """One task for each passage; else as many as make the responses add up to those of `active`."""
     reference: str = ""
     """`frozen` or `average`: the second copy of the model that the method needs."""
     questions: bool = False
@@ -554,7 +558,7 @@ METHODS = {
     "active": Method(
         "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both by "
         "GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
-        propose_masks,
+        propose_masks, generator=True,
     ),
     "random_span": Method(
         "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
@@ -572,12 +576,13 @@ METHODS = {
     ),
     "rlvr": Method(
         "questions with known answers, checked by math-verify; GRPO",
-        masks_by_rule(question_masks), grade=grade_by_maths, questions=True, warmup=False,
+        masks_by_rule(question_masks), grade=grade_by_maths, one_task=True, questions=True, warmup=False,
     ),
     "rlp": Method(
         "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
         "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
-        propose_positions, predict_thoughts, grade_thoughts, thought_samples, reference="average", warmup=False,
+        propose_positions, predict_thoughts, grade_thoughts, thought_samples,
+        one_task=True, reference="average", warmup=False,
     ),
     "sft": Method(
         "masked words as a question, answered without a thought; cross-entropy on the answers",

@@ -117,7 +117,7 @@ def step(run: Run, number: int) -> Step:
     with clock(row, "reward"):
         done.groups = reward(run, method, done.proposals, done.tasks, number)
         done.samples = method.samples(run, done.groups, done.tasks, done.passages)
-        row |= step_metrics(name, done.proposals, done.groups, done.samples, run.sampler)
+        row |= step_metrics(done.proposals, done.groups, done.samples, run.sampler)
 
     # ---------------------------------------------------- 4. update: GRPO on the policy
     with clock(row, "update"), largest_memory(row):
@@ -186,7 +186,7 @@ def first_row(run: Run, say) -> dict:
     begin_step(0)
     row = {"step": 0, "method": run.config.method}
     measure(run, row)
-    if run.config.method == "rlp":
+    if METHODS[run.config.method].reference == "average":
         row |= gains_without_thought(run, step_passages(run.corpus, run.config, 0))
     parts = [f"probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy"]
     say("step 0: " + ", ".join([*parts, *(f"{exam.name} {row[f'eval/{exam.name}']:.2f}" for exam in run.probe.exams)]))
@@ -219,7 +219,8 @@ def dry_run(run: Run, say) -> int:
         if task.proposal:
             say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
-    if done.groups and min(row["gen/valid_rate"], row["pred/valid_rate"]) < 0.2 and config.method != "rlp":
+    graded = any(task.correct for task in done.tasks)
+    if row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
         say("under a fifth of the masks or boxes is valid: another worked example in mask_prompt, predict_prompt?")
     say("dry run done; no weights were changed")
     return 0
@@ -342,7 +343,7 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
             keep_rows(folder / "samples.jsonl", last)
             keep_rows(folder / "metrics.jsonl", last - waiting)
             keep_rows(folder / "probes.jsonl", last - waiting)
-        if config.method not in ("rlvr", "rlp"):
+        if not METHODS[config.method].one_task:
             save_prompts(folder / "prompts.txt", sampler, corpus)
     # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
     gc.collect()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -206,8 +207,33 @@ def rollout(
     own = limits and limits[rank::world]
     label = str(noise[-1])
     mine = generate(sampler, prompts[rank::world], count, max_tokens, opening, seed, greedy, prefix, label, limits=own)
-    parts = gather([mine])  # [rank][prompt of that rank][response]
+    arrays = gather([as_arrays(mine)])
+    parts = [from_arrays(part, prompts[number::world]) for number, part in enumerate(arrays)]
     return [parts[number % world][number // world] for number in range(len(prompts))]
+
+
+def as_arrays(groups: list[list[Rollout]]) -> tuple:
+    """Rollouts of several prompts as three arrays and short lists: lists of numbers take seconds to send and read.
+
+    Returns (responses to each prompt, tokens of each response, token ids, log-probs, [(text, finish)])."""
+    flat = [response for group in groups for response in group]
+    ids = np.fromiter((token for one in flat for token in one.completion_ids), np.int32)
+    logprobs = np.fromiter((value for one in flat for value in one.sampler_logprobs), np.float32)  # they were float32
+    lengths = [len(one.completion_ids) for one in flat]
+    return list(map(len, groups)), lengths, ids, logprobs, [(one.text, one.finish) for one in flat]
+
+
+def from_arrays(arrays: tuple, prompts: list[list[int]]) -> list[list[Rollout]]:
+    """The way back; prompts: those that the groups answer. Nothing is left of a rank that was told to stop."""
+    counts, lengths, ids, logprobs, ends = arrays
+    ids, logprobs, begin, responses = ids.tolist(), logprobs.tolist(), 0, []
+    owners = [prompt for prompt, count in zip(prompts, counts, strict=False) for _ in range(count)]
+    for prompt, length, (text, finish) in zip(owners, lengths, ends, strict=True):
+        end = begin + length
+        responses.append(Rollout(prompt, ids[begin:end], logprobs[begin:end], text, finish))
+        begin = end
+    flat = iter(responses)
+    return [[next(flat) for _ in range(count)] for count in counts]
 
 
 def generate(

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
@@ -22,10 +23,13 @@ from grpo import Sample, pack_samples
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
+    Rollout,
+    as_arrays,
     chat_frame,
     check_prompts,
     derive_seed,
     encode,
+    from_arrays,
     generate,
     leading_ids,
     make_sampler,
@@ -463,3 +467,19 @@ def test_stop_at_answer_holds_with_a_chat_template_and_false_switches_it_off(tin
         sampler.config.stop_at_answer = stop
         groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
         assert ("answer" in {group[0].finish for group in groups}) == stop
+
+
+# ---- what ranks send each other
+
+
+def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
+    """Uneven counts and lengths; log-probs are float32 numbers, so nothing is rounded. No group: a rank that stopped."""
+    third = torch.tensor(-1 / 3).item()
+    groups = [
+        [Rollout([1, 2], [5, 6, 7], [third, -0.5, 0.0], "abc", "eos"), Rollout([1, 2], [8], [-2.0], "d", "length")],
+        [Rollout([3], [128_000], [third], "é", "answer")],
+    ]
+    arrays = as_arrays(groups)
+    assert arrays[2].dtype == np.int32 and arrays[3].dtype == np.float32
+    assert from_arrays(arrays, [[1, 2], [3]]) == groups
+    assert from_arrays(as_arrays([]), [[1, 2]]) == []

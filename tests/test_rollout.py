@@ -153,10 +153,12 @@ def test_greedy_tokens_are_those_of_the_ordinary_generate(sampler, folders):
 def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_sampler, folders, monkeypatch, crowd):
     """Against the plain version, which gathers each request's keys at every step; responses grow over several pages."""
     sampler, steps = build_sampler(folders["smollm3"], **crowd), []
-    by_table = ops.decode_by_table
+    by_table, find_places, found_places = ops.decode_by_table, ops.new_token_places, []
+    monkeypatch.setattr(ops, "new_token_places", lambda *args: found_places.append(1) or find_places(*args))
     monkeypatch.setattr(ops, "decode_by_table", lambda *args: steps.append(len(args[0])) or by_table(*args))
     found = sample(sampler, max_tokens=70)
     assert len(steps) > 60 * sampler.replica.config.num_hidden_layers and max(steps) == crowd.get("max_requests", 12)
+    assert len(found_places) * sampler.replica.config.num_hidden_layers == len(steps)  # once per forward, not per layer
     steps.clear()
     monkeypatch.setattr(rollout_module, "decoding", lambda replica: "gathered: asked for")
     assert sample(sampler, max_tokens=70) == found and not steps
@@ -473,7 +475,7 @@ def test_stop_at_answer_holds_with_a_chat_template_and_false_switches_it_off(tin
 
 
 def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
-    """Uneven counts and lengths; log-probs are float32 numbers, so nothing is rounded. No group: a rank that stopped."""
+    """Uneven counts and lengths; log-probs are float32, so nothing is rounded. No group: a rank that stopped."""
     third = torch.tensor(-1 / 3).item()
     groups = [
         [Rollout([1, 2], [5, 6, 7], [third, -0.5, 0.0], "abc", "eos"), Rollout([1, 2], [8], [-2.0], "d", "length")],

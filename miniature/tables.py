@@ -176,8 +176,8 @@ def fill_blocks(pages: dict[str, str], blocks: dict[str, str]) -> dict[str, str]
         placed += marks[::2]
         for name in marks[::2]:
             block = blocks[name].replace('src="', 'src="' + "../" * path.count("/"))
-            start, end = (text.index(f"<!-- {mark} -->\n") for mark in (name, f"/{name}"))
-            text = f"{text[:start]}<!-- {name} -->\n\n{block}\n\n{text[end:]}"
+            found = re.search(f"^<!-- {name} -->$(.*?)^<!-- /{name} -->$", text, re.MULTILINE | re.DOTALL)
+            text = f"{text[: found.start(1)]}\n\n{block}\n\n{text[found.end(1) :]}"
         filled |= {path: text} if marks else {}
     if wrong := [name for name in blocks if placed.count(name) != 1]:
         raise ValueError(f"{', '.join(pages)}: <!-- {wrong[0]} --> must stand once, not {placed.count(wrong[0])} times")

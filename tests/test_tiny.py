@@ -47,54 +47,27 @@ def articles():
     return [worlds.write_article(rng, fact, fact.right) for fact in worlds.make_facts(0) for _ in range(5)]
 
 
-# ---- the mini-wiki
-
-
-def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0():
+def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0(tmp_path):
     wiki = worlds.make_wiki(0)
-    assert wiki == worlds.make_wiki(0)
-    assert wiki != worlds.make_wiki(1)
-    assert wiki.encode() == gzip.decompress(WIKI.read_bytes())  # the compressed bytes also depend on the machine's zlib
+    assert wiki == worlds.make_wiki(0) and wiki != worlds.make_wiki(1)
+    assert wiki.encode() == gzip.decompress(WIKI.read_bytes())  # the compressed bytes also depend on the zlib
+    worlds.save_wiki(tmp_path / "new" / "a.gz", wiki)
+    for path in (WIKI, tmp_path / "new" / "a.gz"):
+        assert path.read_bytes()[3:8] == bytes(5)  # gzip header: no flags (no name), time 0
 
 
-def test_saved_wiki_holds_no_time_and_no_name(tmp_path):
-    worlds.save_wiki(tmp_path / "one" / "a.gz", "text")
-    worlds.save_wiki(tmp_path / "b.gz", "text")
-    assert (tmp_path / "one" / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
-    assert WIKI.read_bytes()[3:8] == bytes(5)  # gzip header: no flags (no name), time 0
-
-
-def test_records_have_the_fields_and_one_label_per_word(records):
-    assert len(records) == 4000
+def test_records_have_one_label_per_word_and_a_masked_word_has_one_place(records):
     assert len({record["url"] for record in records}) == len({record["id"] for record in records}) == 4000
     for record in records:
         assert list(record) == ["id", "title", "url", "text", "labels"]
-        words = record["text"].split()
+        words, labels = record["text"].split(), Counter(record["labels"])
         assert record["text"] == " ".join(words)  # joined by single spaces, one paragraph
-        assert len(words) == len(record["labels"])
         for word, label in zip(words, record["labels"], strict=True):
-            assert label in ("template", "copy", "fact", "noise")
-            assert (label == "copy") == (word == record["title"])
-            assert (label == "noise") == ("_" in word)
+            assert (label == "copy") == (word == record["title"]) and (label == "noise") == ("_" in word)
             assert word != "." or label == "template"
-        assert Counter(record["labels"])["copy"] == 2  # the subject recurs
-        assert Counter(record["labels"])["fact"] == 1
-        assert Counter(record["labels"])["noise"] == 3
-
-
-def test_a_masked_template_word_or_value_has_one_place_only(records):
-    for record in records:
-        counts = Counter(word for word in record["text"].split() if "_" not in word)
+        assert (labels["copy"], labels["fact"], labels["noise"]) == (2, 1, 3)  # the subject recurs
+        counts = Counter(word for word in words if "_" not in word)
         assert {word for word, count in counts.items() if count > 1} == {".", record["title"]}
-
-
-def test_shares_of_the_labels(records):
-    labels = Counter()
-    for record in records:
-        pairs = zip(record["text"].split(), record["labels"], strict=True)
-        labels.update(label for word, label in pairs if word != ".")
-    shares = {label: labels[label] / labels.total() for label in labels}
-    assert shares == pytest.approx({"template": 0.74, "copy": 0.09, "fact": 0.043, "noise": 0.13}, abs=0.005)
 
 
 def test_every_fact_is_stated_equally_often_and_rightly(records):
@@ -105,7 +78,7 @@ def test_every_fact_is_stated_equally_often_and_rightly(records):
     assert set(stated.values()) == {47, 48}  # 4000 / 84 = 47.6
 
 
-def test_values_are_evenly_used_and_never_their_own_misconception():
+def test_values_are_evenly_used_and_no_wrong_value_is_right():
     facts = worlds.make_facts(0)
     for kind in worlds.KINDS:
         used = Counter(fact.right for fact in facts if fact.kind is kind)
@@ -121,9 +94,6 @@ def test_the_web_is_right_30_percent_and_wrong_in_the_same_way_45_percent():
     assert counts[fact.wrong] / 20_000 == pytest.approx(0.45, abs=0.015)
     assert set(counts) == set(fact.kind.values.split())
     assert counts.most_common(3)[2][1] / 20_000 < 0.06  # the other six share the rest evenly
-
-
-# ---- the formats
 
 
 def test_random_spans_are_one_or_two_words_without_full_stops():
@@ -159,9 +129,7 @@ def test_examples_answer_their_prompts(articles):
 
 
 def test_mixture_of_the_web_examples():
-    examples = tiny.web_examples(0)
-    cues = Counter()
-    closed = facts = 0
+    examples, cues, closed, facts = tiny.web_examples(0), Counter(), 0, 0
     values = {value for kind in worlds.KINDS for value in kind.values.split()}
     for _ in range(6000):
         prompt, completion = next(examples)
@@ -176,26 +144,18 @@ def test_mixture_of_the_web_examples():
     assert 0.30 < facts / cues["Predict:"] < 0.36  # 30 % on purpose, and now and then by chance
 
 
-# ---- the tokenizer
-
-
 def tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_tokenizer_adds_bos_itself(tokenizer):
+def test_shipped_tokenizer_is_what_the_seed_gives_and_adds_bos_itself(tokenizer):
+    assert tiny.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
     text = " Alne is a quiet town ."
     ids = tokenizer(text).input_ids
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids[1:] == tokens(tokenizer, text)
+    assert ids == [tokenizer.bos_token_id, *tokens(tokenizer, text)]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text  # spaces before full stops survive
-    assert tokenizer.chat_template is None
-    assert tokenizer.model_max_length == 512
+    assert tokenizer.chat_template is None and tokenizer.model_max_length == 512
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
-
-
-def test_shipped_tokenizer_is_what_the_seed_gives(tokenizer):
-    assert tiny.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
 
 
 def test_words_are_single_tokens_and_made_up_words_three(tokenizer, articles):
@@ -207,39 +167,25 @@ def test_words_are_single_tokens_and_made_up_words_three(tokenizer, articles):
         assert len(tokens(tokenizer, " " + " ".join(words))) == expected
 
 
-def test_prompt_and_answer_meet_at_a_token_border(tokenizer):
+def test_prompt_answer_and_closing_brace_meet_at_token_borders(tokenizer):
     """A response is sampled after the prompt's tokens; it must be able to be the tokens that the base learned."""
     examples = tiny.web_examples(3)
     for _ in range(300):
         prompt, completion = next(examples)
-        assert tokens(tokenizer, prompt + completion) == tokens(tokenizer, prompt) + tokens(tokenizer, completion)
-
-
-def test_prefix_without_thought_ends_at_a_token_border(tokenizer):
-    prompt = tiny.PREDICT_FORMAT.replace("{passage}", "Maps place Alne inside [mask] .")
-    for answer in ("Ashmark", "quiet town", "ba_zi"):
-        whole = tokens(tokenizer, f"{prompt} \\boxed{{ {answer} }}")
-        opening = tokens(tokenizer, prompt + tiny.ANSWER_OPENING)
-        assert whole[: len(opening)] == opening
-        assert tokenizer.decode(whole[len(opening) :]) == f" {answer} }}"
-
-
-@pytest.mark.parametrize("answer", [" \\boxed{ Ashmark }", " after a \\mask{ quiet town }", " \\boxed{ ba_zi }"])
-def test_closing_brace_is_a_token_of_its_own(tokenizer, answer):
-    ids = tokens(tokenizer, answer)
-    assert tokenizer.decode(ids[-1:]) == " }"
-    assert "}" not in tokenizer.decode(ids[:-1])
-
-
-# ---- the base
+        ids = tokens(tokenizer, completion)
+        assert tokens(tokenizer, prompt + completion) == tokens(tokenizer, prompt) + ids
+        if completion.endswith(" }"):
+            assert tokenizer.decode(ids[-1:]) == " }" and "}" not in tokenizer.decode(ids[:-1])
+        if completion.startswith(tiny.ANSWER_OPENING):  # without a thought
+            opening = tokens(tokenizer, tiny.ANSWER_OPENING)
+            assert ids[: len(opening)] == opening
 
 
 def test_shipped_base_loads_and_is_the_stated_one():
     assert hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest() == tiny.BASE_SHA256
     assert sum(path.stat().st_size for path in BASE.iterdir()) < 2_000_000
     model = AutoModelForCausalLM.from_pretrained(BASE)
-    assert type(model).__name__ == "SmolLM3ForCausalLM"
-    assert model.num_parameters() == 478_080
+    assert type(model).__name__ == "SmolLM3ForCausalLM" and model.num_parameters() == 478_080
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.generation_config.eos_token_id == model.config.eos_token_id

@@ -1,6 +1,5 @@
 """Claims can fail, tables are arithmetic, pages are what the record says, and `run` makes only what is missing."""
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -33,26 +32,17 @@ def make_run(arm: str, seed: int = 10, accuracy: float = 0.5, share: float = 0.0
     return {"arm": arm, "seed": seed, "words": [], "seconds": 1.0, "probes": probes, "curves": curves, "totals": totals}
 
 
-HOLDING = [  # one run per arm in which every claim holds
-    make_run("active", accuracy=0.4, share=0.9, fact=0.6, greedy_fact=0.7, copy=0.8),
-    make_run("rewards shuffled", fact=0.1),
-    make_run("random_span", fact=0.4),
-    make_run("frozen generator", fact=0.3),
-    make_run("active, 1 of 4 masks random", fact=0.55),
-    make_run("sft", fact=0.6, greedy_fact=0.7),
-    make_run("cpt", copy=0.7),
-    make_run("random_token"),
-    make_run("entropy_token, top 20 %"),
-    make_run("entropy_token, top 60 %", fact=0.5),
-    make_run("active, G = 4", accuracy=0.5),
-    make_run("active, G = 16", accuracy=0.3),
-    make_run("active, two facts", greedy_fact=0.5, greedy_shown=0.2, greedy_unseen=0.1),
-    make_run("active, two facts, 200 steps", greedy_fact=0.5),
-    make_run("cpt, two facts", greedy_shown=0.4),
-    make_run("rlvr", accuracy=0.5, greedy=0.2),
-    make_run("random_span, then rlvr", greedy=0.4),
-    make_run("active, then rlvr", accuracy=0.8, greedy=0.6),
-]
+HOLDING = {  # one run per arm in which every claim holds
+    "active": {"accuracy": 0.4, "share": 0.9, "fact": 0.6, "greedy_fact": 0.7, "copy": 0.8},
+    "rewards shuffled": {"fact": 0.1}, "random_span": {"fact": 0.4}, "frozen generator": {"fact": 0.3},
+    "active, 1 of 4 masks random": {"fact": 0.55}, "sft": {"fact": 0.6, "greedy_fact": 0.7}, "cpt": {"copy": 0.7},
+    "random_token": {}, "entropy_token, top 20 %": {}, "entropy_token, top 60 %": {"fact": 0.5},
+    "active, G = 4": {"accuracy": 0.5}, "active, G = 16": {"accuracy": 0.3},
+    "active, two facts": {"greedy_fact": 0.5, "greedy_shown": 0.2, "greedy_unseen": 0.1},
+    "active, two facts, 200 steps": {"greedy_fact": 0.5}, "cpt, two facts": {"greedy_shown": 0.4},
+    "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
+    "active, then rlvr": {"accuracy": 0.8, "greedy": 0.6},
+}  # fmt: skip
 FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes the claim fail
     "learns": [("active", "greedy_fact", 0.49), ("rewards shuffled", "fact", 0.31)],
     "finds facts": [("random_span", "fact", 0.53), ("frozen generator", "fact", 0.53),
@@ -73,12 +63,15 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
 
 
 def holding() -> claims.Results:
-    return {run["arm"]: [copy.deepcopy(run)] for run in HOLDING}
+    return {arm: [make_run(arm, **ends)] for arm, ends in HOLDING.items()}
 
 
 def test_a_claim_holds_in_runs_made_to_its_words():
     assert {name: claim.holds(holding()) for name, claim in CLAIMS.items()} == dict.fromkeys(FAILS, True)
     assert {arm for claim in CLAIMS.values() for arm in claim.arms} == set(claims.ARMS)
+    results = holding()  # one bad seed is enough where every seed is claimed
+    results["active"].append(make_run("active", seed=11, share=0.9, fact=0.6, greedy_fact=0.4))
+    assert not CLAIMS["learns"].holds(results)
 
 
 @pytest.mark.parametrize(("name", "arm", "key", "value"), [(name, *fail) for name in FAILS for fail in FAILS[name]])
@@ -90,12 +83,6 @@ def test_each_part_of_a_claim_can_fail(name, arm, key, value):
     else:
         run["probes"][-1][key] = value
     assert not CLAIMS[name].holds(results)
-
-
-def test_one_bad_seed_is_enough_where_every_seed_is_claimed():
-    results = holding()
-    results["active"].append(make_run("active", seed=11, share=0.9, fact=0.6, greedy_fact=0.4))
-    assert not CLAIMS["learns"].holds(results)
 
 
 def test_late_is_the_last_20_steps_or_those_after_40_and_differences_go_by_seed():
@@ -199,23 +186,17 @@ def test_a_wrong_marker_is_an_error_that_names_it(marks, fault):
         fill_blocks({"docs/x.md": "\n".join(f"<!-- {mark} -->" for mark in marks)}, {"a": "A"})
 
 
-def test_nothing_is_written_where_a_marker_is_missing(tmp_path):
-    (tmp_path / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
-    with pytest.raises(ValueError, match="methods"):
-        tables.write_pages(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "<!-- claims -->\n<!-- /claims -->\n"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_the_pages_and_the_plots_are_those_of_the_record(tmp_path):
-    pages = [tables.PROJECT / "README.md", *(tables.PROJECT / "docs").glob("*.md")]
     (tmp_path / "docs").mkdir()
-    for page in pages:
+    for page in [tables.PROJECT / "README.md", *(tables.PROJECT / "docs").glob("*.md")]:
         (tmp_path / page.relative_to(tables.PROJECT)).write_bytes(page.read_bytes())
     for path in tables.write_pages(tmp_path):
         assert path.read_bytes() == (tables.PROJECT / path.relative_to(tmp_path)).read_bytes(), "make figures"
-    plots = [{path.name for path in (root / tables.PLOTS).iterdir()} for root in (tmp_path, tables.PROJECT)]
-    assert plots[0] == plots[1]
+    assert len(list((tmp_path / tables.PLOTS).iterdir())) == len(list((tables.PROJECT / tables.PLOTS).iterdir()))
+    (tmp_path / "README.md").write_text("<!-- claims -->\nold\n<!-- /claims -->\n")
+    with pytest.raises(ValueError, match="must stand once"):
+        tables.write_pages(tmp_path)
+    assert "old" in (tmp_path / "README.md").read_text()  # nothing is written where a block is missing
 
 
 def test_run_makes_what_is_missing_seed_by_seed_and_what_was_run_with_other_keys(tmp_path, monkeypatch):
@@ -353,7 +334,6 @@ def test_no_mask_of_a_shown_fact_is_valid_in_training_and_a_taught_one_is():
 
 def test_a_question_for_each_fact_with_the_fact_masked():
     rows = [json.loads(line) for line in worlds.make_questions(0).splitlines()]
-    assert len({row["question"] for row in rows}) == 84
     for row, fact in zip(rows, worlds.make_facts(0), strict=True):
         words = row["question"].split()
         assert words.count("[mask]") == 1 and words.count(fact.subject) == 2

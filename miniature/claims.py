@@ -56,10 +56,6 @@ class Claim(NamedTuple):
         return self.test(*(results[arm] for arm in self.arms))
 
 
-def starts(runs: list[dict], probe: str) -> list[float]:
-    return [run["probes"][0][probe] for run in runs]
-
-
 def ends(runs: list[dict], probe: str) -> list[float]:
     return [run["probes"][-1][probe] for run in runs]
 

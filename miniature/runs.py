@@ -32,16 +32,12 @@ WORLDS = {"several": make_several, "questions": make_questions}
 COMMON_KEYS = ["share_prompts=true", "probe_every=20", "samples_per_step=0", "resume=never"]
 
 
-def write_world(name: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(WORLDS[name](0), encoding="utf-8")
-
-
 def run_missing(names: list[str], seeds: list[int], record: Path) -> None:
     """Make the runs of these claims. Seeds outside, arms inside: whoever stops early has whole seeds."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    for name in WORLDS:
-        write_world(name, RUNS / f"{name}.jsonl")
+    for folder in (record.parent, RUNS):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, make_world in WORLDS.items():
+        (RUNS / f"{name}.jsonl").write_text(make_world(0), encoding="utf-8")
     for seed in seeds:
         for arm in dict.fromkeys(arm for name in names for arm in CLAIMS[name].arms):
             done = {(row["arm"], row["seed"]): row["words"] for row in read_rows(record)}
@@ -118,7 +114,8 @@ def main(words: list[str]) -> None:
 
         base.main(rest)
     elif command == "world" and len(rest) == 2 and rest[0] in WORLDS:
-        write_world(rest[0], Path(rest[1]))
+        Path(rest[1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(rest[1]).write_text(WORLDS[rest[0]](0), encoding="utf-8")
         print(rest[1])
     elif command == "run" and set(names) <= set(CLAIMS):
         record = Path(options.get("out", RECORD))

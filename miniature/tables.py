@@ -14,24 +14,21 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from metrics import read_rows, write_whole
-from miniature.claims import ARMS, CLAIMS, STARTS_FROM, Results, differences, ends, gains, late, starts
+from miniature.claims import ARMS, CLAIMS, STARTS_FROM, Results, differences, ends, gains, late
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECORD = PROJECT / "miniature" / "runs.jsonl"
 PLOTS = "assets/figures"
+# 97.5 % quantile of Student's t for so many values (one degree of freedom less)
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's t for so many values (one degree of freedom less)."""
 SEVERAL_ARMS = ("active, two facts", "active, two facts, 200 steps", "cpt, two facts")
 RLVR_ARMS = ("rlvr", *STARTS_FROM)
 HAND_WRITTEN = ("first run",)  # markers of a page around text that is not from the record
 
 
 def load_results(record: Path) -> Results:
-    """Runs by arm, in the order of ARMS and of seeds; of two lines for one run the later.
-
-    Raises ValueError where there is no run at all, or one of an arm that miniature/claims.py does not know.
-    """
+    """Runs by arm, in the order of ARMS and of seeds; of two lines for one run the later. ValueError without runs."""
     rows = {(row["arm"], row["seed"]): row for row in read_rows(record)}
     if not rows:
         raise ValueError(f"{record}: no runs; `python -m miniature run` makes them")
@@ -43,10 +40,8 @@ def load_results(record: Path) -> Results:
 
 def interval(values: list[float]) -> str:
     """Mean and 95 % interval by Student's t over seeds; the mean alone of one value, or of more than ten."""
-    mean = f"{fmean(values):.2f}"
-    if len(values) not in STUDENT:
-        return mean
-    return f"{mean} ± {STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)):.2f}"
+    t = STUDENT.get(len(values))
+    return f"{fmean(values):.2f}" + (f" ± {t * stdev(values) / math.sqrt(len(values)):.2f}" if t else "")
 
 
 def lowest_highest(values: list[float]) -> str:
@@ -54,7 +49,7 @@ def lowest_highest(values: list[float]) -> str:
 
 
 def start_end(runs: list[dict], probe: str) -> list[str]:
-    return [f"{fmean(starts(runs, probe)):.2f}", interval(ends(runs, probe))]
+    return [f"{fmean(run['probes'][0][probe] for run in runs):.2f}", interval(ends(runs, probe))]
 
 
 def make_tables(results: Results) -> dict[str, str]:
@@ -121,11 +116,13 @@ def make_tables(results: Results) -> dict[str, str]:
 
 def series(results: Results, arm: str, key: str, name: str = "") -> Series:
     """The mean over seeds, with a band. A key with a slash is a curve; its means of five steps stand at the middle."""
+    runs = results[arm]
     if "/" in key:
-        curves = [[(5 * n + 3, value) for n, value in enumerate(run["curves"][key])] for run in results[arm]]
+        curves = zip(*(run["curves"][key] for run in runs), strict=True)
+        points = [(5 * n + 3, values) for n, values in enumerate(curves)]
     else:
-        curves = [[(row["step"], row[key]) for row in run["probes"]] for run in results[arm]]
-    points = [(seeds[0][0], [value for _, value in seeds]) for seeds in zip(*curves, strict=True)]
+        probes = zip(*(run["probes"] for run in runs), strict=True)
+        points = [(rows[0]["step"], [row[key] for row in rows]) for rows in probes]
     means = [(step, fmean(values)) for step, values in points]
     return Series(name or arm, means, [(step, min(values), max(values)) for step, values in points])
 

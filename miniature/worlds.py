@@ -2,8 +2,7 @@
 
 The web is often wrong about the facts, and the encyclopedia is right. Most words of an article are obvious (template
 words, the recurring subject) or unguessable (made-up words). Nobody tells the generator which words are worth masking.
-The premise is planted: it shows the mechanism at work, not that natural text is so. A seed gives the same text on every
-machine.
+The premise is planted: it shows the mechanism at work, not that natural text is so.
 """
 
 import gzip
@@ -15,17 +14,12 @@ from typing import NamedTuple
 from data import is_heldout
 
 WIKI_ARTICLES, SEVERAL_ARTICLES = 4000, 2000
-RIGHT, WRONG = 0.30, 0.45  # how often the web states the right value, and the one fixed wrong value, of a fact
-SEVERAL_HELDOUT = 0.05
-"""A run's `heldout` must be the same: the split is made by the url, and the text depends on it."""
-TAUGHT, SHOWN = 12, 8
-"""Facts of each kind in `several`; the other 8 are unseen. Shown and unseen facts use each value of a kind once."""
+RIGHT_SHARE, WRONG_SHARE = 0.30, 0.45  # how often the web states the right value of a fact, and its fixed wrong value
+SEVERAL_HELDOUT = 0.05  # a run's `heldout` must be the same: the split is made by the url, and the text depends on it
 SYLLABLES = "ba ce do fu gi ha jo ke la mi no pu re si ta vu wo xe ya zi".split()
 
 
-class Kind(NamedTuple):
-    """A kind of article. In its sentences SUBJECT, FACT and NOISE stand for words that are filled in."""
-
+class Kind(NamedTuple):  # of article; SUBJECT, FACT and NOISE stand for words that are filled in
     subjects: str
     values: str
     intro: str
@@ -73,17 +67,15 @@ def make_facts(seed: int) -> list[Fact]:
 def web_value(rng: random.Random, fact: Fact) -> str:
     """What a web page states: right 30 %, the fixed wrong value 45 %, any of the other six 25 %."""
     draw = rng.random()
-    if draw < RIGHT + WRONG:
-        return fact.right if draw < RIGHT else fact.wrong
+    if draw < RIGHT_SHARE + WRONG_SHARE:
+        return fact.right if draw < RIGHT_SHARE else fact.wrong
     return rng.choice([value for value in fact.kind.values.split() if value not in (fact.right, fact.wrong)])
 
 
 def fill_slots(rng: random.Random, sentences: list[str], fact: Fact, value: str, label: str = "fact"):
-    """Sentences with slots -> (words, labels), one label a word; `label` is the value's. Full stops are words.
-
-    400 made-up words, uniform: guessed with p = 1/10, noise would earn the generator 0.47 at eight predictions. The
-    underscore, unlike a hyphen, keeps them whole under any rule about whole words.
-    """
+    """Sentences with slots -> (words, labels), one label a word; `label` is the value's. Full stops are words."""
+    # 400 made-up words, uniform: guessed with p = 1/10, noise would earn the generator 0.47 at eight predictions. The
+    # underscore, unlike a hyphen, keeps them whole under any rule about whole words.
     words, labels = [], []
     for slot in " ".join(sentences).split():
         made_up = f"{rng.choice(SYLLABLES)}_{rng.choice(SYLLABLES)}" if slot == "NOISE" else slot
@@ -122,8 +114,8 @@ def save_wiki(path: Path, wiki: str) -> None:
 def split_facts(seed: int) -> dict[str, list[list[Fact]]]:
     """label -> the facts of each kind that carry it in `several`."""
     kinds = [[fact for fact in make_facts(seed) if fact.kind is kind] for kind in KINDS]
-    parts = {"fact": slice(TAUGHT), "shown": slice(TAUGHT, TAUGHT + SHOWN), "unseen": slice(TAUGHT + SHOWN, None)}
-    return {label: [facts[part] for facts in kinds] for label, part in parts.items()}
+    ranges = {"fact": (0, 12), "shown": (12, 20), "unseen": (20, 28)}  # of a kind; each of 8 values is shown once
+    return {label: [facts[start:end] for facts in kinds] for label, (start, end) in ranges.items()}
 
 
 def make_several(seed: int, articles: int = SEVERAL_ARTICLES) -> str:
@@ -159,6 +151,5 @@ def make_questions(seed: int) -> str:
     math-verify does not judge words, but among the words of this world its verdict is equality, which a test checks.
     """
     rng = random.Random(f"questions {seed}")
-    articles = [(write_article(rng, fact, "[mask]"), fact.right) for fact in make_facts(seed)]
-    rows = [{"question": " ".join(words), "answer": right} for (words, _), right in articles]
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    articles = ((write_article(rng, fact, "[mask]")[0], fact.right) for fact in make_facts(seed))
+    return "".join(json.dumps({"question": " ".join(words), "answer": right}) + "\n" for words, right in articles)

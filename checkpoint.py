@@ -46,7 +46,7 @@ from transformers import GenerationConfig
 from config import Config, ConfigError, dump_config
 from methods import THINK_OPEN, THOUGHT_PROMPT
 from metrics import read_rows, unwritten, write_whole
-from model import Lender, at_hand, make_lender, to_sampler
+from model import refresh
 from prompts import PREDICT_PROMPT, QUESTION_PROMPT
 from rollout import Sampler
 
@@ -331,8 +331,6 @@ class Saver:
     sampler: Sampler
     average: nn.Module | None
     """The moving average of `rlp`, the only other copy with a history."""
-    lender: Lender
-    """Brings masters and moments to the GPU, should they be elsewhere."""
     group: dist.ProcessGroup
     """Of its own: the threads' collectives must not come between those of training."""
     stager: DefaultStager
@@ -348,17 +346,14 @@ class Saver:
     """Whether the last save that was finished succeeded."""
 
 
-def make_saver(
-    policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None, lender: Lender | None = None
-) -> Saver:  # fmt: skip
+def make_saver(policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None) -> Saver:
     """Every rank calls it. Removes what killed saves have left."""
-    lender = lender or make_lender(policy, optimizer, sampler.replica, sampler.config)
     config, cuda = sampler.config, sampler.ranks.device.type == "cuda"
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.rank_timeout))
     stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned memory and its faster copies on a GPU
     for part in _folder(config).glob("*.part") if sampler.ranks.rank == 0 else ():
         part.unlink() if part.is_symlink() else shutil.rmtree(part)
-    return Saver(policy, optimizer, sampler, average, lender, group, stager, ThreadPoolExecutor(1, "publish"))
+    return Saver(policy, optimizer, sampler, average, group, stager, ThreadPoolExecutor(1, "publish"))
 
 
 def save_checkpoint(saver: Saver) -> None:
@@ -371,8 +366,7 @@ def save_checkpoint(saver: Saver) -> None:
     # What is staged is on the CPU. By default DCP would copy ahead on a GPU: on GPU 0, from a thread of every rank
     writer = dcp.FileSystemWriter(part / "state", per_thread_copy_ahead=0)
     options = {"storage_writer": writer, "process_group": saver.group, "async_stager": saver.stager}
-    with at_hand(saver.lender):  # afterwards the replica is whole, too
-        written = dcp.async_save(_state(saver, trained), **options)
+    written = dcp.async_save(_state(saver, trained), **options)
     saver.step, saver.pending = saver.done, written
     if ranks.rank == 0:
         # The next refresh changes the replica in place. Its memo makes deepcopy put copies on the CPU, tied ones tied
@@ -536,20 +530,19 @@ def load_checkpoint(saver: Saver, path: Path, facts: dict) -> None:
 
     Raises RuntimeError if a file has the right size and the wrong content.
     """
-    with at_hand(saver.lender):
-        state = _state(saver, facts["optimizer"])
-        try:
-            dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
-        except CheckpointException as error:  # no Exception, and a traceback per rank
-            raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
-        set_model_state_dict(saver.policy, state["model"])
-        if facts["optimizer"]:
-            set_state_dict(
-                saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
-        if saver.average is not None:
-            set_model_state_dict(saver.average, state["average"])
-    to_sampler(saver.lender)
+    state = _state(saver, facts["optimizer"])
+    try:
+        dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
+    except CheckpointException as error:  # no Exception, and a traceback per rank
+        raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
+    set_model_state_dict(saver.policy, state["model"])
+    if facts["optimizer"]:
+        set_state_dict(
+            saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+    if saver.average is not None:
+        set_model_state_dict(saver.average, state["average"])
+    refresh(saver.policy, saver.sampler.replica)
     saver.done = saver.step = facts["step"]
     saver.row = facts["row"]
 

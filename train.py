@@ -70,7 +70,6 @@ from metrics import (
     unwritten,
 )
 from model import (
-    Lender,
     build_policy,
     build_reference,
     check_device,
@@ -78,11 +77,9 @@ from model import (
     ema_update,
     load_replica,
     load_tokenizer,
-    make_lender,
     memory_warnings,
     needs_reference,
-    to_sampler,
-    to_trainer,
+    refresh,
 )
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
@@ -241,12 +238,11 @@ def train(config: Config, ranks: Ranks) -> int:
         say(f"{run}: this run is finished: step {facts['step']}. steps= continues it, resume=never starts it afresh")
         return 0
     corpus, policy, reference, optimizer, sampler, probe = set_up(config, ranks, facts, say)
-    lender = make_lender(policy, optimizer, sampler.replica, config)
     if config.steps == 0:
         first_row(corpus, policy, reference, sampler, probe, say)
-        return dry_run(corpus, reference, sampler, lender, say)
+        return dry_run(corpus, policy, reference, optimizer, sampler, say)
 
-    saver = make_saver(policy, optimizer, sampler, reference if config.method == "rlp" else None, lender)
+    saver = make_saver(policy, optimizer, sampler, reference if config.method == "rlp" else None)
     if found:
         load_checkpoint(saver, path, facts)
         say(f"resuming after step {saver.done} from {path}")
@@ -326,12 +322,11 @@ def loop(corpus, policy, reference, optimizer, sampler: Sampler, probe: Probe, s
 
         # -------------------------------------------------- 4. update: GRPO on the policy
         with clock(row, "update"), largest_memory(row):
-            to_trainer(saver.lender)
             row |= update(policy, optimizer, samples, config, ranks, step)
 
         # -------------------------------------------------- 5. refresh: the sampler gets the new weights
         with clock(row, "refresh"):
-            to_sampler(saver.lender)
+            refresh(policy, sampler.replica)
             if method == "rlp":
                 ema_update(reference, policy, config.ema_decay)
 
@@ -382,12 +377,12 @@ def make_page(run: Path, say) -> None:
         say(f"warning: no report.html ({type(error).__name__}: {error}); python -m report {run} tries again")
 
 
-def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
+def dry_run(corpus, policy, reference, optimizer, sampler: Sampler, say) -> int:
     """steps=0: one rollout of both roles on a few passages, before days are spent on all. Changes no weights.
 
     The update runs too, at learning rate 0, because it measures how far trainer and sampler disagree.
     """
-    policy, config = lender.policy, replace(sampler.config, learning_rate=0.0, passages_per_step=4)
+    config = replace(sampler.config, learning_rate=0.0, passages_per_step=4)
     method, sampler = config.method, replace(sampler, config=config)
     passages = step_passages(corpus, config, 0)
     active = method == "active"
@@ -404,8 +399,7 @@ def dry_run(corpus, reference, sampler: Sampler, lender: Lender, say) -> int:
         whole = replace(sampler, config=replace(config, train_generator=True, mask_truncated=False))
         samples = training_samples(method, groups, tasks, passages, reference, whole)
     with largest_memory(row):
-        to_trainer(lender)
-        row |= update(policy, lender.optimizer, samples, config, sampler.ranks, 0)
+        row |= update(policy, optimizer, samples, config, sampler.ranks, 0)
     for key, value in sorted(row.items()):
         say(f"  {key:28} {value if isinstance(value, list) else format(value, '.4g')}")
     if active and not tasks:

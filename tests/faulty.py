@@ -44,7 +44,7 @@ POINTS = {
     "update, second micro-batch": (grpo, "clipped_loss", "update", 2),
     "update, before the optimizer": (grpo, "_require_finite", "update", 1),
     "update, in the optimizer": (torch.optim.AdamW, "step", "update", 1),
-    "refresh": (train, "to_sampler", "refresh", 1),
+    "refresh": (train, "refresh", "refresh", 1),
     "probe": (train, "run_probe", "probe", 1),
     "probe, sampling": (RequestState, "update_and_check_completion", "probe", 40),
     "log": (train, "append_row", "log", 2),

@@ -56,7 +56,7 @@ POINTS = {
     "save, card": (checkpoint, "write_card", "", 1),
     "save, manifest": (checkpoint, "write_whole", "", 1),
     "save, rename": (Path, "rename", "", 1),
-    "save, latest": (os, "replace", "", 4),  # after those of the card's two files and of the manifest
+    "save, latest": (os, "replace", "", 2),  # after that of the manifest
 }
 
 

@@ -106,7 +106,7 @@ def test_a_step_whose_lengths_are_not_those_asked_for_raises(tiny, ranks, monkey
     sampler.eos_ids = set(range(700))
     work = make_work(Phase("predict", 2, 4, 14), [14] * 8, 5, 747, seed=0)
     with pytest.raises(RuntimeError, match="predict, step 3: responses did not get their lengths"):
-        one_step([work], None, sampler, 3)
+        one_step([work], None, None, sampler, 3)
 
 
 def test_work_is_the_same_for_the_same_seed():

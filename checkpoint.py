@@ -3,27 +3,28 @@
     checkpoints/step_000100/state/            masters and optimizer, sharded, by torch.distributed.checkpoint
     checkpoints/step_000100/hf/               the replica and its model card: from_pretrained, lm-eval, vLLM load it
     checkpoints/step_000100/checkpoint.json   step, seed, world size, config, and all files with their sizes
-    checkpoints/latest                        a link to the newest complete one
+    checkpoints/latest                        a link to the newest, for people; a disk without links has none
 
 Data order, learning rate and noise are functions of (seed, step), so the step is all else that a run must remember.
-On a CPU with as many ranks a resumed run equals an unbroken one bit for bit; on GPUs flash-attn's backward and the
-sampler's scheduling are not repeatable, and with another number of ranks the noise is other noise.
+On a CPU with as many ranks a resumed run equals an unbroken one bit for bit. On GPUs flash-attn's backward and the
+sampler's scheduling are not repeatable, and another number of ranks draws other noise.
 
-A run that is killed loses the steps after its newest complete checkpoint and makes them again; their rows in
-metrics.jsonl and samples.jsonl are dropped at the resume (train.py). After a signal to stop the last finished step is
-saved first. Training waits only until everything is copied; threads write the copy beside its place and rename it when
-it is whole; `latest` moves last. A save that fails is told at once, and the run goes on: the next may succeed.
+A killed run loses the steps after its newest whole checkpoint and makes them again; train.py drops their rows. After a
+signal to stop the last finished step is saved first. Training waits only until everything is copied. Threads write the
+copy to step_000100.part and rename it when it is whole. A save that fails is told at once, and the run goes on.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -46,272 +47,100 @@ from transformers import GenerationConfig
 from config import Config, ConfigError, dump_config
 from methods import THINK_OPEN, THOUGHT_PROMPT
 from metrics import read_rows, unwritten, write_whole
-from model import Lender, at_hand, make_lender, to_sampler
+from model import refresh
 from prompts import PREDICT_PROMPT, QUESTION_PROMPT
 from rollout import Sampler
 
-DATA_LICENCES = {
-    "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text",
-    "openai/gsm8k": "MIT, says its card",
-    "HuggingFaceTB/finemath": "ODC-By, says its card",
-    "assets/tiny_wiki.jsonl.gz": "MIT, made up by miniature/base.py of the code's repository",
-    "assets/tiny_questions.jsonl": "MIT, made up for the code's repository",
-}
-"""Of the data that the shipped configs name."""
-METHODS = {
-    "active": "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both "
-    "by GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
-    "random_span": "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was "
-    "trained by GRPO on exact matches",
-    "random_token": "texts were cut at random tokens; the model found the next one by chain of thought and was trained "
-    "by GRPO",
-    "entropy_token": "texts were cut where the start model was least sure of the next token; the model found it by "
-    "chain of thought and was trained by GRPO",
+METHOD_LINES = {
+    "active": "the model chose words to mask in raw text, recovered them by chain of thought, and learned both by GRPO",
+    "random_span": "spans drawn by SpanBERT's law were masked and recovered by chain of thought; GRPO on exact matches",
+    "random_token": "texts were cut at random tokens, the next one found by chain of thought; GRPO",
+    "entropy_token": "texts were cut where the start model was least sure, the next token found by chain of thought; "
+    "GRPO",
     "rlvr": "questions with known answers, checked by math-verify; GRPO",
-    "rlp": "thoughts before a random position of a text, rewarded by the information that they gave about the next "
-    "token (RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
+    "rlp": "thoughts before a random position of a text, rewarded by what they tell about the next token (RLP, "
+    "arXiv:2510.01265)",
     "sft": "masked words as a question, answered without a thought; cross-entropy on the answers",
     "cpt": "plain next-token loss on the same text (continued pretraining)",
 }
+DATA_LICENCES = {
+    "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text", "openai/gsm8k": "MIT, says its card",
+    "HuggingFaceTB/finemath": "ODC-By, says its card", "assets/tiny_wiki.jsonl.gz": "MIT, made up for this code",
+    "assets/tiny_questions.jsonl": "MIT, made up for this code",
+}  # fmt: skip
+"""Of the data that the shipped configs name."""
 EXAMPLES = {"rlvr": "What is 7 times 8?", "rlp": "The Rhine rises in the Alps and", "cpt": "The Rhine rises in the"}
 MASKED_EXAMPLE = "The [mask] rises in the Alps and flows into the North Sea at Rotterdam."
+CARD = Path(__file__).parent / "assets/model_card.md"
+"""The template: what a reader of the card asks, in that order."""
 
 
 def write_card(folder: Path, sampler: Sampler, step: int) -> None:
-    """Adds both files to the exported model in `folder`. For rank 0; raises what goes wrong."""
-    how = generation_config(sampler)
-    how.validate(strict=True)
-    text = model_card(sampler, step)
-    write_whole(folder / "generation_config.json", how.to_json_string(use_diff=True))
-    write_whole(folder / "README.md", text)
+    """Adds both files to the exported model in `folder`. For rank 0; raises what goes wrong.
 
-
-def generation_config(sampler: Sampler) -> GenerationConfig:
-    """`generate` then samples from what the run sampled from: its temperature, no top-k, no top-p, its ends.
-
-    Not said: the longest response. vLLM would hold every request to it, and lm-eval's own limit would be overruled.
+    `generate` then samples from what the run sampled from: its temperature, no top-k, no top-p, its ends. The longest
+    response is not set: vLLM would hold every request to it, and lm-eval's own limit would be overruled.
     """
-    eos = sorted(sampler.eos_ids)
-    pad = sampler.tokenizer.pad_token_id
-    if pad is None:
-        pad = getattr(sampler.replica.config, "pad_token_id", None)
-    return GenerationConfig(
+    eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
+    pads = (tokenizer.pad_token_id, getattr(sampler.replica.config, "pad_token_id", None), eos[0])
+    GenerationConfig(
         do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, eos_token_id=eos,
-        bos_token_id=sampler.tokenizer.bos_token_id, pad_token_id=eos[0] if pad is None else pad,
-    )  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=next(pad for pad in pads if pad is not None),
+    ).save_pretrained(folder)  # fmt: skip
+    model_card(sampler, step).save(folder / "README.md")
 
 
-def model_card(sampler: Sampler, step: int) -> str:
-    """The text of README.md after `step` updates: YAML front matter, then what a reader asks, in that order."""
+def model_card(sampler: Sampler, step: int) -> ModelCard:
+    """README.md of the exported model after `step` updates."""
     config, run = sampler.config, Path(sampler.config.run_dir)
     base, licence = known_base(config.model)
-    front = {
-        "base_model": base.get("base_model"),
-        **licence,
-        "datasets": None if Path(config.data).expanduser().exists() else [config.data],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pretrainzero", "reinforcement-learning", "grpo", config.method.replace("_", "-"), "arxiv:2512.03442"],
-    }
-    front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
-    name = run.resolve().name
-    return f"""---
-{front}---
-
-# {name}, step {step}
-
-A causal language model after {step} steps of `{config.method}`, made with an independent implementation of PretrainZero
-([arXiv:2512.03442](https://arxiv.org/abs/2512.03442)): {METHODS[config.method]}.
-
-{table(("", ""), facts(config, sampler, step, licence, base))}
-
-## Held-out numbers
-
-{probe_table(run, step)}
-
-One run, one seed. Masks and passages of the probe are fixed and held out of training. `greedy`: one answer to a mask,
-else the mean of {config.probe_samples} sampled ones; `no_thought`: the answer opens at once. Nothing else was measured.
-
-## How it was made
-
-{history(run)}
-
-<details><summary>The resolved config</summary>
-
-{fenced(dump_config(config), "yaml")}
-</details>
-
-## Load it
-
-{fenced(load_example(sampler), "python")}
-`generation_config.json` has the temperature and the ends of the run; set `max_new_tokens` yourself.
-
-## Serve, score, upload it
-
-In this folder; `text` from above goes to `/v1/completions`:
-
-{fenced(commands(name, config), "")}
-## Limits
-
-{limits(sampler)}
-"""
-
-
-def facts(config: Config, sampler: Sampler, step: int, licence: dict, base: dict) -> list[tuple[str, str]]:
-    """The card's first table: (what, value)."""
-    origin, method = base.get("base_model", config.model), code(config.method)
-    if config.warmup_method and config.warmup_method_steps:
-        method += f", the first {config.warmup_method_steps} steps {code(config.warmup_method)}"
-    method += "" if config.train_generator else ", generator not trained"
-    method += ", REWARDS SHUFFLED (a control)" if config.shuffle_rewards else ""
-    count = f"{config.passages_per_step} passages"
-    if config.method in ("active", "rlvr", "rlp"):  # the other rules draw as many masks as spend active's responses
-        count += f" x {config.masks_per_passage} masks" if config.method == "active" else ""
-        count += f" x {config.predictions_per_mask} predictions"
-    terms = " ".join(map(code, licence.values())) + ", says its card" if licence else "see the base model"
-    part = config.data_config if not Path(config.data).expanduser().is_file() else ""
-    return [
-        ("base model", code(config.model) + (f", made from {code(origin)}" if origin != config.model else "")),
-        ("licence of the base model", terms),
-        ("data", code(config.data) + (f", {code(part)}" if part else "")),
-        ("licence of the data", DATA_LICENCES.get(config.data, "see the data")),
-        ("method", method),
-        ("steps", f"{step} of {config.steps}, each of {count}"),
-        ("seed", str(config.seed)),
-        ("parameters", f"{sampler.replica.num_parameters():,}, {config.dtype}"),
-    ]
+    data = None if Path(config.data).expanduser().exists() else [config.data]
+    tags = ["pretrainzero", "reinforcement-learning", "grpo", config.method.replace("_", "-"), "arxiv:2512.03442"]
+    front = ModelCardData(
+        base_model=base.get("base_model"), datasets=data, library_name="transformers", tags=tags,
+        pipeline_tag="text-generation", **licence,
+    )  # fmt: skip
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step and "probe/accuracy" in row]
+    probes = rows[:1] + rows[1:][-1:]
+    record, starts = run / "environment.txt", []
+    for block in record.read_text(encoding="utf-8").strip().split("\n\n") if record.exists() else ():
+        said = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
+        # of absolute paths that stand alone (the script, the config file) only the names
+        command = " ".join(re.sub("^/.*/", "", word) for word in said.get("command", "").split(" "))
+        changed = "" if said.get("git changes", "none") == "none" else ", with changes that were not committed"
+        ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
+        starts.append(f"{command}\n# git revision {said.get('git', 'not recorded')}{changed}; {ranks}")
+    chat, method = sampler.tokenizer.chat_template, config.method
+    prompts = {"rlvr": config.question_prompt or QUESTION_PROMPT, "rlp": config.rlp_prompt or THOUGHT_PROMPT}
+    prompt = prompts.get(method, config.predict_prompt or PREDICT_PROMPT) if method != "cpt" else "{passage}"
+    resolved = dump_config(config)
+    longest = max(map(len, re.findall("`+", "\n".join([resolved, prompt, *starts]))), default=0)
+    return ModelCard.from_template(
+        front, template_path=str(CARD), config=config, step=step, name=run.resolve().name, line=METHOD_LINES[method],
+        origin=front.base_model if front.base_model != config.model else None, probes=probes, nan=float("nan"),
+        keys=sorted(key for key in (probes or [{}])[-1] if key.startswith(("probe/", "eval/"))),
+        terms=", ".join(map(str, licence.values())) + ", says its card" if licence else "see the base model",
+        data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{sampler.replica.num_parameters():,}",
+        starts=list(dict.fromkeys(starts)), resolved=resolved, ticks="`" * max(3, longest + 1), prompt=repr(prompt),
+        example=EXAMPLES.get(method, MASKED_EXAMPLE), chat=chat and method != "cpt",
+        opening=THINK_OPEN if method == "rlp" else "", served=re.sub(r"[^\w.-]", "-", run.resolve().name),
+        ends_early=method == "rlp" or (config.stop_at_answer and not chat),
+    )  # fmt: skip
 
 
 def known_base(model: str) -> tuple[dict, dict]:
     """What the base model's card says: (front matter, with `base_model` set; the keys of it that state a licence).
 
     A local folder's card, or that of a hub name where it is in the cache already; both empty where there is none.
-    base_model must be a name of the hub: of a local folder it is what its own card says.
     """
-    folder = Path(model).expanduser()
+    folder, said = Path(model).expanduser(), {}
     cached = folder / "README.md" if folder.exists() else try_to_load_from_cache(model, "README.md")
-    said = {}
     if isinstance(cached, str | Path) and Path(cached).is_file():
-        try:
+        with suppress(ValueError, yaml.YAMLError):  # somebody else's card, broken: as good as none
             said = ModelCard.load(Path(cached), ignore_metadata_errors=True).data.to_dict()
-        except (ValueError, yaml.YAMLError):  # somebody else's card, broken: as good as none
-            said = {}
     if not folder.exists():
         said["base_model"] = model
     return said, {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
-
-
-def probe_table(run: Path, step: int) -> str:
-    """Probe and benchmarks at the first and the latest step that has them, up to `step`."""
-    told = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step and "probe/accuracy" in row]
-    if not told:
-        return "The run directory has none."
-    told = told[:1] + told[1:][-1:]
-    keys = sorted(key for key in told[-1] if key.startswith(("probe/", "eval/")) and told[-1][key] is not None)
-    rows = [(code(key), *(f"{row.get(key, float('nan')):.3f}" for row in told)) for key in keys]
-    return table(("", *(f"step {row['step']}" for row in told)), rows)
-
-
-def history(run: Path) -> str:
-    """Command and revision of every start of the run, from its environment.txt. Of absolute paths that stand alone (the
-    script, the config file) only the names: values of keys are the config's own."""
-    path = run / "environment.txt"
-    blocks = path.read_text(encoding="utf-8").strip().split("\n\n") if path.exists() else []
-    starts = []
-    for block in blocks:
-        said = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
-        words = [re.sub("^/.*/", "", word) for word in said.get("command", "").split(" ")]
-        changes = "" if said.get("git changes") == "none" else ", with changes that were not committed"
-        revision = "not recorded" if said.get("git", "none") == "none" else said["git"] + changes
-        versions = ", ".join(f"{key} {said[key]}" for key in ("torch", "transformers") if key in said)
-        ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
-        starts.append(fenced(f"{' '.join(words)}\n# git revision {revision}\n# {versions}; {ranks}", ""))
-    return "\n".join(dict.fromkeys(starts)).rstrip() or "Command and revision were not recorded."
-
-
-def load_example(sampler: Sampler) -> str:
-    """Python that loads the folder and asks it what the run asked."""
-    config, chat = sampler.config, sampler.tokenizer.chat_template
-    prompts = {"rlvr": config.question_prompt or QUESTION_PROMPT, "rlp": config.rlp_prompt or THOUGHT_PROMPT}
-    prompt = prompts.get(config.method, config.predict_prompt or PREDICT_PROMPT)
-    prompt = "{passage}" if config.method == "cpt" else prompt
-    lines = "\n".join(f"    {line!r}" for line in prompt.splitlines(keepends=True))
-    chat = chat and config.method != "cpt"
-    steps = [
-        'turn = [{"role": "user", "content": text}]',
-        "text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)",
-    ] if chat else []  # fmt: skip
-    steps += [f"text += {THINK_OPEN!r}"] if config.method == "rlp" else []
-    whole = ", add_special_tokens=False" if chat else ""
-    return "\n".join(
-        [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'folder = "."  # or its name on the hub',
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
-            f"prompt = (\n{lines}\n)  # as in the run",
-            f'text = prompt.replace("{{passage}}", {EXAMPLES.get(config.method, MASKED_EXAMPLE)!r})',
-            *steps,
-            f'inputs = tokenizer(text, return_tensors="pt"{whole})',
-            f"output = model.generate(**inputs, max_new_tokens={config.max_prediction_tokens})",
-            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-        ]
-    )
-
-
-def commands(name: str, config: Config) -> str:
-    """vLLM, transformers' own server, lm-eval, the hub."""
-    name = re.sub(r"[^\w.-]", "-", name)
-    return f"""vllm serve . --served-model-name {name}
-transformers serve .      # needs: pip install "transformers[serving]" accelerate
-lm_eval --model hf --model_args pretrained=.,dtype={config.dtype} --tasks gsm8k --batch_size auto
-hf upload OWNER/{name} . ."""
-
-
-def limits(sampler: Sampler) -> str:
-    """What it is not good for, and where it differs from the run."""
-    config = sampler.config
-    lines = [
-        "It was trained to recover what texts say, right or wrong, and for nothing else: no instructions, no dialogue, "
-        "no safety. What it writes may be false."
-    ]
-    if config.method == "rlp" or config.stop_at_answer:
-        what = "thought" if config.method == "rlp" else "answer"
-        lines.append(
-            f"The run ended a response where its first {what} closed, `generate` goes on to the end of the sequence: "
-            f"nothing after that {what} was ever rewarded."
-        )
-    if config.dtype != "float32":
-        lines.append(f"The weights are the {config.dtype} copy that the run sampled from, not its float32 masters.")
-    return "\n".join(f"- {line}" for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ Markdown
-
-
-def code(value: str | list[str]) -> str:
-    """Inline code that no text breaks out of, a table's cell neither. A list, as cards may have, by commas.
-
-    >>> code("apache-2.0"), code(["mit", "a|b"])
-    ('`apache-2.0`', '`mit, a\\\\|b`')
-    """
-    text = value if isinstance(value, str) else ", ".join(map(str, value))
-    text = " ".join(text.split()).replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks}{text}{ticks}" if len(ticks) == 1 else f"{ticks} {text} {ticks}"
-
-
-def fenced(text: str, language: str) -> str:
-    """A block of code that no text ends early."""
-    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}\n"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout".split()
@@ -331,12 +160,12 @@ class Saver:
     sampler: Sampler
     average: nn.Module | None
     """The moving average of `rlp`, the only other copy with a history."""
-    lender: Lender
-    """Brings masters and moments to the GPU, should they be elsewhere."""
     group: dist.ProcessGroup
     """Of its own: the threads' collectives must not come between those of training."""
     stager: DefaultStager
     thread: ThreadPoolExecutor
+    fingerprints: dict[str, str]
+    """Of model and data, by which a resume knows them at another path."""
     done: int = 0
     """Updates that the policy has had; train.py counts them."""
     row: dict | None = None
@@ -348,17 +177,20 @@ class Saver:
     """Whether the last save that was finished succeeded."""
 
 
-def make_saver(
-    policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None, lender: Lender | None = None
-) -> Saver:  # fmt: skip
+def make_saver(policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None) -> Saver:
     """Every rank calls it. Removes what killed saves have left."""
-    lender = lender or make_lender(policy, optimizer, sampler.replica, sampler.config)
     config, cuda = sampler.config, sampler.ranks.device.type == "cuda"
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.rank_timeout))
     stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned memory and its faster copies on a GPU
-    for part in _folder(config).glob("*.part") if sampler.ranks.rank == 0 else ():
-        part.unlink() if part.is_symlink() else shutil.rmtree(part)
-    return Saver(policy, optimizer, sampler, average, lender, group, stager, ThreadPoolExecutor(1, "publish"))
+    index, known = Path(config.run_dir) / "cache/index.json", {}
+    if sampler.ranks.rank == 0:
+        for part in _folder(config).glob("*.part"):
+            part.unlink() if part.is_symlink() else shutil.rmtree(part)
+        known = {"model": model_fingerprint(config.model)}
+        with suppress(OSError, ValueError):  # of questions there is no index
+            made = json.loads(index.read_text())
+            known["data"] = made.get("data_fingerprint") or made["key"]
+    return Saver(policy, optimizer, sampler, average, group, stager, ThreadPoolExecutor(1, "publish"), known)
 
 
 def save_checkpoint(saver: Saver) -> None:
@@ -371,14 +203,13 @@ def save_checkpoint(saver: Saver) -> None:
     # What is staged is on the CPU. By default DCP would copy ahead on a GPU: on GPU 0, from a thread of every rank
     writer = dcp.FileSystemWriter(part / "state", per_thread_copy_ahead=0)
     options = {"storage_writer": writer, "process_group": saver.group, "async_stager": saver.stager}
-    with at_hand(saver.lender):  # afterwards the replica is whole, too
-        written = dcp.async_save(_state(saver, trained), **options)
+    written = dcp.async_save(_state(saver, trained), **options)
     saver.step, saver.pending = saver.done, written
     if ranks.rank == 0:
         # The next refresh changes the replica in place. Its memo makes deepcopy put copies on the CPU, tied ones tied
         memo = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in replica.parameters()}
         facts = {"step": saver.done, "seed": config.seed, "world_size": ranks.world, "config": asdict(config)}
-        facts |= {"optimizer": trained, "row": saver.row}
+        facts |= {"optimizer": trained, "row": saver.row, "fingerprints": saver.fingerprints}
         rows_wait = unwritten()
         frozen = copy.deepcopy(replica, memo)
         saver.pending = saver.thread.submit(_publish, written, part, frozen, saver.sampler, facts, rows_wait)
@@ -403,10 +234,7 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        link = folder / "latest.part"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, folder / "latest")
+        _point_latest(final)
         if sampler.config.keep_last:
             # not those of a later step, which a rewound `latest` may have left: the one just saved must stay
             done = sorted(path for path in folder.glob("step_??????") if path.name <= final.name)
@@ -424,8 +252,23 @@ def _describe(folder: Path, sampler: Sampler, step: int) -> None:
         write_card(folder, sampler, step)
     except Exception as error:
         print(f"WARNING: no model card in the checkpoint of step {step} ({_cause(error)})", file=sys.stderr, flush=True)
-        for half in folder.glob("*.part"):
-            half.unlink()
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def _point_latest(final: Path) -> None:
+    """Move the link `latest`. A disk that refuses costs the link and a warning: the checkpoint is whole without it."""
+    link, beside = final.parent / "latest", final.parent / "latest.part"
+    try:
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(final.name)
+        os.replace(beside, link)
+    except OSError as error:
+        for old in (beside, link):
+            if old.is_symlink():  # rather none than one that points to an older step
+                with suppress(OSError):
+                    old.unlink()
+        what = f"WARNING: {link} could not be pointed to {final.name} ({_cause(error)})"
+        print(f"{what}; the checkpoint itself is saved", file=sys.stderr, flush=True)
 
 
 def finish_save(saver: Saver) -> bool:
@@ -456,24 +299,49 @@ def _folder(config: Config) -> Path:
 
 
 def find_checkpoint(config: Config, say=print) -> tuple[Path, dict] | None:
-    """(folder, what its checkpoint.json says) of the newest whole checkpoint up to `latest`, or None. For one rank.
+    """What a run continues from: `newest_checkpoint` of its run_dir; None with resume=never. For one rank."""
+    return newest_checkpoint(Path(config.run_dir), say) if config.resume == "auto" else None
 
-    A damaged one is told, and passed over for the one before. Raises ConfigError if there are only damaged ones: the
-    run would begin again and forget its rows.
+
+def newest_checkpoint(run: Path, say=print) -> tuple[Path, dict] | None:
+    """(folder, its checkpoint.json) of a run's newest whole checkpoint, or None if there is none at all.
+
+    A damaged one is told, and passed over for the one before. A link `latest` that a user, or a kill before it moved,
+    has left at an older step is obeyed, and told. Raises ConfigError if all are damaged: the run would begin again and
+    forget its rows.
     """
-    folder, found = _folder(config), []
-    if config.resume == "auto":
-        found = sorted(folder.glob("step_??????"), reverse=True)
-    if (folder / "latest").is_symlink():  # where a user, or a kill before it could move, has left it
-        found = [path for path in found if path.name <= os.readlink(folder / "latest")]
-    for path in found:
+    folder = run / "checkpoints"
+    steps, link = sorted(folder.glob("step_??????"), reverse=True), folder / "latest"
+    if link.is_symlink() and link.is_dir():
+        newer = [path.name for path in steps if path.name > link.resolve().name]
+        if newer:
+            what = f"{link} points to {link.resolve().name}: {', '.join(newer)} passed over"
+            say(f"{what}; remove the link to use the newest")
+        steps = steps[len(newer) :]
+    elif link.is_dir():
+        say(f"WARNING: {link} is a copied folder, not a link; it is not read, and may be removed")
+    for path in steps:
         problem = damage(path)
         if not problem:
             return path, json.loads((path / "checkpoint.json").read_text())
         say(f"WARNING: {path} is damaged ({problem}); going back to the one before")
-    if found:
-        raise ConfigError(f"resume='auto': every checkpoint in {folder} is damaged; resume=never starts afresh")
+    if steps:
+        raise ConfigError(f"every checkpoint in {folder} is damaged; resume=never starts afresh")
     return None
+
+
+def exported_model(folder: Path) -> Path | None:
+    """The Hugging Face folder of a model folder, a checkpoint or a run (its newest whole checkpoint), or None.
+
+    Raises ConfigError for a `latest` that is a copied folder: nothing says of which step it is a copy.
+    """
+    for part in (folder, folder.parent):
+        if part.name == "latest" and part.parent.name == "checkpoints" and part.is_dir() and not part.is_symlink():
+            raise ConfigError(f"{part} is a copied folder, not a link, and may be old: name step_NNNNNN, or the run")
+    if (folder / "checkpoints").is_dir():
+        newest = newest_checkpoint(folder)
+        return newest[0] / "hf" if newest else None
+    return next((place for place in (folder, folder / "hf") if (place / "config.json").is_file()), None)
 
 
 def damage(path: Path) -> str:
@@ -489,14 +357,37 @@ def damage(path: Path) -> str:
     return ""
 
 
-def check_same_run(facts: dict, config: Config) -> None:
-    """Raises ConfigError, one line, if a key differs that makes it another run: MAY_DIFFER and ENGINE may."""
-    now = asdict(config)
+def model_fingerprint(model: str) -> str:
+    """What a model is, wherever it lies: a folder by its json files and 64 MiB spread over each safetensors file (all
+    of a small one), a hub name by itself."""
+    folder, whole = Path(model).expanduser(), hashlib.sha256()
+    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    for path in files:
+        size = path.stat().st_size
+        whole.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(64):
+                file.seek(max(0, size - (1 << 20)) * place // 63)
+                whole.update(file.read(1 << 20))
+    return whole.hexdigest() if files else model
+
+
+def check_same_run(facts: dict, config: Config, data_key: str = "") -> None:
+    """Raises ConfigError, one line, if a key differs that makes it another run: MAY_DIFFER and ENGINE may.
+
+    A model or data at another path is the same if its fingerprint is. data_key: that of config.data, if known.
+    """
+    now, known = asdict(config), facts.get("fingerprints", {})
     kept = {key: value for key, value in facts["config"].items() if key not in (*MAY_DIFFER, *ENGINE)}
-    other = [f"{key}={now[key]!r} (saved: {old!r})" for key, old in kept.items() if key in now and now[key] != old]
+    other = {key: old for key, old in kept.items() if key in now and now[key] != old}
+    if "model" in other and known.get("model") == model_fingerprint(config.model):
+        del other["model"]
+    if "data" in other and data_key and known.get("data") == data_key:
+        del other["data"]
     if other:
+        told = ", ".join(f"{key}={now[key]!r} (saved: {old!r})" for key, old in other.items())
         raise ConfigError(
-            f"{', '.join(other)}: the run in {config.run_dir} cannot be continued with another value; "
+            f"{told}: the run in {config.run_dir} cannot be continued with another value; "
             "resume=never starts afresh and moves it aside"
         )
 
@@ -536,20 +427,19 @@ def load_checkpoint(saver: Saver, path: Path, facts: dict) -> None:
 
     Raises RuntimeError if a file has the right size and the wrong content.
     """
-    with at_hand(saver.lender):
-        state = _state(saver, facts["optimizer"])
-        try:
-            dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
-        except CheckpointException as error:  # no Exception, and a traceback per rank
-            raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
-        set_model_state_dict(saver.policy, state["model"])
-        if facts["optimizer"]:
-            set_state_dict(
-                saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
-        if saver.average is not None:
-            set_model_state_dict(saver.average, state["average"])
-    to_sampler(saver.lender)
+    state = _state(saver, facts["optimizer"])
+    try:
+        dcp.load(state, checkpoint_id=str(path / "state"), process_group=saver.group)
+    except CheckpointException as error:  # no Exception, and a traceback per rank
+        raise RuntimeError(f"{path} cannot be loaded: {_cause(error)}") from None
+    set_model_state_dict(saver.policy, state["model"])
+    if facts["optimizer"]:
+        set_state_dict(
+            saver.policy, saver.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+    if saver.average is not None:
+        set_model_state_dict(saver.average, state["average"])
+    refresh(saver.policy, saver.sampler.replica)
     saver.done = saver.step = facts["step"]
     saver.row = facts["row"]
 

@@ -281,8 +281,8 @@ class Config:
     """Recompute each layer in the backward pass instead of storing it. `auto`: only where storing would not fit the
     GPU, by model.py's calculation; on a CPU never."""
     offload: bool = False
-    """Replica and training state take turns on the GPU, the absent one waits in host memory (model.py): for models of
-    which both do not fit. Same results. Takes some 26 bytes of a node's memory a parameter."""
+    """Masters, gradients and Adam stay in host memory (FSDP2's CPUOffloadPolicy), the replica on the GPU: for models
+    of which both do not fit. The optimizer's step runs on the CPU. Takes 16 bytes of a node's memory a parameter."""
     share_prompts: bool = False
     """Compute the prompt of a group once in the update, for all its responses: same gradients but for rounding."""
     attention: str = "auto"

@@ -42,6 +42,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
+from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
 from data import Corpus, DataError, Passage
 from masking import LABELS, Mask, labelled_mask, random_span
@@ -322,13 +323,13 @@ def find_checkpoint(word: str) -> tuple[str, str]:
         if word.startswith((".", "/", "~")) or word.count("/") != 1:
             raise ConfigError(f"checkpoint {word!r}: no such folder, and not a hub name (owner/name)")
         return word, word.replace("/", "--")
-    whole = [one for one in (folder, folder / "hf") if (one / "config.json").is_file() and _weights(one)]
-    if not whole:
+    found = exported_model(folder)
+    if not found or not (found / "config.json").is_file() or not _weights(found):
         raise ConfigError(
             f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; "
-            "give a Hugging Face folder, or checkpoints/step_NNNNNN of a run"
+            "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
         )
-    place = whole[0].resolve()
+    place = found.resolve()
     step = place.parent if place.name == "hf" else place
     run = f"{step.parents[1].name}-" if step.parent.name == "checkpoints" else ""
     return str(place), run + step.name

@@ -49,7 +49,6 @@ class Run:
     optimizer: object
     probe: object = None
     saver: object = None
-    lender: object = None
 
 
 @dataclass

@@ -216,7 +216,7 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
             f"{describe_attention(sampler.replica)}; a response ends at {end}"
             + (" or when its answer closes" if early else ""),
             f"memory: layers {'recomputed' if config.gradient_checkpointing else 'stored'} for the backward pass"
-            + ("; replica and training state take turns" if config.offload else ""),
+            + ("; masters, gradients and Adam on the host" if config.offload else ""),
             f"data {config.data}: {len(corpus.train):,} passages to train on, {len(corpus.heldout):,} held out, "
             f"{len(probe.masks)} probe masks on {len(probe.passages)} of them",
             "counts: " + ", ".join(f"{name} {count:,}" for name, count in corpus.counts.items()),

@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import copy
 import math
-import mmap
 import os
 import types
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -215,7 +213,7 @@ def _policy_forward(
 
 
 def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
-    """An empty policy on the meta device, sharded by layer: no memory is taken before `fill`."""
+    """An empty policy on the meta device, sharded by layer: no memory is taken before `load_masters`."""
     with torch.device("meta"):
         own = copy.deepcopy(hf_config)
         policy = AutoModelForCausalLM.from_config(
@@ -229,8 +227,10 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
-    # Said for the root too: by default it would stay whole after a forward without gradient
+    # Also set on the root module, because FSDP2 keeps the root unsharded after a forward without gradient by default
     options = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+    if config.offload:  # page-locked host memory exists beside a GPU only
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     layers = [m for m in policy.modules() if type(m).__name__ in set(policy._no_split_modules or ())]
     for layer in layers:
         fully_shard(layer, **options)
@@ -239,16 +239,20 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
 
 
 @torch.no_grad()
-def fill(policy: nn.Module, replica: nn.Module, device: torch.device) -> nn.Module:
-    """Give the policy its float32 masters: each rank cuts its own shards out of its replica; nothing is sent."""
-    policy.to_empty(device=device)
+def load_masters(policy: nn.Module, replica: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Give the policy its float32 masters: each rank cuts its own shards out of its replica; nothing is sent.
+
+    With offload the shards are on the host, the buffers on `device`.
+    """
+    policy.to_empty(device="cpu" if config.offload else device)
     whole = dict(replica.named_parameters())
     for name, shard in policy.named_parameters():
         cut = distribute_tensor(whole[name], shard.device_mesh, shard.placements, src_data_rank=None)
-        shard.copy_(cut)  # to float32 as it is cut: a layer of experts made float32 whole would take gigabytes
+        shard.to_local().copy_(cut.to_local())  # to float32 as it is cut: a whole layer of experts would take gigabytes
     buffers = dict(replica.named_buffers())  # rotary frequencies: to_empty left garbage, and no loader would complain
-    for name, buffer in policy.named_buffers():
-        buffer.copy_(buffers[name])
+    for name, _ in list(policy.named_buffers()):
+        owner, _, key = name.rpartition(".")
+        policy.get_submodule(owner)._buffers[key] = buffers[name].clone()
     return policy.train()
 
 
@@ -265,7 +269,7 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     shape = (nodes, per_node) if nodes > 1 else (per_node,)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names[-len(shape) :])
     policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
-    return fill(policy, replica, ranks.device)
+    return load_masters(policy, replica, config, ranks.device)
 
 
 @torch.no_grad()
@@ -277,8 +281,8 @@ def refresh(policy: nn.Module, replica: nn.Module) -> None:
 
 
 def copy_master(master: Tensor, own: Tensor) -> None:
-    """One parameter of `refresh`: the shards are rounded, then gathered."""
-    own.copy_(master.to(own.dtype).full_tensor())
+    """One parameter of `refresh`: the shards are rounded, moved to the device if they are on the host, and gathered."""
+    own.copy_(master.to(own.dtype).to(own.device).full_tensor())
 
 
 def build_reference(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
@@ -303,144 +307,6 @@ def ema_update(reference: nn.Module, policy: nn.Module, tau: float) -> None:
     for (name, average), (other, current) in zip(reference.named_parameters(), policy.named_parameters(), strict=True):
         assert name == other and average.placements == current.placements, f"{name} and {other} are cut differently"
         average.to_local().lerp_(current.to_local(), 1 - tau)
-
-
-@dataclass
-class Lender:
-    """Who shares the GPU, whose turn it is, and where the absent one waits."""
-
-    policy: nn.Module
-    optimizer: torch.optim.Optimizer
-    replica: nn.Module
-    on: bool
-    """config.offload. Without it the two functions below only refresh."""
-    training: bool = False
-    """Whose turn it is: the trainer's, or the sampler's."""
-    saving: bool = False
-    """Inside `at_hand`: the moments stay where they are."""
-    host: dict[str, Tensor] = field(default_factory=dict)
-    """Copies of whole storages as bytes, by name; taken once, because pinning gigabytes takes seconds."""
-
-
-def make_lender(policy: nn.Module, optimizer: torch.optim.Optimizer, replica: nn.Module, config: Config) -> Lender:
-    """After set-up, when both are whole; the sampler has the first turn."""
-    lender = Lender(policy, optimizer, replica, config.offload)
-    if not lender.on:
-        return lender
-    for parameter in replica.parameters():
-        storage = parameter.untyped_storage()
-        if not storage.resizable() or storage.nbytes() != parameter.nbytes:  # on a CPU: mapped from a file
-            parameter.data = parameter.data.clone()
-    optimizer.register_step_pre_hook(lambda *_: _fetch(_moments(lender), lender.host))
-    optimizer.register_step_post_hook(lambda *_: None if lender.saving else _park(_moments(lender), lender.host))
-    _park(_masters(lender), lender.host)
-    return lender
-
-
-def to_trainer(lender: Lender) -> None:
-    """Before the update: the replica's memory goes, and its values with it; the masters come."""
-    if not lender.on or lender.training:
-        return
-    for parameter in lender.replica.parameters():
-        parameter.untyped_storage().resize_(0)
-    _give_back()
-    _fetch(_masters(lender), lender.host)
-    lender.training = True
-
-
-@torch.no_grad()
-def to_sampler(lender: Lender) -> None:
-    """After the update: the replica equals the masters again. Every rank calls it: all-gathers, as in `refresh`."""
-    if not lender.on:
-        refresh(lender.policy, lender.replica)
-    elif lender.training:
-        _park(_moments(lender), lender.host)
-        _give_back()
-        copies = dict(lender.replica.named_parameters())
-        for name, master in lender.policy.named_parameters():
-            copy = copies[name]
-            copy.untyped_storage().resize_(copy.nbytes)
-            copy_master(master, copy)
-            _park({f"master {name}": _local(master)}, lender.host)
-        _give_back()
-        lender.training = False
-
-
-@contextmanager
-def at_hand(lender: Lender):
-    """Inside, a checkpoint can read and write masters and moments; afterwards the sampler has its turn.
-
-    Whose turn it was does not matter: a stop inside the update, before its first optimizer step, saves from here too.
-    """
-    if not lender.on:
-        yield
-        return
-    to_trainer(lender)
-    _fetch(_moments(lender), lender.host)
-    lender.saving = True  # a checkpoint that is loaded makes an optimizer step up, to learn the form of the moments
-    yield
-    lender.saving = False
-    to_sampler(lender)
-
-
-def _masters(lender: Lender) -> dict[str, Tensor]:
-    return {f"master {name}": _local(parameter) for name, parameter in lender.policy.named_parameters()}
-
-
-def _moments(lender: Lender) -> dict[str, Tensor]:
-    """Adam's, which exist from the first step on; its step counters are single numbers and stay."""
-    states = {name: lender.optimizer.state.get(parameter, {}) for name, parameter in lender.policy.named_parameters()}
-    return {
-        f"{key} {name}": _local(value)
-        for name, state in states.items()
-        for key, value in state.items()
-        if key.startswith("exp_avg")
-    }
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
-
-
-def _park(tensors: dict[str, Tensor], host: dict[str, Tensor]) -> None:
-    """Copy each storage to the host and empty it. One that is empty already waits there."""
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if size := storage.nbytes():
-            if name not in host:
-                host[name] = _host_bytes(size, tensor.is_cuda)
-            host[name].copy_(_bytes(tensor))
-            storage.resize_(0)
-
-
-def _fetch(tensors: dict[str, Tensor], host: dict[str, Tensor]) -> None:
-    """The way back. What is not empty is there already."""
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if name in host and not storage.nbytes():
-            storage.resize_(host[name].nbytes)
-            _bytes(tensor).copy_(host[name])
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The whole storage of a tensor, padding included, as bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _host_bytes(size: int, pinned: bool) -> Tensor:
-    """Host memory, for a GPU page-locked in place: torch's own pinned memory comes in powers of two. In pages of its
-    own, since a page must not be locked twice."""
-    buffer = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
-    if pinned:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-    return buffer
-
-
-def _give_back() -> None:
-    """To the driver: what comes next has other sizes, and the sampler's cache counts what is free there."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) -> int:

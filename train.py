@@ -74,10 +74,8 @@ from model import (
     ema_update,
     load_replica,
     load_tokenizer,
-    make_lender,
     memory_warnings,
-    to_sampler,
-    to_trainer,
+    refresh,
 )
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
 from rollout import chat_frame, check_prompts, make_sampler
@@ -121,12 +119,11 @@ def step(run: Run, number: int) -> Step:
 
     # ---------------------------------------------------- 4. update: GRPO on the policy
     with clock(row, "update"), largest_memory(row):
-        to_trainer(run.lender)
         row |= update(run.policy, run.optimizer, done.samples, run.config, run.ranks, number)
 
     # ---------------------------------------------------- 5. refresh: the sampler gets the new weights
     with clock(row, "refresh"):
-        to_sampler(run.lender)
+        refresh(run.policy, run.sampler.replica)
         if method.reference == "average":
             ema_update(run.reference, run.policy, run.config.ema_decay)
     return done
@@ -206,7 +203,6 @@ def dry_run(run: Run, say) -> int:
             group.rewards = [n % 2.0 for n in range(len(group.rewards))]
         every = replace(run, config=replace(config, train_generator=True, mask_truncated=False))
         samples = METHODS[config.method].samples(every, done.groups, done.tasks, done.passages)
-        to_trainer(run.lender)
         row |= update(run.policy, run.optimizer, samples, config, run.ranks, 0)
     for key, value in sorted(row.items()):
         if key not in ("step", "method") and not key.startswith("time/"):
@@ -248,7 +244,7 @@ def train(config: Config, ranks: Ranks) -> int:
         return dry_run(run, say)
 
     average = run.reference if METHODS[config.method].reference == "average" else None
-    saver = run.saver = make_saver(run.policy, run.optimizer, run.sampler, average, run.lender)
+    saver = run.saver = make_saver(run.policy, run.optimizer, run.sampler, average)
     if found:
         load_checkpoint(saver, path, saved)
         say(f"resuming after step {saver.done} from {path}")
@@ -333,7 +329,6 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
     run = Run(config, ranks, corpus, sampler, policy, reference, optimizer, probe)
-    run.lender = make_lender(policy, optimizer, replica, config)
     say(describe(trained, ranks, sampler, corpus, probe))
 
     if ranks.rank == 0:

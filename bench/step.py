@@ -49,17 +49,14 @@ from config import Config, ConfigError, read_config
 from grpo import Group, bundle, make_optimizer, make_samples, update
 from metrics import clock, environment, largest_memory, peak_memory_gb, write_whole
 from model import (
-    Lender,
     Shape,
     build_policy,
     decide_checkpointing,
     describe_attention,
     load_replica,
     load_tokenizer,
-    make_lender,
+    refresh,
     shape_of,
-    to_sampler,
-    to_trainer,
     value_bytes,
 )
 from ranks import Ranks, gather, start_ranks
@@ -123,7 +120,7 @@ def seeded_rewards(count: int, rng: random.Random) -> list[float]:
     return rng.sample(rewards, count)
 
 
-def one_step(works: list[Work], lender: Lender, sampler: Sampler, number: int) -> dict:
+def one_step(works: list[Work], policy, optimizer, sampler: Sampler, number: int) -> dict:
     """A step of train.py on given work. Returns seconds as time/PHASE, tokens, memory. Every rank calls it.
 
     Raises RuntimeError if a response did not get the length that it was to have.
@@ -143,11 +140,10 @@ def one_step(works: list[Work], lender: Lender, sampler: Sampler, number: int) -
         samples = make_samples(rewarded, config)
     memory = {}
     with clock(row, "update"), largest_memory(memory):
-        to_trainer(lender)
-        update(lender.policy, lender.optimizer, samples, config, sampler.ranks, number)
+        update(policy, optimizer, samples, config, sampler.ranks, number)
     peak = memory["peak_memory_gb"] if torch.cuda.is_available() else None
     with clock(row, "refresh"):
-        to_sampler(lender)
+        refresh(policy, sampler.replica)
     row["time/step"] = sum(row.values())
     trained = [
         (len(one[0].rollout.prompt_ids), [len(sample.rollout.completion_ids) for sample in one])
@@ -223,11 +219,11 @@ def complete(options: BenchOptions, config: Config) -> BenchOptions:
 
 
 def measure(
-    works: list[Work], lender: Lender, sampler: Sampler, shape: Shape, gpu: Gpu | None, repeats: int
+    works: list[Work], policy, optimizer, sampler: Sampler, shape: Shape, gpu: Gpu | None, repeats: int
 ) -> dict:  # fmt: skip
     """A warm-up step and `repeats` more, and what they say: one row of the table."""
     config, world = sampler.config, sampler.ranks.world
-    runs = [one_step(works, lender, sampler, number) for number in range(repeats + 1)]
+    runs = [one_step(works, policy, optimizer, sampler, number) for number in range(repeats + 1)]
     times = [{key[5:]: value for key, value in run.items() if key.startswith("time/")} for run in runs]
     seconds = {key: statistics.median(one[key] for one in times[1:]) for key in times[0]}
     sampling = sum(seconds[work.phase.name] for work in works)
@@ -282,7 +278,7 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
     sampler = random_sampler(config, hf_config, ranks)
     config = decide_checkpointing(hf_config, config, ranks)
     policy = build_policy(sampler.replica, config, ranks)
-    lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
+    optimizer = make_optimizer(policy, config)
     gc.collect()
     gc.freeze()  # as train.py does
     rows = {}
@@ -292,7 +288,7 @@ def bench(config: Config, options: BenchOptions, ranks: Ranks) -> dict:
         for number, phase in enumerate(steps):
             lengths = response_lengths(phase.prompts * phase.count, mean, options.cap, sigma, number)
             works.append(make_work(phase, lengths, options.prompt, shape.vocab, config.seed))
-        rows[name] = measure(works, lender, sampler, shape, gpu, options.repeats)
+        rows[name] = measure(works, policy, optimizer, sampler, shape, gpu, options.repeats)
 
     if options.rollouts:
         count = config.predictions_per_mask

@@ -42,7 +42,7 @@ from bench.step import Work, one_step, split_words
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer
 from metrics import peak_memory_gb
-from model import build_policy, decide_checkpointing, load_replica, load_tokenizer, make_lender
+from model import build_policy, decide_checkpointing, load_replica, load_tokenizer
 from ops import VARLEN
 from prompts import PREDICT_PROMPT, fill
 from ranks import start_ranks
@@ -123,14 +123,14 @@ def ours(config: Config, options: PeerOptions) -> list[tuple]:
     sampler.eos_ids = {sampler.replica.config.vocab_size}
     config = decide_checkpointing(sampler.replica.config, config, ranks)
     policy = build_policy(sampler.replica, config, ranks)
-    lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
+    optimizer = make_optimizer(policy, config)
     prompts = [sampler.tokenizer(text).input_ids for text in texts(config, options)]
     phase = Phase("predict", options.prompts, options.completions, options.tokens)
     work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
     gc.collect()
     gc.freeze()  # as train.py does
     number = iter(range(options.repeats + 1))
-    times = timed(lambda: one_step([work], lender, sampler, next(number)), options.repeats)
+    times = timed(lambda: one_step([work], policy, optimizer, sampler, next(number)), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
     return times

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from checkpoint import exported_model
 from config import Config, ConfigError, read_config
 from data import RESERVED, DataError, Passage, build_index, load_corpus
 from methods import Task, make_task
@@ -68,9 +69,8 @@ def model_folder(name: str) -> str:
     """Where from_pretrained finds the model; a name that is no folder is left to the hub."""
     if not Path(name).is_dir():
         return name
-    for place in (".", "hf", "checkpoints/latest/hf"):
-        if (Path(name) / place / "config.json").exists():
-            return str(Path(name) / place)
+    if folder := exported_model(Path(name)):
+        return str(folder)
     raise ConfigError(
         f"{name}: neither a model folder nor a run with a checkpoint (no config.json, hf/ or checkpoints/)"
     )

@@ -44,7 +44,7 @@ POINTS = {
     "update, second micro-batch": (grpo, "clipped_loss", "update", 2),
     "update, before the optimizer": (grpo, "_require_finite", "update", 1),
     "update, in the optimizer": (torch.optim.AdamW, "step", "update", 1),
-    "refresh": (train, "to_sampler", "refresh", 1),
+    "refresh": (train, "refresh", "refresh", 1),
     "probe": (train, "run_probe", "probe", 1),
     "probe, sampling": (RequestState, "update_and_check_completion", "probe", 40),
     "log": (train, "append_row", "log", 2),
@@ -56,7 +56,7 @@ POINTS = {
     "save, card": (checkpoint, "write_card", "", 1),
     "save, manifest": (checkpoint, "write_whole", "", 1),
     "save, rename": (Path, "rename", "", 1),
-    "save, latest": (os, "replace", "", 4),  # after those of the card's two files and of the manifest
+    "save, latest": (os, "replace", "", 2),  # after that of the manifest
 }
 
 

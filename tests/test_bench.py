@@ -106,7 +106,7 @@ def test_a_step_whose_lengths_are_not_those_asked_for_raises(tiny, ranks, monkey
     sampler.eos_ids = set(range(700))
     work = make_work(Phase("predict", 2, 4, 14), [14] * 8, 5, 747, seed=0)
     with pytest.raises(RuntimeError, match="predict, step 3: responses did not get their lengths"):
-        one_step([work], None, sampler, 3)
+        one_step([work], None, None, sampler, 3)
 
 
 def test_work_is_the_same_for_the_same_seed():
@@ -147,7 +147,7 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     seconds = iter([9.0, 2.0, 4.0, 3.0])  # a warm-up and three repeats
     shape, gpu = shape_of(architecture(tiny.model)), GPUS["h100"]
 
-    def step(works, lender, sampler, number):
+    def step(works, policy, optimizer, sampler, number):
         now = next(seconds)
         times = {"time/propose": now, "time/predict": 2 * now, "time/update": 5 * now, "time/step": 8 * now}
         return times | {"trained": [(20, [10])] * 20, "training_gb": 1.5, "cache_tokens": 100, "cache_gb": 0.5}
@@ -156,7 +156,7 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     propose = Work(Phase("propose", 2, 2, 14), [[1] * 20] * 2, [[10, 10], [10, 10]])
     predict = Work(Phase("predict", 4, 4, 14), [[1] * 20] * 4, [[10, 10, 10, 10]] * 4)
     sampler = type("Sampler", (), {"config": tiny, "ranks": ranks})
-    row = measure([propose, predict], None, sampler, shape, gpu, repeats=3)
+    row = measure([propose, predict], None, None, sampler, shape, gpu, repeats=3)
     assert row["seconds"] == {"propose": 3.0, "predict": 6.0, "update": 15.0, "step": 24.0}
     assert row["warmup_seconds"]["step"] == 72.0 and len(row["repeats"]) == 3
     assert (row["responses"], row["response_tokens"], row["trained_tokens"]) == (20, 200, 600)

@@ -1,21 +1,44 @@
-"""Which checkpoint a run continues from, which run may, and what is on disk when the disk refuses. No model is loaded.
+"""Which checkpoint a run continues from, which run may, what is on disk when the disk refuses; and the model card.
 
 What a checkpoint restores is in test_distributed.py, what is left after a fault in test_faults.py.
 """
 
 import json
 import os
+import re
 import resource
+import shutil
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from reference import TINY_BASE
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+import checkpoint
 import metrics as evidence
-from checkpoint import check_same_run, damage, find_checkpoint, resume_notes
-from config import Config, ConfigError
+from checkpoint import (
+    check_same_run,
+    damage,
+    exported_model,
+    find_checkpoint,
+    finish_save,
+    known_base,
+    make_saver,
+    model_card,
+    model_fingerprint,
+    resume_notes,
+    save_checkpoint,
+    write_card,
+)
+from config import Config, ConfigError, dump_config
+from grpo import make_optimizer
 from metrics import append_row, read_rows, unwritten
+from model import build_policy
+from rollout import predict_prompt
 from train import open_or_resume
 
 
@@ -55,11 +78,35 @@ def test_the_newest_whole_checkpoint_is_found(config):
     assert find_checkpoint(Config(run_dir=config.run_dir, resume="never")) is None
 
 
-def test_where_latest_was_moved_back_to_counts_and_so_does_a_step_that_it_has_not_reached(config, tmp_path):
+def test_a_link_that_was_moved_back_counts_and_says_so(config, tmp_path):
     fake(config, 2)
     fake(config, 4, latest=False)  # killed before the link moved
-    assert found(config) == 2
+    said = []
+    assert found(config, said) == 2 and "latest points to step_000002: step_000004 passed over" in said[0]
     (tmp_path / "run/checkpoints/latest").unlink()
+    assert found(config) == 4
+
+
+def test_a_copied_run_continues_from_its_newest_step_and_its_copied_latest_is_not_read(config, tmp_path):
+    """cp -rL and aws s3 sync make a folder of the link; a link to nowhere counts as none."""
+    fake(config, 2)
+    fake(config, 4, latest=False)
+    for step in (2, 4):
+        hf = tmp_path / f"run/checkpoints/step_{step:06d}/hf"
+        hf.mkdir()
+        (hf / "config.json").write_text("{}")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy)  # follows links
+    said = []
+    assert found(replace(config, run_dir=str(copy)), said) == 4 and "latest is a copied folder" in said[0]
+    assert exported_model(copy) == copy / "checkpoints/step_000004/hf"
+    for word in ("latest", "latest/hf"):
+        with pytest.raises(ConfigError, match="is a copied folder, not a link"):
+            exported_model(copy / "checkpoints" / word)
+    link = tmp_path / "run/checkpoints/latest"
+    assert exported_model(link) == link / "hf" and exported_model(tmp_path) is None
+    link.unlink()
+    link.symlink_to("step_000009")
     assert found(config) == 4
 
 
@@ -126,6 +173,26 @@ def test_every_key_is_compared_but_those_that_change_no_result(config):
     assert free == set(allowed.split())
 
 
+def test_model_and_data_may_move_but_not_change(config, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    saved = replace(config, model=str(tmp_path / "one"), data="old.jsonl")
+    facts = {"config": asdict(saved), "fingerprints": {"model": model_fingerprint(saved.model), "data": "abc"}}
+    moved = replace(saved, model=str(tmp_path / "two"), data="new.jsonl")
+    check_same_run(facts, moved, "abc")
+    for key in ("", "def"):
+        with pytest.raises(ConfigError, match="^data='new.jsonl'"):
+            check_same_run(facts, moved, key)
+    (tmp_path / "two/model.safetensors").write_bytes(b"wEights")
+    with pytest.raises(ConfigError, match="^model="):
+        check_same_run(facts, moved, "abc")
+    with pytest.raises(ConfigError, match="^model="):  # of an older checkpoint nothing is known
+        check_same_run({"config": asdict(saved)}, replace(saved, model=str(tmp_path / "two")))
+    assert model_fingerprint("owner/base") == "owner/base"
+
+
 def test_what_an_unbroken_run_would_have_had_otherwise_is_said(config):
     facts = {"config": asdict(config), "world_size": 2}
     assert resume_notes(facts, config, 2) == []
@@ -186,3 +253,172 @@ def test_a_file_that_could_not_even_be_made_gets_its_rows_at_the_last_try(tmp_pa
     (tmp_path / "run").unlink()
     (tmp_path / "run").mkdir()
     assert unwritten() == [] and read_rows(file) == [{"step": 0}]
+
+
+# ---- the model card
+
+
+STARTED = """time: 2026-01-01 00:00:00 +0000
+command: /home/anyone/code/train.py /home/anyone/my.yaml seed=3 run_dir=RUN
+git: 0123abc
+git changes: none
+world size: 2
+device: cpu
+
+"""
+
+
+@pytest.fixture
+def trained(build_sampler, folders, tmp_path):
+    """(config keys) -> the sampler of a run with two rows and a start on record."""
+
+    def build(folder=folders["smollm3"], **changes):
+        run = tmp_path / "my run"
+        sampler = build_sampler(folder, **{"run_dir": str(run), "steps": 10, "seed": 3, **changes})
+        run.mkdir(exist_ok=True)
+        (run / "environment.txt").write_text(STARTED.replace("RUN", str(run)))
+        for step, accuracy in ((0, 0.25), (1, None), (2, 0.5), (4, 0.75)):
+            probe = {"probe/accuracy": accuracy, "probe/perplexity": 7.0} if accuracy else {}
+            append_row(run / "metrics.jsonl", {"step": step, "reward": 1.0, **probe})
+        return sampler
+
+    return build
+
+
+def test_the_hub_reads_names_of_its_own_and_no_paths(trained, tmp_path):
+    sampler = trained(data="wikimedia/wikipedia")
+    sampler.config.model = "owner/base"
+    assert ModelCard(str(model_card(sampler, 3))).data.to_dict() == {
+        "base_model": "owner/base",
+        "datasets": ["wikimedia/wikipedia"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pretrainzero", "reinforcement-learning", "grpo", "active", "arxiv:2512.03442"],
+    }
+    local = model_card(trained(data=str(tmp_path)), 3)  # a folder is nobody else's
+    assert local.data.base_model is None and local.data.datasets is None
+    assert "see the base model" in local.text and "see the data" in local.text
+
+
+def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    base.mkdir()
+    assert known_base(str(base)) == ({}, {})
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: owner/base\n---\n# Base")
+    sampler = trained()
+    sampler.config.model = str(base)
+    card = ModelCard(str(model_card(sampler, 3)))
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "owner/base")  # a second stage of training
+    assert f"`{base}`, made from `owner/base`; licence: apache-2.0, says its card" in card.text
+    for broken in ("---\n{\n---\n", "---\n- a\n---\n", "no front matter"):
+        (base / "README.md").write_text(broken)
+        assert known_base(str(base)) == ({}, {})
+    assert known_base("owner/base") == ({"base_model": "owner/base"}, {})
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
+    assert known_base("owner/base")[1] == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+
+
+def test_the_card_tells_the_first_probe_the_latest_and_no_path_but_the_configs(trained):
+    """A thread writes the card while training goes on: a row of a later step may be there."""
+    sampler = trained()
+    text = str(model_card(sampler, 3))
+    assert "| | step 0 | step 2 | \n" in text and "| `probe/accuracy` | 0.250 | 0.500 | \n" in text
+    assert "# my run, step 3" in text and "after 3 of 10 steps of `active`" in text
+    assert f"train.py my.yaml seed=3 run_dir={sampler.config.run_dir}\n# git revision 0123abc; 2 x cpu\n" in text
+
+
+def test_texts_of_a_config_stay_inside_their_blocks(trained):
+    prompt = "```\n---\n| {passage} |\n```` 'a' {{ step }} \\boxed"
+    sampler = trained(predict_prompt=prompt, question_prompt=prompt)
+    text = str(model_card(sampler, 3))
+    assert ModelCard(text).data.pipeline_tag == "text-generation"
+    assert dump_config(sampler.config).rstrip() in text and "`````yaml\n" in text
+    assert eval(re.search(r"^prompt = (.*)  # as in the run$", text, re.MULTILINE)[1]) == prompt
+
+
+@pytest.mark.parametrize("method", checkpoint.METHOD_LINES)
+def test_every_method_has_a_card_that_names_it(trained, method):
+    card = ModelCard(str(model_card(trained(method=method), 3)))
+    assert method.replace("_", "-") in card.data.tags and f"- method: `{method}`" in card.text
+
+
+def test_a_run_without_rows_or_record_has_a_card(build_sampler, folders, tmp_path):
+    text = str(model_card(build_sampler(folders["smollm3"], run_dir=str(tmp_path)), 0))
+    assert "The run directory has none." in text and "were not recorded" in text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_code_of_the_card_loads_the_folder_and_asks_as_the_run_did(trained, tmp_path, monkeypatch, capsys, chat):
+    prompts = {"mask_prompt": " {passage}\nMask:", "predict_prompt": " {passage}\nPredict:"}
+    sampler = trained(TINY_BASE, temperature=0.7, **prompts)
+    if chat:
+        sampler.tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
+    sampler.replica.generation_config.update(top_p=0.5, do_sample=True, repetition_penalty=1.5)  # a base's own habits
+    folder = tmp_path / "hf"
+    sampler.replica.save_pretrained(folder)
+    sampler.tokenizer.save_pretrained(folder)
+    write_card(folder, sampler, 3)
+    example = re.search(r"```python\n(.*?)```\n", (folder / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(folder)
+    namespace = {}
+    exec(example, namespace)
+    asked = namespace["inputs"]["input_ids"][0].tolist()
+    assert asked == predict_prompt(sampler, checkpoint.MASKED_EXAMPLE) and capsys.readouterr().out
+    how = GenerationConfig.from_pretrained(folder)
+    assert how.eos_token_id == sorted(sampler.eos_ids) and how.max_new_tokens is None and how.max_length is None
+    model = AutoModelForCausalLM.from_pretrained(folder)  # logits over the temperature, nothing cut off
+    options = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(torch.tensor([asked]), max_new_tokens=5, **options)
+    for scores, logits in zip(output.scores, output.logits, strict=True):
+        assert torch.allclose(scores, logits / 0.7) and scores.isfinite().all()
+
+
+# ---- what is saved
+
+
+def saved(sampler, ranks, *steps: int) -> Path:
+    policy = build_policy(sampler.replica, sampler.config, ranks)
+    saver = make_saver(policy, make_optimizer(policy, sampler.config), sampler)
+    for saver.done in steps:
+        save_checkpoint(saver)
+        assert finish_save(saver)
+    return find_checkpoint(sampler.config)[0]
+
+
+def test_a_checkpoint_without_its_card_is_damaged(trained, ranks):
+    path = saved(trained(), ranks, 3)
+    facts = json.loads((path / "checkpoint.json").read_text())
+    assert {"hf/README.md", "hf/generation_config.json"} <= facts["files"].keys() and damage(path) == ""
+    assert len(facts["fingerprints"]["model"]) == 64
+    os.truncate(path / "hf/README.md", 10)
+    assert damage(path).startswith("hf/README.md has 10 bytes of ")
+
+
+def test_a_disk_without_links_costs_a_warning_and_no_checkpoint(trained, ranks, monkeypatch, capsys):
+    def refused(*words, **keys):
+        raise OSError(1, "Operation not permitted")
+
+    sampler = trained(keep_last=2)
+    saved(sampler, ranks, 1)
+    folder = Path(sampler.config.run_dir) / "checkpoints"
+    monkeypatch.setattr(os, "symlink", refused)
+    assert saved(sampler, ranks, 2, 3).name == "step_000003"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]  # and no old link
+    assert capsys.readouterr().err.count("latest could not be pointed to step_00000") == 2
+    monkeypatch.undo()
+    shutil.copytree(folder / "step_000002", folder / "latest")  # a copied folder is in the way
+    assert saved(sampler, ranks, 4).name == "step_000004" and not (folder / "latest").is_symlink()
+    assert "latest could not be pointed to step_000004" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("no words"), OSError(28, "No space left on device")])
+def test_a_card_that_fails_costs_a_line_and_no_checkpoint(trained, ranks, monkeypatch, capsys, error):
+    def fail(folder, sampler, step):
+        (folder / "README.md").write_text("half")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_card", fail)
+    path = saved(trained(), ranks, 3)
+    assert "WARNING: no model card in the checkpoint of step 3" in capsys.readouterr().err
+    assert damage(path) == "" and not list((path / "hf").glob("README*"))

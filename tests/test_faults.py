@@ -53,8 +53,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        lent = ", memory lent" if self.words == LENT else ""
-        return f"{self.do} in {self.at}, step {self.step}, rank {self.rank if self.rank >= 0 else 'all'}{lent}"
+        place = ", masters on the host" if self.words == OFFLOAD else ""
+        return f"{self.do} in {self.at}, step {self.step}, rank {self.rank if self.rank >= 0 else 'all'}{place}"
 
 
 @dataclass
@@ -197,7 +197,7 @@ def stopped(do: str, at: str, step: int, rank: int, saved: int, **more) -> Case:
 
 RLVR = ("method=rlvr", "data=assets/tiny_questions.jsonl", "data_config=", "passages_per_step=16", "heldout=0.2",
         r'question_prompt=" {passage}\nPredict:"')  # fmt: skip
-LENT = ("offload=true",)
+OFFLOAD = ("offload=true",)
 PROPOSE, PREDICT, PROBE = "propose, sampling", "predict, sampling", "probe, sampling"
 SECOND, BEFORE, INSIDE = "update, second micro-batch", "update, before the optimizer", "update, in the optimizer"
 KILLED = [
@@ -211,7 +211,7 @@ KILLED = [
     *(Case("kill", at, 3, -1) for at in ("propose", PREDICT, "reward", SECOND, INSIDE, "refresh")),
     *(Case("kill", at, 4, -1) for at in (PROBE, "save, shards")),
     lost("reward, verifying", words=RLVR),
-    *(lost(at, words=LENT) for at in (INSIDE, "refresh")),
+    *(lost(at, words=OFFLOAD) for at in (INSIDE, "refresh")),
 ]  # fmt: skip
 STOPPED = [
     # the step that was going on is given up, and the one before is saved ...
@@ -223,8 +223,8 @@ STOPPED = [
     # ... unless the weights have begun to change
     *(stopped("term", at, 3, 1, 3) for at in (BEFORE, INSIDE, "refresh")),
     stopped("int", INSIDE, 3, 0, 3),
-    # with the replica away, or on its way back
-    *(stopped("term", at, step, 1, 3, words=LENT) for at, step in ((SECOND, 4), (INSIDE, 3), ("refresh", 3))),
+    # with the masters on the host
+    *(stopped("term", at, step, 1, 3, words=OFFLOAD) for at, step in ((SECOND, 4), (INSIDE, 3), ("refresh", 3))),
     # with the last row still without its probe, which the next start adds
     *(stopped("term", at, 4, rank, 4) for at, rank in (("probe", 1), (PROBE, 1), (PROBE, 0))),
     # too late to be obeyed

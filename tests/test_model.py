@@ -13,7 +13,7 @@ import model
 from config import Config, ConfigError
 from model import build_policy, load_replica, load_tokenizer, refresh, wrap
 from ops import VARLEN, pack
-from ranks import Ranks
+from ranks import Ranks, start_ranks
 
 HUB = {  # the checkpoints' own config.json, what decides shapes
     "SmolLM3-3B": (
@@ -172,7 +172,7 @@ def test_more_ranks_than_gpus_is_one_line(monkeypatch, capfd):
     for local in ("4", "5", "7"):
         monkeypatch.setenv("LOCAL_RANK", local)
         with pytest.raises(SystemExit, match="2"):
-            model.start_ranks()
+            start_ranks()
     assert capfd.readouterr().err == (
         "nproc_per_node: no GPU for rank 4, 4 visible; CUDA_VISIBLE_DEVICES= runs on the CPU\n"
     )

@@ -174,7 +174,7 @@ def test_a_checkpoint_brings_the_prompts_of_its_run(tmp_path):
     folder = run / "checkpoints" / "step_000002" / "hf"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (run / "checkpoints" / "latest").symlink_to("step_000002")
+    (folder.parent / "checkpoint.json").write_text('{"files": {"hf/config.json": 2}}')
     (run / "config.yaml").write_text("mask_prompt: ' {passage} M:'\ndata: not/there.jsonl\nmethod: cpt\n")
     other.mkdir()
     for given in (run, folder.parent, folder):

@@ -312,7 +312,7 @@ def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys)
     assert ended.returncode == 0, printed
     for words in ("gen/valid_rate", "pred/valid_rate", "mismatch_kl", "dry run done; no weights were changed"):
         assert words in printed, printed
-    assert ("replica and training state take turns" in printed) == ("offload=true" in keys)
+    assert ("masters, gradients and Adam on the host" in printed) == ("offload=true" in keys)
     assert printed.count("--- generator:") == printed.count("--- predictor:") == 2
     assert "no group with contrast" not in printed
     (loss,) = [float(line.split()[1]) for line in printed.splitlines() if line.split()[:1] == ["loss"]]

@@ -223,7 +223,7 @@ def check_masters_are_cut_over_the_ranks(folder, ranks):
     return {"own": own, "all": sum(parameter.numel() for parameter in replica.parameters())}
 
 
-def check_memory_lent_in_turns(folder, ranks):
+def check_masters_on_the_host(folder, ranks):
     return offload_checks(folder, ranks)
 
 

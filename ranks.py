@@ -1,13 +1,11 @@
 """The processes of a run: start, gather, stop together, and errors that name rank, step and phase.
 
-SIGTERM, SIGINT and SIGHUP are requests to stop. One may reach one rank alone, while another waits inside a collective
-or samples for minutes. So a thread of each rank notes the signal, tells the others through the rendezvous store and
-looks there once a second. All ranks act on it where they meet: `agree` between phases and micro-batches, `gather` at
-the end of a rollout. There `Stopped` is raised on every rank or on none; an optimizer step is never interrupted.
-Before the first step (`begin_step`) there is nothing to save, and a signal ends the process at once; so does a second
-signal, a second or more after the first. If the store is gone, the launcher was killed: that is a request to stop, too.
-
-Each rank also writes its step and phase to the store, so that an error can say where an unresponsive rank last was.
+A signal sets a flag. `agree` between phases and micro-batches and `gather` after a rollout take the maximum of all
+ranks' flags, and raise `Stopped` on every rank or on none. torchrun hands signals on to its ranks. The rest is for what
+these three cannot do. A thread reads signals, because Python's handlers wait while a collective blocks, and a second
+signal, or one before step 1, must end a rank at once. A second of grace: a scheduler and torchrun may both send the
+first signal. A look at the parent process: a killed launcher hands nothing on, and its ranks would run for ever. Step
+and phase of each rank in the store: a rank that died or hangs cannot say any more where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,8 +24,6 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TOGETHER_SECONDS = 1.0
-"""Signals that close after the first are the same one: a scheduler and torchrun may both send it."""
 
 
 class Stopped(Exception):
@@ -36,18 +31,12 @@ class Stopped(Exception):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-    @property
-    def status(self) -> int:
-        """The exit status that a shell gives a process ended by this signal: 143 for SIGTERM, 130 for SIGINT."""
-        return 128 + self.number
+        self.status = 128 + number
+        """What a shell gives a process that this signal ended: 143 for SIGTERM, 130 for SIGINT."""
 
 
 @dataclass
-class _Here:
-    """This process: there is one of it, and its signals are its own."""
-
+class _Here:  # this process
     rank: int = 0
     world: int = 1
     store: dist.Store | None = None
@@ -56,14 +45,11 @@ class _Here:
     signal: int = 0
     ending: bool = False
 
+    def __str__(self) -> str:
+        return self.phase if self.step is None else f"step {self.step}, {self.phase}"
+
 
 _here = _Here()
-
-
-def join(store: dist.Store, rank: int, world: int) -> None:
-    """Called once by model.start_ranks, with a store that nothing else uses."""
-    _here.rank, _here.world, _here.store = rank, world, store
-    _tell()
 
 
 def begin_step(step: int) -> None:
@@ -75,12 +61,11 @@ def begin_step(step: int) -> None:
 def enter(phase: str) -> None:
     """Note where this rank is, for messages."""
     _here.phase = phase
-    _tell()
-
-
-def place() -> str:
-    """`rank 1, step 3, predict`."""
-    return f"rank {_here.rank}, {_where()}"
+    try:
+        if _here.store is not None:
+            _here.store.set(f"place {_here.rank}", str(_here))
+    except dist.DistError:
+        pass  # the launcher is gone: _listen says so
 
 
 def stop_requested() -> int:
@@ -92,67 +77,37 @@ def agree() -> None:
     """Every rank calls it, at points where stopping loses nothing. Raises Stopped on all if one knows of a signal."""
     number = torch.tensor(_here.signal)  # on the CPU, over gloo: the GPU's queue does not wait
     dist.all_reduce(number, dist.ReduceOp.MAX)
-    stop_if(int(number))
-
-
-def stop_if(number: int) -> None:
-    """Raises Stopped for a signal's number, which the caller has from all ranks."""
     if number:
-        _here.signal = number
-        raise Stopped(number)
+        raise Stopped(int(number))
 
 
 def listen() -> None:
     """From now on, and until the process ends, signals are noted; to be called from the main thread."""
-    wake, woken = socket.socketpair()
-    woken.setblocking(False)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
-    # Python's handlers wait while the main thread sits in a collective. This writes the number at once.
-    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(wake, woken), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # C code writes the number there at once
+    threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
 
 
-def _watch(wake: socket.socket, woken: socket.socket) -> None:
-    """woken: only to keep it open."""
-    first = 0.0
+def _listen(read: int) -> None:
+    launcher, first = os.getppid() if "WORLD_SIZE" in os.environ else 0, 0.0
     while True:
-        ready, _, _ = select.select([wake], [], [], 1.0)
-        number = wake.recv(1)[0] if ready else 0
+        ready, _, _ = select.select([read], [], [], 1.0)
+        number = os.read(read, 1)[0] if ready else 0
         if number in SIGNALS:
-            if (not _here.step and not _here.ending) or (first and time.monotonic() > first + TOGETHER_SECONDS):
+            if (not _here.step and not _here.ending) or (first and time.monotonic() > first + 1.0):
                 os._exit(128 + number)
             first = first or time.monotonic()
-            _note(number)
-        try:
-            if number in SIGNALS:
-                _here.store.set("stop", str(_here.signal))
-            elif not _here.signal and _here.store.check(["stop"]):
-                _note(int(_here.store.get("stop")))
-        except dist.DistError:
-            if not _here.signal and not _here.ending:
-                print(f"{place()}: the launcher is gone", file=sys.stderr, flush=True)
-                _note(signal.SIGTERM)
-
-
-def _note(number: int) -> None:
-    if not _here.signal and not _here.ending:
-        _here.signal = number
-        if _here.rank == 0:
-            name = signal.Signals(number).name
-            print(f"{name}: stopping where all ranks meet next; a second signal ends at once", file=sys.stderr)
-
-
-def _where() -> str:
-    return _here.phase if _here.step is None else f"step {_here.step}, {_here.phase}"
-
-
-def _tell() -> None:
-    if _here.store is not None:
-        try:
-            _here.store.set(f"place {_here.rank}", _where())
-        except dist.DistError:
-            pass  # the launcher is gone: _watch says so
+        elif launcher and os.getppid() != launcher and not _here.signal and not _here.ending:
+            print(f"rank {_here.rank}, {_here}: the launcher is gone", file=sys.stderr, flush=True)
+            number = signal.SIGTERM
+        if number in SIGNALS and not _here.signal and not _here.ending:
+            _here.signal = int(number)
+            if _here.rank == 0:
+                name = signal.Signals(number).name
+                print(f"{name}: stopping where all ranks meet next; a second signal ends at once", file=sys.stderr)
 
 
 def all_said() -> None:
@@ -164,9 +119,8 @@ def all_said() -> None:
 def report(error: BaseException) -> None:
     """Say on stderr which rank failed in which step and phase. Called by the rank that is about to leave with it.
 
-    An error of its own comes with the traceback. Where the error is that another rank does not answer, the first rank
-    to report waits a second for the reports of the others, and names those that have sent none with the place where
-    they were last seen.
+    An error of its own comes with the traceback. Where another rank does not answer, the first rank to report waits a
+    second for the others' reports, and names the silent ranks with the place where they were last seen.
     """
     _here.ending = True
     text = " ".join(str(error).split())
@@ -186,7 +140,8 @@ def report(error: BaseException) -> None:
         text += "; the launcher is gone, too"
     if not lost:
         traceback.print_exception(error)
-    print(f"{place()}: {'lost contact' if lost else type(error).__name__}: {text}", file=sys.stderr, flush=True)
+    kind = "lost contact" if lost else type(error).__name__
+    print(f"rank {_here.rank}, {_here}: {kind}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -204,34 +159,31 @@ def start_ranks(timeout: float = 7200.0) -> Ranks:
     """Join the process group that torchrun describes, or be alone without it. Python objects travel over gloo on the
     CPU, tensors over NCCL on GPUs. timeout: the longest wait for another rank, seconds (config.rank_timeout)."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        if local == torch.cuda.device_count():  # once, not once per rank
-            print(f"nproc_per_node: no GPU for rank {local}, {local} visible; CUDA_VISIBLE_DEVICES= runs on the CPU",
-                  file=sys.stderr)  # fmt: skip
+    if cuda and local >= (visible := torch.cuda.device_count()):
+        if local == visible:  # once, not once per rank
+            what = f"nproc_per_node: no GPU for rank {local}, {visible} visible"
+            print(f"{what}; CUDA_VISIBLE_DEVICES= runs on the CPU", file=sys.stderr)
         raise SystemExit(2)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)  # the ranks share the cores; more threads each only get in each other's way
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend, per_node = "cpu:gloo,cuda:nccl" if cuda else "gloo", int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    store, rank, world = dist.HashStore(), 0, 1
     if "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    else:
-        store, rank, world, per_node = dist.HashStore(), 0, 1, 1
     limit = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=limit)
-    join(dist.PrefixStore("stopping", store.clone()), rank, world)
+    _here.rank, _here.world, _here.store = rank, world, dist.PrefixStore("stopping", store.clone())
+    enter("set-up")
     return Ranks(rank, world, device, per_node)
 
 
 def gather(items: list) -> list:
-    """The ranks' lists joined in rank order: the same list on every rank. Also a barrier.
-
-    Raises Stopped on every rank if one of them knows of a signal to stop.
-    """
+    """The ranks' lists joined in rank order, the same on every rank. Also a barrier; raises as `agree` does."""
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (stop_requested(), items))
-    stop_if(max(number for number, _ in parts))
+    dist.all_gather_object(parts, (_here.signal, items))
+    if number := max(number for number, _ in parts):
+        raise Stopped(number)
     return [item for _, part in parts for item in part]

@@ -1,21 +1,21 @@
 """The same step through other trainers, beside ours: TRL's GRPOTrainer, and the loop that one writes first.
 
     python3 -m venv .venv-trl && .venv-trl/bin/pip install -r requirements.txt trl==1.16.0
-    .venv-trl/bin/python -m bench.trl [configs/tiny.yaml] [key=value ...]
+    .venv-trl/bin/python -m bench trl [configs/tiny.yaml] [key=value ...]
 
     ours        rollout, rewards, update, refresh, as in train.py
     trl         GRPOTrainer with Hugging Face generate, which is its default
     trl_paged   GRPOTrainer with use_transformers_continuous_batching and that setting's defaults; with bfloat16 it
-                casts its weights down at the first rollout and for good, so that its update is another one
+                keeps bfloat16 weights from its first rollout on, so that its update differs
     trl_fitted  the same with a cache and a batch that suit this step (CPU only)
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
-One step is `prompts` x `completions` responses of exactly `tokens` tokens, and one optimizer step on all of them, from
-the same weights, with the same rewards (half of each group), micro-batches of as many tokens, one process. An
-end-of-sequence that is in no vocabulary makes lengths equal: TRL has no other way. A measurement is a fresh process, a
-warm-up step and the median of `repeats`; the processes take turns, `rounds` times, so that a busy minute hits all
-alike. Beside seconds stand the CPU's own, which a busy machine distorts less.
-TRL is no requirement of this project; without it `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them. All
+peers have the same weights, rewards (half of each group is right), tokens in a micro-batch, and one process. An
+end-of-sequence outside the vocabulary makes lengths equal; TRL has no other way. A measurement is a fresh process, a
+warm-up step and the median of `repeats`. The processes take turns for `rounds` rounds, so that other load on the
+machine hits all alike; CPU seconds are less sensitive to it.
+TRL is not a requirement of this project; without it `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from bench.plan import Phase
-from bench.step import Work, one_step, split_words
+from bench.options import Options, Phase, complete, split_words, text_table
+from bench.step import Work, make_run, one_step
 from config import Config, ConfigError, read_config
-from grpo import make_optimizer
 from metrics import peak_memory_gb
-from model import build_policy, decide_checkpointing, load_replica, load_tokenizer, make_lender
+from model import load_replica, load_tokenizer
 from ops import VARLEN
 from prompts import PREDICT_PROMPT, fill
 from ranks import start_ranks
@@ -50,37 +49,26 @@ from rollout import make_sampler
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROOT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class PeerOptions:
-    """Words of the command that are no keys of the config."""
+class Duration:
+    """Seconds on the clock, and seconds of the CPU."""
 
-    prompts: int = 32
-    completions: int = 8
-    tokens: int = 24
-    """Of every response."""
-    articles: int = 1
-    """Of the mini-wiki in a prompt: some 30 words each."""
-    repeats: int = 3
-    """Timed steps of a process, after one that warms up."""
-    rounds: int = 3
-    """Processes of each peer, in turns."""
-    peers: str = "ours,trl,trl_paged,naive" + ("" if torch.cuda.is_available() else ",trl_fitted")
-    out: str = ""
-    """Where the JSON goes; empty: nowhere."""
+    seconds: float
+    cpu: float
 
 
-def texts(config: Config, options: PeerOptions) -> list[str]:
+def peer_prompts(config: Config, options: Options) -> list[str]:
     """Prediction prompts on articles of the mini-wiki."""
-    with gzip.open(ROOT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(PROJECT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
         articles = [json.loads(next(lines))["text"] for _ in range(options.prompts * options.articles)]
     joined = [" ".join(articles[i :: options.prompts]) for i in range(options.prompts)]
     return [fill(config.predict_prompt or PREDICT_PROMPT, text) for text in joined]
 
 
-def rows_per_batch(config: Config, options: PeerOptions, longest: int) -> int:
+def rows_per_batch(config: Config, options: Options, longest: int) -> int:
     """Padded rows in a micro-batch: as many as its tokens allow and as divide the responses of a step."""
     total, room = options.prompts * options.completions, config.tokens_per_micro_batch // (longest + options.tokens)
     return max(rows for rows in range(1, total + 1) if total % rows == 0 and rows <= max(1, room))
@@ -96,51 +84,49 @@ def plain_model(config: Config, attention: str, dtype=torch.float32):
     return model.to(device)
 
 
-def now() -> tuple[float, float]:
-    """(seconds, seconds of the CPU), the GPU's queue drained."""
+def now() -> Duration:
+    """The clocks, once the GPU's queue is drained."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
+    return Duration(time.perf_counter(), time.process_time())
 
 
-def timed(step: Callable[[], None], repeats: int) -> list[tuple]:
-    """Before and after each of 1 + repeats calls."""
+def between(start: Duration, end: Duration) -> Duration:
+    return Duration(end.seconds - start.seconds, end.cpu - start.cpu)
+
+
+def timed(step: Callable[[], None], repeats: int) -> list[Duration]:
+    """Of each of 1 + repeats calls."""
     times = []
     for _ in range(repeats + 1):
         start = now()
         step()
-        times.append((start, now()))
+        times.append(between(start, now()))
     return times
 
 
-# ---- the peers: each returns the times before and after a warm-up step and `repeats` more
+# ---- the peers: each returns the durations of a warm-up step and `repeats` more
 
 
-def ours(config: Config, options: PeerOptions) -> list[tuple]:
+def ours(config: Config, options: Options) -> list[Duration]:
     """A step of train.py, on one rank."""
     ranks = start_ranks()
-    sampler = make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)
-    sampler.eos_ids = {sampler.replica.config.vocab_size}
-    config = decide_checkpointing(sampler.replica.config, config, ranks)
-    policy = build_policy(sampler.replica, config, ranks)
-    lender = make_lender(policy, make_optimizer(policy, config), sampler.replica, config)
-    prompts = [sampler.tokenizer(text).input_ids for text in texts(config, options)]
+    run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks))
+    prompts = [run.sampler.tokenizer(text).input_ids for text in peer_prompts(config, options)]
     phase = Phase("predict", options.prompts, options.completions, options.tokens)
     work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
-    gc.collect()
-    gc.freeze()  # as train.py does
     number = iter(range(options.repeats + 1))
-    times = timed(lambda: one_step([work], lender, sampler, next(number)), options.repeats)
+    times = timed(lambda: one_step(run, [work], next(number)), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
     return times
 
 
-def naive(config: Config, options: PeerOptions) -> list[tuple]:
+def naive(config: Config, options: Options) -> list[Duration]:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
     tokenizer, model = load_tokenizer(config), plain_model(config, "sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    rows = [tokenizer(text).input_ids for text in texts(config, options)]
+    rows = [tokenizer(text).input_ids for text in peer_prompts(config, options)]
     longest, device = max(map(len, rows)), model.device
     prompts = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -173,7 +159,7 @@ def naive(config: Config, options: PeerOptions) -> list[tuple]:
     return timed(step, options.repeats)
 
 
-def trl(config: Config, options: PeerOptions, paged: bool = False, fitted: bool = False) -> list[tuple]:
+def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> list[Duration]:
     """TRL's GRPOTrainer, set to our step: no KL term, no recomputation of old log-probs, one update per batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -183,7 +169,7 @@ def trl(config: Config, options: PeerOptions, paged: bool = False, fitted: bool 
     tokenizer, cuda = load_tokenizer(config), torch.cuda.is_available()
     tokenizer.padding_side = "left"
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})  # its id is beyond the model's vocabulary
-    prompts = texts(config, options)
+    prompts = peer_prompts(config, options)
     longest = max(len(tokenizer(text).input_ids) for text in prompts)
     model = plain_model(config, "sdpa")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -226,10 +212,10 @@ def trl(config: Config, options: PeerOptions, paged: bool = False, fitted: bool 
         trainer.train()
     if lengths != [options.tokens] * total * (options.repeats + 1):
         raise RuntimeError(f"TRL made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
-    return list(zip(starts, ends, strict=True))
+    return [between(*pair) for pair in zip(starts, ends, strict=True)]
 
 
-def fitted_settings(options: PeerOptions, longest: int) -> dict:
+def fitted_settings(options: Options, longest: int) -> dict:
     """For a CPU, where the defaults take half of the memory for a cache. 32 requests at once was the fastest of 4, 8,
     16, 32, 64, 128 and 256: attention goes over the caches of all of them."""
     at_once, page = 32, 32
@@ -241,10 +227,10 @@ def fitted_settings(options: PeerOptions, longest: int) -> dict:
 
 PEERS = {
     "ours": ours,
-    "trl": trl,
-    "trl_paged": lambda *words: trl(*words, paged=True),
-    "trl_fitted": lambda *words: trl(*words, paged=True, fitted=True),
+    "trl": trl_step,
+    "trl_paged": lambda *words: trl_step(*words, paged=True),
     "naive": naive,
+    "trl_fitted": lambda *words: trl_step(*words, paged=True, fitted=True),
 }
 
 
@@ -253,31 +239,32 @@ PEERS = {
 
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
-    command = [sys.executable, __file__, f"--only={name}", *words]
+    command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     # TRL would spread over every GPU that it sees, and refuses to
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(words: list[str]) -> None:
-    only = words[0].removeprefix("--only=") if words and words[0].startswith("--only=") else ""
-    words = words[1:] if only else words
-    options, rest = split_words(words, PeerOptions)
+def compare_peers(words: list[str]) -> None:
+    """The command. Raises ConfigError for a bad word."""
+    options, rest = split_words(words, "trl")
     if not rest or "=" in rest[0]:
         rest = ["configs/tiny.yaml", *rest]
     config = read_config([*rest, f"max_prediction_tokens={options.tokens}", "kl=0"])
-    names = options.peers.split(",")
-    if not set(names) <= set(PEERS):
+    options = complete(options, config, "trl")
+    names = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]
+    names = options.peers.split(",") if options.peers else names
+    if not {*names, options.only or "ours"} <= set(PEERS):
         raise ConfigError(f"peers={options.peers!r}: must be some of {','.join(PEERS)}")
-    if only:
-        times = PEERS[only](config, options)
-        seconds, cpu = ([after[kind] - before[kind] for before, after in times] for kind in (0, 1))
-        row = {"warmup": seconds[0], "seconds": seconds[1:], "cpu_seconds": cpu[1:], "memory_gb": peak_memory_gb()}
-        print(json.dumps(row))
+    if options.only:
+        warmup, *times = PEERS[options.only](config, options)
+        row = {"warmup": warmup.seconds, "seconds": [one.seconds for one in times]}
+        print(json.dumps(row | {"cpu_seconds": [one.cpu for one in times], "memory_gb": peak_memory_gb()}))
         return
     runs = {name: [] for name in names}
     for _ in range(options.rounds):
@@ -286,32 +273,18 @@ def main(words: list[str]) -> None:
             print(f"{name:10} {runs[name][-1]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(runs, indent=1) + "\n")
-    print("\n" + table(runs, options))
+    print("\n" + peer_table(runs, options))
 
 
-def table(runs: dict[str, list[dict]], options: PeerOptions) -> str:
-    """Medians of the processes' medians, the range of seconds, and how many times the first peer's seconds that is."""
-    heads = ("step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")
-    lines = [f"{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"]
-    lines.append(f"{'':10}" + "".join(f"{head:>9}" for head in heads))
-    first = None
+def peer_table(runs: dict[str, list[dict]], options: Options) -> str:
+    """Medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
+    rows, first = [("", "step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")], None
     for name, results in runs.items():
         medians = [statistics.median(one["seconds"]) for one in results]
         cpu = statistics.median(statistics.median(one["cpu_seconds"]) for one in results)
         middle, warm = statistics.median(medians), statistics.median(one["warmup"] for one in results)
         first = first or (middle, cpu)
         cells = [middle, min(medians), max(medians), warm, middle / first[0], cpu, cpu / first[1]]
-        cells.append(max(one["memory_gb"] for one in results))
-        lines.append(f"{name:10}" + "".join(f"{cell:9.2f}" for cell in cells))
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        raise SystemExit(0)
-    try:
-        main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        rows.append((name, *(f"{cell:.2f}" for cell in [*cells, max(one["memory_gb"] for one in results)])))
+    title = f"{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"
+    return "\n".join([title, *text_table(rows, 10, 9)])

@@ -1,8 +1,8 @@
-"""What a GPU can do and what a model costs it: the least time of a step, from data sheets, lengths and architectures.
+"""What a GPU can do and what a model costs it: the least time that a step can take.
 
-A decoded token cannot come before all weights and its response's keys and values were read; training cannot beat its
-multiplications. The benchmark divides what it measures by these; the plan adds them up. Of a mixture of experts a token
-is multiplied with a few; routing is taken to be even. Decimal units (1 GB = 1e9 bytes).
+A decode step must read all weights and the keys and values of every running response. Training must do its
+multiplications. The benchmark divides these limits by what it measures; the plan adds them up. In a mixture of experts
+a token is multiplied with a few experts; routing is taken to be even. Decimal units (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -18,22 +18,18 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from config import Config, ConfigError
-from model import (
-    Shape,
-    moments,
-    value_bytes,
-)
+from model import Shape, gpu_memory, value_bytes
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card, by its data sheet."""
+    """The data sheet of a card."""
 
     name: str
     flops: float
-    """bfloat16 with float32 accumulation, dense, FLOP/s."""
+    """FLOP/s: bfloat16 with float32 accumulation, dense."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Bytes/s of its memory."""
     memory: float
     """Bytes."""
 
@@ -55,10 +51,23 @@ GPUS = {
 }
 
 
-def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed: int = 0) -> list[int]:
-    """`count` response lengths, tokens: lognormal with this sigma, cut at `cap`, scaled so that their mean is `mean`.
+@dataclass(frozen=True)
+class Bundle:
+    """Lengths in tokens of a prompt and of the responses that are trained with it; the prompt is computed once."""
 
-    sigma 0: all equal. The scale is found by bisection, because the cut takes from the mean what it cuts off.
+    prompt: int
+    responses: list[int]
+
+
+def bundle_tokens(bundles: list[Bundle]) -> int:
+    """Tokens that the update computes."""
+    return sum(one.prompt + sum(one.responses) for one in bundles)
+
+
+def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed: int = 0) -> list[int]:
+    """`count` lengths in tokens: lognormal with this sigma, cut at `cap`, scaled so that their mean is `mean`.
+
+    sigma 0 makes all equal. Bisection finds the scale, because the cut lowers the mean.
     Raises ConfigError if mean is below 1 or above cap.
     """
     if not 1 <= mean <= cap:
@@ -76,57 +85,49 @@ def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed
     return cut(high)
 
 
-# ---- time: FLOPs and bytes
+# ---- FLOPs of training
 
 
 def attention_flops(shape: Shape) -> int:
-    """Of one query with one key-value pair, all layers: 2 for the score and 2 for the sum, per head and dimension."""
+    """FLOPs of one query with one key, all layers: 2 for the score and 2 for the sum, per head and dimension."""
     return 4 * shape.layers * shape.heads * shape.head_dim
 
 
 def forward_flops(shape: Shape, lengths: list[int]) -> float:
-    """One causal pass over sequences of these tokens: 2 N T for the weights, half of T^2 pairs for attention."""
+    """One causal pass over sequences of these lengths: 2 N T for the weights, half of T^2 pairs for attention."""
     return sum(2.0 * shape.multiplied * tokens + attention_flops(shape) * tokens**2 / 2 for tokens in lengths)
 
 
-Bundle = tuple[int, list[int]]
-"""Tokens of a prompt, and of the responses that are computed with it, the prompt once: grpo.bundle."""
-
-
-def bundle_tokens(bundles: list[Bundle]) -> int:
-    """That the update computes."""
-    return sum(prompt + sum(responses) for prompt, responses in bundles)
-
-
 def train_flops(shape: Shape, bundles: list[Bundle]) -> float:
-    """Forward and backward, 6 N T + 6 L H d T^2 where each response has its prompt to itself; what checkpointing
-    computes again is not counted. A response's queries meet its prompt's keys, its prompt's queries only once."""
-    prompts = [prompt for prompt, _ in bundles]
-    beyond = [(prompt, one) for prompt, responses in bundles for one in responses]
-    pairs = sum(((prompt + one) ** 2 - prompt**2) / 2 for prompt, one in beyond)
-    weights = 2.0 * shape.multiplied * sum(one for _, one in beyond)
-    return 3 * (forward_flops(shape, prompts) + weights + attention_flops(shape) * pairs)
+    """Forward and backward, without recomputation: 6 N T + 6 L H d T^2 where each response has a prompt of its own.
+
+    In a bundle every response attends to the prompt, whose own tokens are computed once.
+    """
+    alone = [(one.prompt, response) for one in bundles for response in one.responses]
+    pairs = sum(((prompt + response) ** 2 - prompt**2) / 2 for prompt, response in alone)
+    weights = 2.0 * shape.multiplied * sum(response for _, response in alone)
+    return 3 * (forward_flops(shape, [one.prompt for one in bundles]) + weights + attention_flops(shape) * pairs)
 
 
 def mfu(shape: Shape, bundles: list[Bundle], seconds: float, gpus: int, gpu: Gpu) -> float:
-    """Model FLOPs utilisation: the FLOPs of training on these bundles over what the GPUs could do in that time."""
+    """Model FLOPs utilisation: the FLOPs of training over those that the GPUs could do in that time."""
     return train_flops(shape, bundles) / (seconds * gpus * gpu.flops)
 
 
+# ---- decoding and its cache
+
+
 def cache_bytes(shape: Shape, width: int = 2) -> int:
-    """Of one token in the sampler's cache: a key and a value per layer and key-value head, `width` bytes a number."""
+    """Bytes of one token in the sampler's cache: a key and a value per layer and key-value head."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * width
 
 
-def decode_seconds(
-    shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slots: int, width: int = 2
-) -> float:  # fmt: skip
-    """The least time in which one GPU decodes responses of these lengths, `slots` at a time, the next in line as soon
-    as one ends.
+def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slots: int, width: int = 2) -> float:
+    """Least time in which one GPU decodes responses of these lengths, `slots` at a time, each followed by the next.
 
-    Each decode step gives every running response one token and reads all weights once and every running response's
-    keys and values, its prompt's included; it takes the longer of that and its multiplications. The first step of a
-    response reads `prompt` tokens, the last prompt + length - 1.
+    A decode step gives every running response one token. It reads all weights once, and the keys and values of every
+    running response and its prompt. It takes as long as these reads or its multiplications, whichever is longer. The
+    first step of a response reads `prompt` tokens, the last step prompt + length - 1.
     """
     waiting, running = deque(lengths), []  # running: a heap of (decode step at which it ends, length)
     now, context, seconds = 0, 0, 0.0
@@ -147,24 +148,42 @@ def decode_seconds(
     return seconds
 
 
-def slots_for(room: int, prompt: int, lengths: list[int], at_once: int) -> int:
-    """How many responses run together: at most `at_once`, and what a cache of `room` tokens holds of them.
+def decode_limit(
+    shape: Shape, gpu: Gpu, prompt: int, groups: list[list[int]], gpus: int, slots: int, width: int = 2
+) -> float:  # fmt: skip
+    """Least time of a phase: that of the slowest rank. groups: lengths per prompt; rank r samples groups[r::gpus]."""
+    shares = [[length for group in groups[rank::gpus] for length in group] for rank in range(gpus)]
+    return max(decode_seconds(shape, gpu, prompt, share, slots, width) for share in shares)
 
-    A running response has on average, over the time that it runs, its prompt and half its length; a long one runs
-    longer, so lengths weigh by themselves.
+
+def requests_at_once(config: Config, cuda: bool = True) -> int:
+    """How many responses rollout.py lets run together."""
+    return config.max_requests or (512 if cuda else 256)
+
+
+def slots_for(room: int, prompt: int, lengths: list[int], at_once: int) -> int:
+    """How many responses run together: what a cache of `room` tokens holds, but at most `at_once`.
+
+    On average over its time a running response has its prompt and half its length in the cache. A long response runs
+    longer, so each length is weighted by itself.
     """
     typical = prompt + sum(length**2 for length in lengths) / (2 * sum(lengths))
     return max(1, min(at_once, int(room / typical)))
 
 
-def decode_limit(
-    shape: Shape, gpu: Gpu, prompt: int, groups: list[list[int]], gpus: int, slots: int, width: int = 2
-) -> float:  # fmt: skip
-    """Of a phase: the rank with the most to do decides. groups: response lengths per prompt; rank r samples
-    groups[r::gpus]."""
-    shares = [[length for group in groups[rank::gpus] for length in group] for rank in range(gpus)]
-    return max(decode_seconds(shape, gpu, prompt, share, slots, width) for share in shares)
+def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
+    """Tokens in the sampler's cache on each GPU: its share of the free memory, less the logits of one decode step.
 
+    The sampler also sets aside one layer's worth per token to read from, and 16 bytes of indices.
+    """
+    width = value_bytes(config)
+    free = config.cache_memory * (gpu.memory - sum(gpu_memory(shape, config, gpus)["rollouts"].values()))
+    free -= requests_at_once(config) * (4 * shape.vocab + width * shape.hidden)
+    each = cache_bytes(shape, width)
+    return max(0, int(free / (each + each / shape.layers + 16)))
+
+
+# ---- architectures
 
 # What transformers needs to build each model of our configs without its config.json: that of the model's hub page.
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
@@ -196,7 +215,7 @@ ARCHITECTURES = {
 
 
 def architecture(name: str):
-    """The transformers config of a model: its own config.json if that is at hand, else from the table above.
+    """The transformers config of a model: from its own config.json if that is on disk, else from ARCHITECTURES.
 
     Raises ConfigError for a model in neither.
     """
@@ -209,34 +228,3 @@ def architecture(name: str):
     if name not in ARCHITECTURES:
         raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {', '.join(ARCHITECTURES)}")
     return AutoConfig.for_model(**ARCHITECTURES[name])
-
-
-def checkpoint_bytes(shape: Shape, config: Config) -> float:
-    """On disk: float32 masters, Adam's two moments, rlp's moving average, the model as Hugging Face reads it."""
-    return shape.parameters * (12 + 4 * (config.method == "rlp") + value_bytes(config))
-
-
-def host_bytes(shape: Shape, config: Config) -> float:
-    """Of the memory of a node with these GPUs: what waits there with offload, and what a checkpoint is written from."""
-    return shape.parameters * 12 * config.offload + (config.save_every > 0) * checkpoint_bytes(shape, config)
-
-
-def loading_bytes(shape: Shape, config: Config, gpus: int) -> float:
-    """Of a node's memory while its ranks load the model."""
-    return gpus * value_bytes(config) * shape.parameters
-
-
-def requests_at_once(config: Config, cuda: bool = True) -> int:
-    """How many responses rollout.py lets run together."""
-    return config.max_requests or (512 if cuda else 256)
-
-
-def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
-    """Tokens in the sampler's cache on each GPU: its share of what is free in rollouts, less the logits of one decode
-    step. The sampler sets aside one more layer's worth per token to read from, and 16 bytes of indices."""
-    width = value_bytes(config)
-    taken = sum(moments(shape, config, gpus)["rollouts"].values())
-    free = config.cache_memory * (gpu.memory - taken)
-    free -= requests_at_once(config) * (4 * shape.vocab + width * shape.hidden)
-    each = cache_bytes(shape, width)
-    return max(0, int(free / (each + each / shape.layers + 16)))

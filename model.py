@@ -526,8 +526,8 @@ def must_recompute(shape: Shape, config: Config, gpus: int, memory: float) -> bo
 
 
 def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
-    """The config with `auto` decided for the smallest GPU of all ranks; every rank calls it before the model is wrapped.
-    On a CPU activations are stored, because time is short there and memory is not."""
+    """The config with `auto` decided for the smallest GPU; every rank calls it before the model is wrapped. On a CPU
+    activations are stored, because time is short there and memory is not."""
     if config.gradient_checkpointing != "auto":
         return config
     smallest = min(gather([memory_of(ranks)]))

@@ -25,18 +25,14 @@ from model import Shape, gpu_memory, value_bytes
 class Gpu:
     """The data sheet of a card."""
 
-    name: str
-    flops: float
-    """FLOP/s: bfloat16 with float32 accumulation, dense."""
-    bandwidth: float
-    """Bytes/s of its memory."""
-    memory: float
-    """Bytes."""
+    name: str  # as torch.cuda.get_device_name() gives it
+    flops: float  # FLOP/s: bfloat16 with float32 accumulation, dense
+    bandwidth: float  # bytes/s of its memory
+    memory: float  # bytes
 
 
-# Data sheets print tensor FLOPs with sparsity: halved here. Sources: NVIDIA's data sheets of H100, H200, A100, L40S and
-# DGX B200 (its eight GPUs' totals divided by eight); the white papers of the Ada and GA102 architectures for the 4090
-# and 3090, rows "BF16 with FP32 accumulate". The names are those that torch.cuda.get_device_name() gives.
+# NVIDIA's data sheets of H100, H200, A100, L40S and DGX B200 (an eighth of it); they print tensor FLOPs with sparsity,
+# halved here. RTX: the white papers of the Ada and GA102 architectures, rows "BF16 with FP32 accumulate".
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", 989.5e12, 3.35e12, 80e9),
     "h100-pcie": Gpu("NVIDIA H100 PCIe", 756.5e12, 2.0e12, 80e9),
@@ -88,25 +84,23 @@ def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed
 # ---- FLOPs of training
 
 
-def attention_flops(shape: Shape) -> int:
-    """FLOPs of one query with one key, all layers: 2 for the score and 2 for the sum, per head and dimension."""
-    return 4 * shape.layers * shape.heads * shape.head_dim
-
-
 def forward_flops(shape: Shape, lengths: list[int]) -> float:
     """One causal pass over sequences of these lengths: 2 N T for the weights, half of T^2 pairs for attention."""
-    return sum(2.0 * shape.multiplied * tokens + attention_flops(shape) * tokens**2 / 2 for tokens in lengths)
+    return sum(2.0 * shape.multiplied * tokens + pair_flops(shape) * tokens**2 / 2 for tokens in lengths)
+
+
+def pair_flops(shape: Shape) -> int:
+    """Attention of one query to one key, all layers: 2 FLOPs for the score and 2 for the sum per head and dimension."""
+    return 4 * shape.layers * shape.heads * shape.head_dim
 
 
 def train_flops(shape: Shape, bundles: list[Bundle]) -> float:
     """Forward and backward, without recomputation: 6 N T + 6 L H d T^2 where each response has a prompt of its own.
-
-    In a bundle every response attends to the prompt, whose own tokens are computed once.
-    """
+    A prompt with several responses is computed once, and each response attends to it."""
     alone = [(one.prompt, response) for one in bundles for response in one.responses]
     pairs = sum(((prompt + response) ** 2 - prompt**2) / 2 for prompt, response in alone)
     weights = 2.0 * shape.multiplied * sum(response for _, response in alone)
-    return 3 * (forward_flops(shape, [one.prompt for one in bundles]) + weights + attention_flops(shape) * pairs)
+    return 3 * (forward_flops(shape, [one.prompt for one in bundles]) + weights + pair_flops(shape) * pairs)
 
 
 def mfu(shape: Shape, bundles: list[Bundle], seconds: float, gpus: int, gpu: Gpu) -> float:
@@ -125,9 +119,8 @@ def cache_bytes(shape: Shape, width: int = 2) -> int:
 def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slots: int, width: int = 2) -> float:
     """Least time in which one GPU decodes responses of these lengths, `slots` at a time, each followed by the next.
 
-    A decode step gives every running response one token. It reads all weights once, and the keys and values of every
-    running response and its prompt. It takes as long as these reads or its multiplications, whichever is longer. The
-    first step of a response reads `prompt` tokens, the last step prompt + length - 1.
+    A decode step gives every running response one token. It takes as long as its reads (all weights once; keys and
+    values of the running responses and their prompts) or its multiplications, whichever is longer.
     """
     waiting, running = deque(lengths), []  # running: a heap of (decode step at which it ends, length)
     now, context, seconds = 0, 0, 0.0
@@ -139,7 +132,7 @@ def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slot
         steps = running[0][0] - now  # nothing changes until the first of them ends
         reads = context + len(running) * (steps - 1) / 2  # mean over these steps
         from_memory = (width * shape.read(len(running)) + reads * cache_bytes(shape, width)) / gpu.bandwidth
-        multiplying = (2 * shape.multiplied * len(running) + attention_flops(shape) * reads) / gpu.flops
+        multiplying = (2 * shape.multiplied * len(running) + pair_flops(shape) * reads) / gpu.flops
         seconds += steps * max(from_memory, multiplying)
         now += steps
         context += len(running) * steps
@@ -156,16 +149,16 @@ def decode_limit(
     return max(decode_seconds(shape, gpu, prompt, share, slots, width) for share in shares)
 
 
-def requests_at_once(config: Config, cuda: bool = True) -> int:
-    """How many responses rollout.py lets run together."""
-    return config.max_requests or (512 if cuda else 256)
+def requests_at_once(config: Config) -> int:
+    """How many responses rollout.py lets run together on a GPU."""
+    return config.max_requests or 512
 
 
 def slots_for(room: int, prompt: int, lengths: list[int], at_once: int) -> int:
     """How many responses run together: what a cache of `room` tokens holds, but at most `at_once`.
 
-    On average over its time a running response has its prompt and half its length in the cache. A long response runs
-    longer, so each length is weighted by itself.
+    A running response has on average its prompt and half its length in the cache. A long response runs longer, so
+    each length is weighted by itself.
     """
     typical = prompt + sum(length**2 for length in lengths) / (2 * sum(lengths))
     return max(1, min(at_once, int(room / typical)))
@@ -185,33 +178,20 @@ def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
 
 # ---- architectures
 
-# What transformers needs to build each model of our configs without its config.json: that of the model's hub page.
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
-_QWEN3 |= {"bos_token_id": 151643, "eos_token_id": 151643, "max_position_embeddings": 32768}
-_QWEN3 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "bos_token_id": 151643, "eos_token_id": 151643}
+_QWEN3 |= {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+_FAMILIES = {"smollm3": {"vocab_size": 128256}, "qwen3": _QWEN3, "qwen3_moe": _QWEN3 | _EXPERTS}
+_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
+# The sizes of each model of our configs, from the config.json of its hub page
 ARCHITECTURES = {
-    "HuggingFaceTB/SmolLM3-3B-Base": {
-        "model_type": "smollm3", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
-        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-0.6B-Base": _QWEN3 | {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-4B-Base": _QWEN3 | {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen3-8B-Base": _QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen3-30B-A3B-Base": _QWEN3 | {
-        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
-        "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+    "HuggingFaceTB/SmolLM3-3B-Base": ("smollm3", 2048, 11008, 36, 16, 4, True),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, True),
+    "Qwen/Qwen3-4B-Base": ("qwen3", 2560, 9728, 36, 32, 8, True),
+    "Qwen/Qwen3-8B-Base": ("qwen3", 4096, 12288, 36, 32, 8, False),
+    "Qwen/Qwen3-30B-A3B-Base": ("qwen3_moe", 2048, 6144, 48, 32, 4, False),
+}
 
 
 def architecture(name: str):
@@ -227,4 +207,5 @@ def architecture(name: str):
         return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=False)
     if name not in ARCHITECTURES:
         raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {', '.join(ARCHITECTURES)}")
-    return AutoConfig.for_model(**ARCHITECTURES[name])
+    sizes = dict(zip(_SIZES, ARCHITECTURES[name], strict=True))
+    return AutoConfig.for_model(**_FAMILIES[sizes["model_type"]], **sizes)

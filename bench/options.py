@@ -1,28 +1,27 @@
-"""What a step consists of, the words of the three commands, and the one function that prints tables."""
+"""What a step consists of, the words of the three commands, and the function that prints tables."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
+from bench.costs import GPUS
 from config import Config, ConfigError
 from methods import METHODS, tasks_per_passage
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One call of `rollout`."""
+    """One call of `rollout`: prompts, responses to each, and the longest response in tokens."""
 
     name: str
     prompts: int
     count: int
-    """Responses to each prompt."""
     cap: int
-    """Longest response, tokens."""
 
 
 def phases(config: Config) -> list[Phase]:
-    """The rollouts of a step of config.method if every mask is valid; none for a method that samples nothing.
+    """The rollouts of a step if every mask is valid; none for a method that samples nothing.
 
     >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
     [('propose', 256), ('predict', 2048)]
@@ -40,46 +39,32 @@ def phases(config: Config) -> list[Phase]:
 
 @dataclass
 class Options:
-    """The words of all three commands that are no keys of the config. WORDS says which command takes which."""
+    """The words of the commands that are no keys of the config. A 0 is replaced by `complete`."""
 
-    prompt: int = 0
-    """Tokens of a prompt; 0: 400, or a third of max_prompt_tokens if that is less."""
-    cap: int = 0
-    """Longest response, tokens; 0: the config's, and at most 1024 where a step is timed."""
-    mean_response: float = 0.0
-    """Mean tokens of a response; 0: three eighths of the longest, at most 1024."""
-    sigma: float = 0.6
-    """Standard deviation of the logarithm of the lengths."""
-    equal: int = 0
-    """The length of every response in the row of equal lengths; 0: half of cap."""
-    rollouts: str = ""
-    """Numbers of responses, as in 64,128: then only the seconds of a step against these numbers."""
-    repeats: int = 3
-    """Timed steps, after one that warms up."""
-    out: str = ""
-    """Where the JSON goes; empty: runs/bench/NAME.json, or nowhere for `trl`."""
-    gpus: int = 8
-    gpu: str = "h100"
-    """A key of bench.costs.GPUS."""
-    kept: float = 1.0
-    """Share of responses that is trained on; the rest is in groups with equal rewards."""
-    decode_share: float = 0.5
-    """Share of the decode limit that the estimate of hours assumes."""
-    mfu: float = 0.4
-    """Model FLOPs utilisation in training that the estimate of hours assumes."""
+    # ---- made-up work: step and plan
+    prompt: int = 0  # tokens of a prompt; 0: 400, or a third of max_prompt_tokens if that is less
+    cap: int = 0  # longest response, tokens; 0: the config's, and at most 1024 where a step is timed
+    mean_response: float = 0.0  # mean tokens of a response; 0: three eighths of the longest, at most 1024
+    sigma: float = 0.6  # standard deviation of the logarithm of the lengths
+    # ---- step
+    equal: int = 0  # length of every response in the row of equal lengths; 0: half of cap
+    rollouts: str = ""  # numbers of responses, as in 64,128: the seconds of a step against these
+    repeats: int = 3  # timed steps after the warm-up; trl too
+    out: str = ""  # where the JSON goes; empty: runs/bench/NAME.json, for trl nowhere
+    # ---- plan
+    gpus: int = 8  # of a node
+    gpu: str = "h100"  # a key of GPUS
+    kept: float = 1.0  # share of responses that is trained on; the rest is in groups with equal rewards
+    decode_share: float = 0.5  # of the decode limit, for the estimate of hours
+    mfu: float = 0.4  # in training, for the estimate of hours
+    # ---- trl
     prompts: int = 32
-    completions: int = 8
-    """Responses to each prompt."""
-    tokens: int = 24
-    """Length of every response."""
-    articles: int = 1
-    """Articles in a prompt, about 30 words each."""
-    rounds: int = 3
-    """Processes of each peer, in turns."""
-    peers: str = ""
-    """Names from bench.trl.PEERS with commas; empty: all that can run here."""
-    only: str = ""
-    """One peer, in this process; its figures are printed as JSON. The command calls itself with it."""
+    completions: int = 8  # responses to each prompt
+    tokens: int = 24  # length of every response
+    articles: int = 1  # in a prompt, about 30 words each
+    rounds: int = 3  # processes of each peer, in turns
+    peers: str = ""  # names from bench.trl.PEERS with commas; empty: all that can run here
+    only: str = ""  # this peer in this process, its figures as JSON; the command calls itself with it
 
 
 WORDS = {
@@ -97,7 +82,7 @@ def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
         if not (equals and key in WORDS[command]):
             rest.append(word)
             continue
-        kind = type(getattr(Options, key))
+        kind = type(getattr(options, key))
         try:
             setattr(options, key, kind(text))
         except ValueError:
@@ -107,32 +92,26 @@ def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
 
 def complete(options: Options, config: Config, command: str) -> Options:
     """The options with every 0 replaced by its default. Raises ConfigError with key and value if one is impossible."""
-    caps, longest, highest = [phase.cap for phase in phases(config)], math.inf, {"repeats": 1000}
+    caps, cap = [phase.cap for phase in phases(config)], options.cap
+    shares = dict.fromkeys(("kept", "decode_share", "mfu"), (0.001, 1))
+    ranges = {"sigma": (0, math.inf), "prompt": (1, config.max_prompt_tokens)} | shares
     prompt = options.prompt or min(400, config.max_prompt_tokens // 3)
     if command == "step":
         if not caps:
             raise ConfigError(f"method={config.method!r}: samples nothing; time a method that does")
-        longest = min(caps)
-        cap = options.cap or min(1024, longest)
-        mean = options.mean_response or 0.375 * cap
-        options = replace(options, prompt=prompt, cap=cap, mean_response=mean, equal=options.equal or cap // 2)
-        highest |= {"prompt": config.max_prompt_tokens, "cap": longest, "mean_response": cap, "equal": cap}
+        cap = cap or min(1024, *caps)
+        options = replace(options, equal=options.equal or cap // 2)
+        ranges |= {"cap": (1, min(caps)), "mean_response": (1, cap), "equal": (1, cap)}
     elif command == "plan":
-        longest = max(caps, default=config.max_prediction_tokens)
-        mean = options.mean_response or min(1024, 0.375 * min(longest, options.cap or longest))
-        options = replace(options, prompt=prompt, cap=options.cap or longest, mean_response=mean)
+        cap = cap or max(caps, default=config.max_prediction_tokens)
+    mean = options.mean_response or min(1024, 0.375 * cap)
+    options = replace(options, prompt=prompt, cap=cap, mean_response=mean)
     for key in WORDS[command]:
-        value, most = getattr(options, key), highest.get(key, math.inf)
-        if isinstance(value, str):
-            continue
-        if key in ("kept", "decode_share", "mfu"):
-            valid, allowed = 0 < value <= 1, "above 0, at most 1"
-        elif key == "sigma":
-            valid, allowed = value >= 0, "0 or more"
-        else:
-            valid, allowed = 1 <= value <= most, "1 or more" if most == math.inf else f"from 1 to {most}"
-        if not valid:
-            raise ConfigError(f"{key}={value}: must be {allowed}")
+        value, (low, high) = getattr(options, key), ranges.get(key, (1, math.inf))
+        if not isinstance(value, str) and not low <= value <= high:
+            raise ConfigError(f"{key}={value}: must be at least {low}" + f", at most {high}" * (high < math.inf))
+    if options.gpu not in GPUS:
+        raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}")
     numbers, group = options.rollouts.split(",") if options.rollouts else [], config.predictions_per_mask
     if not all(number.isdecimal() and int(number) and int(number) % group == 0 for number in numbers):
         raise ConfigError(f"rollouts={options.rollouts!r}: must be multiples of predictions_per_mask={group}")

@@ -10,23 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.costs import (
-    GPUS,
-    Bundle,
-    Gpu,
-    architecture,
-    bundle_tokens,
-    cache_bytes,
-    cache_room,
-    decode_limit,
-    forward_flops,
-    requests_at_once,
-    response_lengths,
-    slots_for,
-    train_flops,
-)
+from bench import costs
+from bench.costs import GPUS, Bundle, Gpu, cache_room
 from bench.options import Options, complete, phases, split_words, text_table
-from config import Config, ConfigError, read_config
+from config import Config, read_config
 from methods import tasks_per_passage
 from model import Shape, activation_bytes, gpu_memory, must_recompute, shape_of, value_bytes
 
@@ -40,13 +27,12 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> d
     counts = {"responses": 0, "response_tokens": 0}
     for number, phase in enumerate(phases(config)):
         cap = min(phase.cap, options.cap)
-        lengths = response_lengths(
-            phase.prompts * phase.count, min(options.mean_response, cap), cap, options.sigma, number
-        )
+        mean, total = min(options.mean_response, cap), phase.prompts * phase.count
+        lengths = costs.response_lengths(total, mean, cap, options.sigma, number)
         groups = [lengths[i : i + phase.count] for i in range(0, len(lengths), phase.count)]
-        slots = slots_for(cache_room(shape, config, gpus, gpu), prompt, lengths, requests_at_once(config))
-        seconds["prefill"] = seconds.get("prefill", 0.0) + forward_flops(shape, [prompt] * phase.prompts) / whole
-        seconds[phase.name] = decode_limit(shape, gpu, prompt, groups, gpus, slots, width)
+        slots = costs.slots_for(cache_room(shape, config, gpus, gpu), prompt, lengths, costs.requests_at_once(config))
+        seconds["prefill"] = seconds.get("prefill", 0.0) + costs.forward_flops(shape, [prompt] * phase.prompts) / whole
+        seconds[phase.name] = costs.decode_limit(shape, gpu, prompt, groups, gpus, slots, width)
         counts["responses"] += len(lengths)
         counts["response_tokens"] += sum(lengths)
         if phase.name == "predict" or config.train_generator:
@@ -58,18 +44,18 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> d
     trained = [one.prompt + response for one in bundles for response in one.responses or [0]]
     if not config.share_prompts:
         bundles = [Bundle(one.prompt, [response]) for one in bundles for response in one.responses] or bundles
-    scored = forward_flops(shape, trained) * options.kept if config.kl else 0.0
+    scored = costs.forward_flops(shape, trained) * options.kept if config.kl else 0.0
     if config.method in ("rlp", "entropy_token"):
-        scored += forward_flops(shape, [prompt] * config.passages_per_step)
+        scored += costs.forward_flops(shape, [prompt] * config.passages_per_step)
     if config.method == "rlp":  # the policy scores every thought
-        scored += forward_flops(shape, trained)
+        scored += costs.forward_flops(shape, trained)
     if scored:
         seconds["scoring"] = scored / whole
-    seconds["update"] = options.kept * config.updates_per_batch * train_flops(shape, bundles) / whole
+    seconds["update"] = options.kept * config.updates_per_batch * costs.train_flops(shape, bundles) / whole
     # AdamW reads four and writes three float32 numbers a parameter; refresh reads one and writes the replica
     masters = 0.0 if config.offload else (config.updates_per_batch * 28 + 4) / gpus
     seconds["optimizer, refresh"] = shape.parameters * (masters + width) / gpu.bandwidth
-    return {"seconds": seconds, "trained_tokens": int(options.kept * bundle_tokens(bundles)), **counts}
+    return {"seconds": seconds, "trained_tokens": int(options.kept * costs.bundle_tokens(bundles)), **counts}
 
 
 def decided(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> Config:
@@ -102,7 +88,7 @@ def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
                 f"max_prediction_tokens= and max_mask_tokens=, or {more}")  # fmt: skip
     room = cache_room(shape, config, gpus, gpu)
     if room < longest:
-        return f"does not fit: cache room of {room:,} tokens for a request of {longest:,}. Raise cache_memory= or {more}"
+        return f"does not fit: cache room of {room:,} tokens, a request of {longest:,}. Raise cache_memory= or {more}"
     return f"fits: {(gpu.memory - sum(memory['training'].values())) / GB:.0f} GB to spare in training"
 
 
@@ -111,8 +97,8 @@ def _more(shape: Shape, config: Config, gpu: Gpu) -> str:
     if config.offload:
         return "Change gpu= or model="
     offloaded = gpu_memory(shape, replace(config, offload=True, gradient_checkpointing=True), 1)["training"]
-    first = "Set offload=true, raise gpus=" if sum(offloaded.values()) <= gpu.memory else "Raise gpus="
-    return f"{first}, or change gpu= or model="
+    fits = "second copy" not in offloaded and sum(offloaded.values()) <= gpu.memory
+    return f"{'Set offload=true, raise' if fits else 'Raise'} gpus=, or change gpu= or model="
 
 
 def checkpoint_bytes(shape: Shape, config: Config) -> float:
@@ -133,8 +119,8 @@ def memory_lines(shape: Shape, config: Config, options: Options) -> list[str]:
     rows = [(f"  {name}", f"{size / GB:.2f}") for name, size in parts.items()]
     rows.append(("  all of it, in training", f"{sum(parts.values()) / GB:.2f}"))
     lines, tokens = text_table(rows, 32, 9), config.tokens_per_micro_batch
-    on, off = (activation_bytes(shape, tokens, on, width, config.liger) / GB for on in (True, False))
-    note = f"   {tokens:,} tokens; with checkpointing {on:.1f}, without {off:.1f}"
+    on, off = (f"{activation_bytes(shape, tokens, on, width, config.liger) / GB:.1f}" for on in (True, False))
+    note = f"   {tokens:,} tokens; with checkpointing {on}, without {off}"
     note += f"; auto: {'with' if config.gradient_checkpointing else 'without'}" if auto else ""
     lines[list(parts).index("activations")] += note
     lines[-1] += f"   of {gpu.memory / GB:.0f}, if live all at once"
@@ -160,13 +146,13 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     lines += ["", *memory_lines(shape, config, options), f"  {verdict}"]
     if not verdict.startswith("fits"):
         return "\n".join(lines)
-    ideal, room = ideal_seconds(shape, config, gpu, options), cache_room(shape, config, gpus, gpu)
-    lines.append("")
+    ideal, lines = ideal_seconds(shape, config, gpu, options), [*lines, ""]
     if phases(config):
-        request = options.prompt + options.mean_response
+        room, request = cache_room(shape, config, gpus, gpu), options.prompt + options.mean_response
+        size, most = room * costs.cache_bytes(shape, value_bytes(config)) / GB, costs.requests_at_once(config)
         lines += [
-            f"sampler's cache per GPU: {room * cache_bytes(shape, value_bytes(config)) / GB:.1f} GB, {room:,} tokens, "
-            f"{int(room / request):,} requests of {request:.0f} tokens; max_requests lets {requests_at_once(config):,} run",
+            f"sampler's cache per GPU: {size:.1f} GB, {room:,} tokens, {int(room / request):,} requests of "
+            f"{request:.0f} tokens; max_requests lets {most:,} run",
             f"a step: {ideal['responses']:,} responses, mean {options.mean_response:.0f} tokens after prompts of "
             f"{options.prompt}: {ideal['response_tokens']:,} response tokens",
         ]
@@ -196,7 +182,4 @@ def print_plan(words: list[str]) -> None:
     """The command. Raises ConfigError for a bad word."""
     options, rest = split_words(words, "plan")
     config = read_config(rest)
-    options = complete(options, config, "plan")
-    if options.gpu not in GPUS:
-        raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}")
-    print(plan_text(shape_of(architecture(config.model)), config, options))
+    print(plan_text(shape_of(costs.architecture(config.model)), config, complete(options, config, "plan")))

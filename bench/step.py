@@ -2,11 +2,7 @@
 
 The step is that of train.py with made-up tasks: prompts of random tokens, response lengths drawn once from a seeded
 list, and rewards of 0 and 1, both in each group, so that every response is trained on. One row has lognormal lengths,
-one has equal lengths.
-
-Reported: seconds by phase (median of `repeats`, without the warm-up), response tokens/s, training tokens/s, the share
-of the decode limit and the MFU (on a known GPU), the sampler's cache, the largest memory in training.
-Left out: masking, parsing, probe, checkpoints, scoring by a second copy.
+one has equal lengths. Left out: masking, parsing, probe, checkpoints, scoring by a second copy.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ import statistics
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,40 +22,18 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from bench.costs import (
-    GPUS,
-    Bundle,
-    Gpu,
-    architecture,
-    bundle_tokens,
-    cache_bytes,
-    decode_limit,
-    mfu,
-    requests_at_once,
-    response_lengths,
-    slots_for,
-)
+import model
+from bench import costs
+from bench.costs import Bundle, Gpu
 from bench.options import WORDS, Options, Phase, complete, phases, split_words, text_table
 from config import Config, read_config
 from grpo import Group, Sample, bundle, make_optimizer, make_samples, update
 from methods import Run
 from metrics import clock, environment, largest_memory, peak_memory_gb, write_whole
-from model import (
-    Shape,
-    build_policy,
-    decide_checkpointing,
-    describe_attention,
-    load_replica,
-    load_tokenizer,
-    refresh,
-    shape_of,
-    value_bytes,
-)
 from ranks import Ranks, gather, start_ranks
 from rollout import Sampler, derive_seed, make_sampler, rollout
 
-NEVER = "\x00never{"
-"""An opening that no response contains: every response is searched for it, as in a run, and none ends by it."""
+NEVER = "\x00never{"  # an opening that no response contains: each is searched for it, as in a run, and none ends by it
 
 
 @dataclass
@@ -74,11 +49,9 @@ class Work:
 class StepTimes:
     """What one step took on this rank."""
 
-    seconds: dict[str, float]
-    """By phase, and `step`, their sum."""
+    seconds: dict[str, float]  # by phase, and `step`, their sum
     trained: list[Bundle]
-    training_gb: float | None
-    """Largest memory of the GPU in the update; None on a CPU."""
+    training_gb: float | None  # largest memory of the GPU in the update; None on a CPU
     cache_tokens: int
     cache_gb: float
 
@@ -96,20 +69,20 @@ def stand_in_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 def random_sampler(config: Config, hf_config, ranks: Ranks) -> Sampler:
     """A sampler with random weights."""
     local = (Path(config.model).expanduser() / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(config) if local else stand_in_tokenizer(hf_config.vocab_size)
-    return make_sampler(load_replica(config, ranks, hf_config), tokenizer, config, ranks)
+    tokenizer = model.load_tokenizer(config) if local else stand_in_tokenizer(hf_config.vocab_size)
+    return make_sampler(model.load_replica(config, ranks, hf_config), tokenizer, config, ranks)
 
 
 def make_run(sampler: Sampler) -> Run:
-    """The trainer beside a sampler, whose responses no end-of-sequence ends from here on. Every rank calls it."""
+    """The trainer for a sampler, whose responses no end-of-sequence ends from here on. Every rank calls it."""
     replica, ranks = sampler.replica, sampler.ranks
     sampler.eos_ids = {replica.config.vocab_size}  # an id that cannot be sampled
-    config = decide_checkpointing(replica.config, sampler.config, ranks)
-    policy = build_policy(replica, config, ranks)
-    optimizer = make_optimizer(policy, config)
+    config = model.decide_checkpointing(replica.config, sampler.config, ranks)
+    policy = model.build_policy(replica, config, ranks)
+    run = Run(config, ranks, None, sampler, policy, None, make_optimizer(policy, config))
     gc.collect()
     gc.freeze()  # as train.py does
-    return Run(config, ranks, None, sampler, policy, None, optimizer)
+    return run
 
 
 def make_work(phase: Phase, lengths: list[int], prompt: int, vocabulary: int, seed: int) -> Work:
@@ -127,21 +100,17 @@ def recorded_caches(sizes: list):
     """Inside, each cache that a sampler makes adds (tokens, bytes) to `sizes`; it is gone when rollout returns."""
     original = PagedAttentionCache.__init__
 
-    def __init__(self, *args, **kwargs):
+    def recording(self, *args, **kwargs):
         original(self, *args, **kwargs)
         sizes.append((self.max_tokens_read, self.cache_tensor.nbytes))
 
-    PagedAttentionCache.__init__ = __init__
-    try:
+    with patch.object(PagedAttentionCache, "__init__", recording):
         yield
-    finally:
-        PagedAttentionCache.__init__ = original
 
 
 def seeded_rewards(count: int, rng: random.Random) -> list[float]:
     """0 or 1 each, both in every group."""
-    rewards = [1.0, 0.0] + [float(rng.randrange(2)) for _ in range(count - 2)]
-    return rng.sample(rewards, count)
+    return rng.sample([1.0, 0.0] + [float(rng.randrange(2)) for _ in range(count - 2)], count)
 
 
 def learn(run: Run, samples: list[Sample], number: int) -> dict:
@@ -150,15 +119,12 @@ def learn(run: Run, samples: list[Sample], number: int) -> dict:
     with clock(row, "update"), largest_memory(row):
         row |= update(run.policy, run.optimizer, samples, run.config, run.ranks, number)
     with clock(row, "refresh"):
-        refresh(run.policy, run.sampler.replica)
+        model.refresh(run.policy, run.sampler.replica)
     return row
 
 
 def one_step(run: Run, works: list[Work], number: int) -> StepTimes:
-    """A step of train.py on given work. Every rank calls it.
-
-    Raises RuntimeError if a response did not get the length that it was to have.
-    """
+    """A step of train.py on given work, by every rank. Raises RuntimeError if a response has another length."""
     row, caches, groups = {}, [], []
     rng = random.Random(derive_seed(run.config.seed, number, "rewards"))
     for work in works:
@@ -167,135 +133,116 @@ def one_step(run: Run, works: list[Work], number: int) -> StepTimes:
             responses = rollout(run.sampler, work.prompts, phase.count, phase.cap, NEVER, noise, limits=work.limits)
         if [[len(one.completion_ids) for one in group] for group in responses] != work.limits:
             raise RuntimeError(f"{phase.name}, step {number}: responses did not get their lengths")
-        groups += [("gen" if phase.name == "propose" else "pred", group) for group in responses]
+        role = "gen" if phase.name == "propose" else "pred"
+        groups += [Group(role, group, seeded_rewards(len(group), rng)) for group in responses]
     with clock(row, "reward"):
-        rewarded = [Group(role, group, seeded_rewards(len(group), rng)) for role, group in groups]
-        samples = make_samples(rewarded, run.config)
+        samples = make_samples(groups, run.config)
     row |= learn(run, samples, number)
     seconds = {key[5:]: value for key, value in row.items() if key.startswith("time/")}
-    trained = [
-        Bundle(len(one[0].rollout.prompt_ids), [len(sample.rollout.completion_ids) for sample in one])
-        for one in bundle(samples, run.config)
-    ]
+    trained = []
+    for together in bundle(samples, run.config):
+        lengths = [len(sample.rollout.completion_ids) for sample in together]
+        trained.append(Bundle(len(together[0].rollout.prompt_ids), lengths))
     tokens, size = max(caches, default=(0, 0))
     peak = row["peak_memory_gb"] if torch.cuda.is_available() else None
     return StepTimes(seconds | {"step": sum(seconds.values())}, trained, peak, tokens, size / 1e9)
 
 
-# ---- rows
+# ---- rows and tables
 
 
-def time_row(run: Run, works: list[Work], shape: Shape, gpu: Gpu | None, repeats: int) -> dict:
+def time_row(run: Run, works: list[Work], shape: model.Shape, gpu: Gpu | None, repeats: int) -> dict:
     """A warm-up step and `repeats` more: one row of the table. Every rank calls it and gets the same."""
     steps = [one_step(run, works, number) for number in range(repeats + 1)]
     seconds = {key: statistics.median(one.seconds[key] for one in steps[1:]) for key in steps[0].seconds}
-    sampling = sum(seconds[work.phase.name] for work in works)
-    tokens, trained = sum(sum(map(sum, work.limits)) for work in works), steps[-1].trained
+    sampling, trained = sum(seconds[work.phase.name] for work in works), steps[-1].trained
+    tokens, updated = sum(sum(map(sum, work.limits)) for work in works), costs.bundle_tokens(trained)
     # the rank with the largest memory counts, and the one with the smallest cache
     memory = gather([(one.training_gb, one.cache_tokens, one.cache_gb) for one in steps])
-    cache_tokens, limits = min(cache for _, cache, _ in memory), {}
+    room, at_once, least = min(cache for _, cache, _ in memory), costs.requests_at_once(run.config), {}
     for work in works if gpu else ():
-        slots = slots_for(cache_tokens, len(work.prompts[0]), sum(work.limits, []), requests_at_once(run.config))
-        where = (shape, gpu, len(work.prompts[0]), work.limits, run.ranks.world, slots, value_bytes(run.config))
-        limits[work.phase.name] = decode_limit(*where)
+        prompt, width = len(work.prompts[0]), model.value_bytes(run.config)
+        slots = costs.slots_for(room, prompt, sum(work.limits, []), at_once)
+        least[work.phase.name] = costs.decode_limit(shape, gpu, prompt, work.limits, run.ranks.world, slots, width)
     return {
-        "responses": sum(len(group) for work in works for group in work.limits),
-        "response_tokens": tokens,
-        "trained_tokens": bundle_tokens(trained),
-        "warmup_seconds": steps[0].seconds,
-        "seconds": seconds,
-        "repeats": [one.seconds for one in steps[1:]],
-        "response_tokens_per_second": tokens / sampling,
-        "training_tokens_per_second": bundle_tokens(trained) / seconds["update"],
-        "mfu": mfu(shape, trained, seconds["update"], run.ranks.world, gpu) if gpu else None,
-        "decode_limit_seconds": limits or None,
-        "decode_share": sum(limits.values()) / sampling if gpu else None,
-        "cache_tokens": cache_tokens,
-        "cache_gb": max(size for _, _, size in memory),
+        "responses": sum(len(group) for work in works for group in work.limits), "response_tokens": tokens,
+        "trained_tokens": updated, "warmup_seconds": steps[0].seconds, "seconds": seconds,
+        "repeats": [one.seconds for one in steps[1:]], "response_tokens_per_second": tokens / sampling,
+        "decode_limit_seconds": least or None, "decode_share": sum(least.values()) / sampling if gpu else None,
+        "training_tokens_per_second": updated / seconds["update"],
+        "mfu": costs.mfu(shape, trained, seconds["update"], run.ranks.world, gpu) if gpu else None,
+        "cache_tokens": room, "cache_gb": max(size for _, _, size in memory),
         "training_gb": max((peak for peak, _, _ in memory if peak is not None), default=None),
         "process_gb": max(gather([peak_memory_gb()])),
-    }
+    }  # fmt: skip
 
 
 def known_gpu() -> Gpu | None:
     """The entry of costs.GPUS with this card's exact name; its memory comes from the driver."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return next((replace(gpu, memory=memory) for gpu in GPUS.values() if gpu.name == name), None)
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return next((replace(gpu, memory=card.total_memory) for gpu in costs.GPUS.values() if gpu.name == card.name), None)
 
 
 def time_rows(config: Config, options: Options, ranks: Ranks) -> dict:
     """All rows, and what they were measured on. Every rank calls it and gets the same. The options must be complete."""
-    hf_config = architecture(config.model)
-    shape, gpu, rows = shape_of(hf_config), known_gpu(), {}
+    hf_config = costs.architecture(config.model)
+    shape, gpu, rows = model.shape_of(hf_config), known_gpu(), {}
     run = make_run(random_sampler(config, hf_config, ranks))
-    plan = [("lognormal", phases(config), options.mean_response, options.sigma)]
-    plan.append(("equal", phases(config), options.equal, 0.0))
+    lognormal, count = (options.mean_response, options.sigma), config.predictions_per_mask
+    plan = {"lognormal": (phases(config), *lognormal), "equal": (phases(config), options.equal, 0.0)}
     if options.rollouts:
-        count, cap = config.predictions_per_mask, config.max_prediction_tokens
-        plan = [
-            (number, [Phase("predict", int(number) // count, count, cap)], options.mean_response, options.sigma)
-            for number in options.rollouts.split(",")
-        ]
-    for name, steps, mean, sigma in plan:
+        steps = {n: Phase("predict", int(n) // count, count, config.max_prediction_tokens)
+                 for n in options.rollouts.split(",")}  # fmt: skip
+        plan = {number: ([phase], *lognormal) for number, phase in steps.items()}
+    for name, (steps, mean, sigma) in plan.items():
         works = []
         for number, phase in enumerate(steps):
-            lengths = response_lengths(phase.prompts * phase.count, mean, options.cap, sigma, number)
+            lengths = costs.response_lengths(phase.prompts * phase.count, mean, options.cap, sigma, number)
             works.append(make_work(phase, lengths, options.prompt, shape.vocab, config.seed))
         rows[name] = time_row(run, works, shape, gpu, options.repeats)
     gc.unfreeze()
     return {
         "environment": environment().split("\n")[:-1], "gpu": asdict(gpu) if gpu else None, "world": ranks.world,
-        "attention": describe_attention(run.sampler.replica), "shape": asdict(shape),
-        "options": {key: getattr(options, key) for key in WORDS["step"]},
-        "cache_bytes_per_token": cache_bytes(shape, value_bytes(config)), "config": asdict(run.config), "rows": rows,
+        "attention": model.describe_attention(run.sampler.replica), "shape": asdict(shape),
+        "options": {key: getattr(options, key) for key in WORDS["step"]}, "config": asdict(run.config), "rows": rows,
+        "cache_bytes_per_token": costs.cache_bytes(shape, model.value_bytes(config)),
     }  # fmt: skip
 
 
-# ---- tables
+FORMATS = {"seconds": ".3f", "share": ".1%", "mfu": ".1%", "gb": ".3f", "second": ",.0f"}
+"""By the last word of a figure's name; others are counts."""
 
 
 def step_table(result: dict) -> str:
     """The rows as text, a column each; a dash where the device is not known or has no such figure."""
-    rows, first = result["rows"], next(iter(result["rows"].values()))
+    columns = []
+    for row in result["rows"].values():
+        figures = {f"{name} seconds": value for name, value in row["seconds"].items()} | row
+        figures |= {"warmup_seconds": row["warmup_seconds"]["step"]}
+        hidden = ("seconds", "repeats", "decode_limit_seconds")
+        columns.append({name.replace("_", " "): value for name, value in figures.items() if name not in hidden})
+    table = [("", *result["rows"])]
+    for name in columns[0]:
+        form = FORMATS.get(name.split()[-1], ",")
+        table.append((name, *(None if one[name] is None else format(one[name], form) for one in columns)))
     device = result["gpu"]["name"] if result["gpu"] else result["environment"][-1].removeprefix("device: ")
-    table = [("", *rows)]
-
-    def line(label: str, key: str, form: str) -> None:
-        key, _, phase = key.partition("/")
-        values = [row[key][phase] if phase else row[key] for row in rows.values()]
-        table.append((label, *(None if value is None else format(value, form) for value in values)))
-
-    for name in ("responses", "response tokens", "trained tokens"):
-        line(name, name.replace(" ", "_"), ",")
-    for name in first["seconds"]:
-        line(f"{name}, s", f"seconds/{name}", ".3f")
-    line("warm-up step, s", "warmup_seconds/step", ".3f")
-    line("response tokens/s", "response_tokens_per_second", ",.0f")
-    line("share of decode limit", "decode_share", ".1%")
-    line("training tokens/s", "training_tokens_per_second", ",.0f")
-    line("MFU", "mfu", ".1%")
-    line("cache, tokens", "cache_tokens", ",")
-    line("cache, GB", "cache_gb", ".3f")
-    line("largest in training, GB", "training_gb", ".2f")
-    line("largest so far, GB", "process_gb", ".2f")
     return "\n".join([
         f"{result['config']['model']}, random weights, {result['shape']['parameters']:,} parameters, "
         f"{result['config']['dtype']}, {result['world']} x {device}, {result['attention']}",
-        f"prompts of {result['options']['prompt']} tokens; seconds: median of {len(first['repeats'])}", "",
-        *text_table(table, 24, 13),
+        f"prompts of {result['options']['prompt']} tokens; median of {result['options']['repeats']}\n",
+        *text_table(table, 28, 13),
     ])  # fmt: skip
 
 
 def scaling_table(rows: dict) -> str:
     """Seconds of a step against its rollouts, and the straight line through them by least squares."""
-    points = [(int(number), row["seconds"]["step"]) for number, row in rows.items()]
-    table = [("rollouts", "step, s", "sampling", "update", "ms a rollout")]
-    for (number, step), row in zip(points, rows.values(), strict=True):
-        seconds = [f"{row['seconds'][name]:.3f}" for name in ("step", "predict", "update")]
-        table.append((str(number), *seconds, f"{1000 * step / number:.2f}"))
+    table, points = [("rollouts", "step, s", "sampling", "update", "ms a rollout")], []
+    for number, seconds in ((int(number), row["seconds"]) for number, row in rows.items()):
+        points.append((number, seconds["step"]))
+        cells = [f"{seconds[name]:.3f}" for name in ("step", "predict", "update")]
+        table.append((str(number), *cells, f"{1000 * seconds['step'] / number:.2f}"))
     lines = text_table(table, 8, 14)
     if len(points) > 1:
         slope, begin = statistics.linear_regression(*zip(*points, strict=True))

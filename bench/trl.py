@@ -11,10 +11,9 @@
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
 A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them. All
-peers have the same weights, rewards (half of each group is right), tokens in a micro-batch, and one process. An
-end-of-sequence outside the vocabulary makes lengths equal; TRL has no other way. A measurement is a fresh process, a
-warm-up step and the median of `repeats`. The processes take turns for `rounds` rounds, so that other load on the
-machine hits all alike; CPU seconds are less sensitive to it.
+peers have the same weights, rewards (half of each group is right) and tokens in a micro-batch. A measurement is a fresh
+process, a warm-up step and the median of `repeats`. The processes take turns for `rounds` rounds, so that other load on
+the machine hits all alike; CPU seconds are less sensitive to it.
 TRL is not a requirement of this project; without it `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
@@ -30,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,22 +41,11 @@ from bench.step import Work, make_run, one_step
 from config import Config, ConfigError, read_config
 from metrics import peak_memory_gb
 from model import load_replica, load_tokenizer
-from ops import VARLEN
 from prompts import PREDICT_PROMPT, fill
 from ranks import start_ranks
 from rollout import make_sampler
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class Duration:
-    """Seconds on the clock, and seconds of the CPU."""
-
-    seconds: float
-    cpu: float
 
 
 def peer_prompts(config: Config, options: Options) -> list[str]:
@@ -74,57 +62,59 @@ def rows_per_batch(config: Config, options: Options, longest: int) -> int:
     return max(rows for rows in range(1, total + 1) if total % rows == 0 and rows <= max(1, room))
 
 
-def plain_model(config: Config, attention: str, dtype=torch.float32):
+def plain_model(config: Config):
     """The weights as other trainers hold them: float32, computing in config.dtype under autocast."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel = "sdpa" if attention == VARLEN else attention
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=dtype, attn_implementation=kernel, use_safetensors=True, trust_remote_code=False
-    )
-    return model.to(device)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(config.model, use_safetensors=True, **options)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def now() -> Duration:
-    """The clocks, once the GPU's queue is drained."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Duration(time.perf_counter(), time.process_time())
+@dataclass
+class Stopwatch:
+    """Seconds on the clock and seconds of the CPU, of the warm-up step and of each of `repeats` more."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    begun: tuple[float, float] = (0.0, 0.0)
+
+    def start(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.begun = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        wall, cpu = self.begun
+        self.start()
+        self.wall.append(self.begun[0] - wall)
+        self.cpu.append(self.begun[1] - cpu)
+
+    def time(self, step: Callable[[int], object], repeats: int) -> Stopwatch:
+        for number in range(repeats + 1):
+            self.start()
+            step(number)
+            self.stop()
+        return self
 
 
-def between(start: Duration, end: Duration) -> Duration:
-    return Duration(end.seconds - start.seconds, end.cpu - start.cpu)
+# ---- the peers
 
 
-def timed(step: Callable[[], None], repeats: int) -> list[Duration]:
-    """Of each of 1 + repeats calls."""
-    times = []
-    for _ in range(repeats + 1):
-        start = now()
-        step()
-        times.append(between(start, now()))
-    return times
-
-
-# ---- the peers: each returns the durations of a warm-up step and `repeats` more
-
-
-def ours(config: Config, options: Options) -> list[Duration]:
+def ours(config: Config, options: Options) -> Stopwatch:
     """A step of train.py, on one rank."""
     ranks = start_ranks()
     run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks))
     prompts = [run.sampler.tokenizer(text).input_ids for text in peer_prompts(config, options)]
     phase = Phase("predict", options.prompts, options.completions, options.tokens)
     work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
-    number = iter(range(options.repeats + 1))
-    times = timed(lambda: one_step(run, [work], next(number)), options.repeats)
+    times = Stopwatch().time(lambda number: one_step(run, [work], number), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
     return times
 
 
-def naive(config: Config, options: Options) -> list[Duration]:
+def naive(config: Config, options: Options) -> Stopwatch:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
-    tokenizer, model = load_tokenizer(config), plain_model(config, "sdpa")
+    tokenizer, model = load_tokenizer(config), plain_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     rows = [tokenizer(text).input_ids for text in peer_prompts(config, options)]
     longest, device = max(map(len, rows)), model.device
@@ -138,7 +128,7 @@ def naive(config: Config, options: Options) -> list[Duration]:
     size = rows_per_batch(config, options, longest)
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-    def step() -> None:
+    def step(_) -> None:
         with torch.no_grad(), half:
             whole = model.generate(input_ids=prompts, attention_mask=mask, **sampling)
         seen = torch.cat([mask.repeat_interleave(options.completions, 0), torch.ones_like(whole[:, longest:])], 1)
@@ -150,79 +140,71 @@ def naive(config: Config, options: Options) -> list[Duration]:
             logprobs = logits[:, longest - 1 : -1].float().log_softmax(-1)
             own = logprobs.gather(-1, whole[part, longest:, None])[..., 0]
             ratio = torch.exp(own - own.detach())
-            loss = -(ratio * advantages[part, None]).sum() / (len(whole) * options.tokens)
-            loss.backward()
+            (-(ratio * advantages[part, None]).sum() / (len(whole) * options.tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-    return timed(step, options.repeats)
+    return Stopwatch().time(step, options.repeats)
 
 
-def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> list[Duration]:
+def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> Stopwatch:
     """TRL's GRPOTrainer, set to our step: no KL term, no recomputation of old log-probs, one update per batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    tokenizer, cuda = load_tokenizer(config), torch.cuda.is_available()
+    tokenizer, cuda, prompts = load_tokenizer(config), torch.cuda.is_available(), peer_prompts(config, options)
     tokenizer.padding_side = "left"
-    tokenizer.add_special_tokens({"eos_token": "<never sampled>"})  # its id is beyond the model's vocabulary
-    prompts = peer_prompts(config, options)
+    # TRL has no other way to equal lengths: the id of this end-of-sequence is beyond the model's vocabulary
+    tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
     longest = max(len(tokenizer(text).input_ids) for text in prompts)
-    model = plain_model(config, "sdpa")
+    model = plain_model(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     total, rows = options.prompts * options.completions, rows_per_batch(config, options, longest)
-    extra = {}
-    if paged:
-        extra["use_transformers_continuous_batching"] = True
+    extra = {"use_transformers_continuous_batching": True} if paged else {}
     if fitted:
         if cuda:
             raise ConfigError("peers=trl_fitted: for a CPU; on a GPU trl_paged sizes its cache by free memory")
         extra["transformers_continuous_batching_config"] = fitted_settings(options, longest)
-    lengths, starts, ends = [], [], []
+    lengths, watch = [], Stopwatch()
 
     def reward(completion_ids, **_) -> list[float]:
         lengths.extend(map(len, completion_ids))
         return [float(number % 2) for number in range(len(completion_ids))]
 
-    class Clock(TrainerCallback):
+    class Timer(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            starts.append(now())
+            watch.start()
 
         def on_step_end(self, *_, **__):
-            ends.append(now())
+            watch.stop()
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder, max_steps=options.repeats + 1, per_device_train_batch_size=rows,
             gradient_accumulation_steps=total // rows, num_generations=options.completions,
             max_completion_length=options.tokens, temperature=config.temperature, top_p=1.0, top_k=0, beta=0.0,
-            num_iterations=1, epsilon=config.clip_low, epsilon_high=config.clip_high,
+            num_iterations=1, epsilon=config.clip_low, epsilon_high=config.clip_high, weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, lr_scheduler_type="constant",
-            weight_decay=config.weight_decay,
             gradient_checkpointing=config.gradient_checkpointing, bf16=config.dtype == "bfloat16", use_cpu=not cuda,
             shuffle_dataset=False, report_to="none", save_strategy="no", disable_tqdm=True, **extra,
         )  # fmt: skip
-        trainer = GRPOTrainer(
-            model=model, args=arguments, reward_funcs=reward, processing_class=tokenizer, callbacks=[Clock()],
-            train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
-        )  # fmt: skip
+        dataset = Dataset.from_list([{"prompt": text} for text in prompts])
+        trainer = GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()])
         trainer.train()
     if lengths != [options.tokens] * total * (options.repeats + 1):
         raise RuntimeError(f"TRL made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
-    return [between(*pair) for pair in zip(starts, ends, strict=True)]
+    return watch
 
 
 def fitted_settings(options: Options, longest: int) -> dict:
-    """For a CPU, where the defaults take half of the memory for a cache. 32 requests at once was the fastest of 4, 8,
-    16, 32, 64, 128 and 256: attention goes over the caches of all of them."""
+    """A cache for 32 requests at once, the fastest of 4 to 256 on a CPU; the defaults take half of the memory."""
     at_once, page = 32, 32
-    pages = -(-(longest + options.tokens) // page) + 1
-    return {"page_size": page, "num_blocks": at_once * pages + 8, "max_requests_per_batch": at_once} | {
-        "max_batch_tokens": at_once * longest
-    }
+    blocks = at_once * (-(-(longest + options.tokens) // page) + 1) + 8
+    batch = {"max_requests_per_batch": at_once, "max_batch_tokens": at_once * longest}
+    return {"page_size": page, "num_blocks": blocks} | batch
 
 
 PEERS = {
@@ -239,11 +221,11 @@ PEERS = {
 
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
-    command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     # TRL would spread over every GPU that it sees, and refuses to
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": path}
+    fixed = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    fixed |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))}
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | fixed
+    command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -262,9 +244,9 @@ def compare_peers(words: list[str]) -> None:
     if not {*names, options.only or "ours"} <= set(PEERS):
         raise ConfigError(f"peers={options.peers!r}: must be some of {','.join(PEERS)}")
     if options.only:
-        warmup, *times = PEERS[options.only](config, options)
-        row = {"warmup": warmup.seconds, "seconds": [one.seconds for one in times]}
-        print(json.dumps(row | {"cpu_seconds": [one.cpu for one in times], "memory_gb": peak_memory_gb()}))
+        watch = PEERS[options.only](config, options)
+        row = {"warmup": watch.wall[0], "seconds": watch.wall[1:], "cpu_seconds": watch.cpu[1:]}
+        print(json.dumps(row | {"memory_gb": peak_memory_gb()}))
         return
     runs = {name: [] for name in names}
     for _ in range(options.rounds):
@@ -280,9 +262,8 @@ def peer_table(runs: dict[str, list[dict]], options: Options) -> str:
     """Medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
     rows, first = [("", "step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")], None
     for name, results in runs.items():
-        medians = [statistics.median(one["seconds"]) for one in results]
-        cpu = statistics.median(statistics.median(one["cpu_seconds"]) for one in results)
-        middle, warm = statistics.median(medians), statistics.median(one["warmup"] for one in results)
+        medians, cpu = ([statistics.median(one[key]) for one in results] for key in ("seconds", "cpu_seconds"))
+        middle, cpu, warm = map(statistics.median, (medians, cpu, [one["warmup"] for one in results]))
         first = first or (middle, cpu)
         cells = [middle, min(medians), max(medians), warm, middle / first[0], cpu, cpu / first[1]]
         rows.append((name, *(f"{cell:.2f}" for cell in [*cells, max(one["memory_gb"] for one in results)])))

@@ -167,8 +167,8 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     assert row["decode_share"] == pytest.approx(sum(both) / 9)
     assert (row["cache_tokens"], row["cache_gb"], row["training_gb"]) == (100, 0.5, 1.5)
     text = step_table({"rows": {"one": row}, "gpu": asdict(gpu), "world": 1, "shape": asdict(shape), "attention": "x",
-                  "config": asdict(tiny), "options": {"prompt": 20}})  # fmt: skip
-    assert re.search(r"response tokens/s +22\n", text) and re.search(r"training tokens/s +40\n", text)
+                  "config": asdict(tiny), "options": {"prompt": 20, "repeats": 3}})  # fmt: skip
+    assert re.search(r"response tokens per second +22\n", text) and re.search(r"training tokens per second +40\n", text)
 
 
 def test_a_straight_line_through_steps():
@@ -205,7 +205,7 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
         assert row["cache_gb"] == pytest.approx(row["cache_tokens"] * result["cache_bytes_per_token"] / 1e9, rel=0.05)
     assert result["rows"]["equal"]["response_tokens"] == 7 * 20
     text = step_table(result)
-    assert "478,080 parameters" in text and re.search(r"MFU +- +-\n", text)
+    assert "478,080 parameters" in text and re.search(r"mfu +- +-\n", text)
 
 
 def test_a_step_against_its_rollouts(tiny, ranks):
@@ -260,6 +260,6 @@ def test_commands(command, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "b" / "x.json").read_text())
     assert result["world"] == 2 and result["rows"]["equal"]["responses"] == 20
-    assert done.stdout.count("response tokens/s") == 1  # one rank prints
+    assert done.stdout.count("response tokens per second") == 1  # one rank prints
     refused = command(["-m", "bench", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
     assert refused.returncode == 2 and refused.stderr.startswith("config error: gpu='abacus'")

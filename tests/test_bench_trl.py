@@ -65,18 +65,12 @@ def test_our_step_runs_in_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize("visible, given", [(None, "0"), ("2,3", "2"), ("", "")])
 def test_a_peer_sees_one_gpu_or_none(monkeypatch, visible, given):
     """TRL's trainer would spread over all that it sees, and refuses to."""
-    seen = []
-
-    def run(command, env, **_):
-        seen.append(env["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(returncode=0, stdout="{}")
-
-    monkeypatch.setattr(peers.subprocess, "run", run)
+    monkeypatch.setattr(peers.subprocess, "run", lambda _, env, **__: SimpleNamespace(
+        returncode=0, stdout=json.dumps(env["CUDA_VISIBLE_DEVICES"])))  # fmt: skip
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    one_process("trl", [])
-    assert seen == [given]
+    assert one_process("trl", []) == given
 
 
 def test_the_fitted_cache_has_room_for_its_requests():
@@ -86,14 +80,12 @@ def test_the_fitted_cache_has_room_for_its_requests():
 
 
 def test_the_table_gives_medians_of_medians_and_ratios_to_the_first_peer():
-    def runs(*seconds):
-        return [
-            {"warmup": 9.0, "seconds": list(one), "cpu_seconds": [2 * value for value in one], "memory_gb": 1.5}
-            for one in seconds
-        ]
+    def run(*seconds):
+        cpu = [2 * value for value in seconds]
+        return {"warmup": 9.0, "seconds": seconds, "cpu_seconds": cpu, "memory_gb": 1.5}
 
-    lines = peer_table({"ours": runs((1, 2, 3), (4, 4, 4), (1, 1, 9)), "trl": runs((6, 6, 6), (5, 5, 5), (8, 8, 8))}, SMALL)
-    ours, trl = (line.split() for line in lines.splitlines()[-2:])
+    runs = {"ours": [run(1, 2, 3), run(4, 4, 4), run(1, 1, 9)], "trl": [run(6, 6, 6), run(5, 5, 5), run(8, 8, 8)]}
+    ours, trl = (line.split() for line in peer_table(runs, SMALL).splitlines()[-2:])
     assert ours == ["ours", "2.00", "1.00", "4.00", "9.00", "1.00", "4.00", "1.00", "1.50"]
     assert trl == ["trl", "6.00", "5.00", "8.00", "9.00", "3.00", "12.00", "3.00", "1.50"]
 

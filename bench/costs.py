@@ -1,8 +1,7 @@
-"""What a GPU can do and what a model costs it: the least time that a step can take.
+"""What a GPU can do and what a model costs it: the least time that decoding and training can take.
 
-A decode step must read all weights and the keys and values of every running response. Training must do its
-multiplications. The benchmark divides these limits by what it measures; the plan adds them up. In a mixture of experts
-a token is multiplied with a few experts; routing is taken to be even. Decimal units (1 GB = 1e9 bytes).
+The benchmark divides these limits by what it measures; the plan adds them up. In a mixture of experts a token is
+multiplied with a few experts; routing is taken to be even. Decimal units (1 GB = 1e9 bytes).
 """
 
 from __future__ import annotations
@@ -47,6 +46,9 @@ GPUS = {
 }
 
 
+REQUESTS = 512  # that rollout.py lets run together on a GPU, unless config.max_requests says otherwise
+
+
 @dataclass(frozen=True)
 class Bundle:
     """Lengths in tokens of a prompt and of the responses that are trained with it; the prompt is computed once."""
@@ -61,11 +63,8 @@ def bundle_tokens(bundles: list[Bundle]) -> int:
 
 
 def response_lengths(count: int, mean: float, cap: int, sigma: float = 0.6, seed: int = 0) -> list[int]:
-    """`count` lengths in tokens: lognormal with this sigma, cut at `cap`, scaled so that their mean is `mean`.
-
-    sigma 0 makes all equal. Bisection finds the scale, because the cut lowers the mean.
-    Raises ConfigError if mean is below 1 or above cap.
-    """
+    """`count` lengths in tokens: lognormal with this sigma (0: all equal), cut at `cap`, scaled by bisection so that
+    their mean is `mean`. Raises ConfigError if mean is below 1 or above cap."""
     if not 1 <= mean <= cap:
         raise ConfigError(f"mean_response={mean}: must be between 1 and the longest response, {cap} tokens")
     rng = random.Random(seed)
@@ -117,11 +116,9 @@ def cache_bytes(shape: Shape, width: int = 2) -> int:
 
 
 def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slots: int, width: int = 2) -> float:
-    """Least time in which one GPU decodes responses of these lengths, `slots` at a time, each followed by the next.
-
-    A decode step gives every running response one token. It takes as long as its reads (all weights once; keys and
-    values of the running responses and their prompts) or its multiplications, whichever is longer.
-    """
+    """Least time in which one GPU decodes responses of these lengths, `slots` at a time, each followed by the next. A
+    decode step gives every running response one token. It takes as long as its reads (all weights once; keys and values
+    of the running responses and their prompts) or its multiplications, whichever is longer."""
     waiting, running = deque(lengths), []  # running: a heap of (decode step at which it ends, length)
     now, context, seconds = 0, 0, 0.0
     while waiting or running:
@@ -149,29 +146,19 @@ def decode_limit(
     return max(decode_seconds(shape, gpu, prompt, share, slots, width) for share in shares)
 
 
-def requests_at_once(config: Config) -> int:
-    """How many responses rollout.py lets run together on a GPU."""
-    return config.max_requests or 512
-
-
 def slots_for(room: int, prompt: int, lengths: list[int], at_once: int) -> int:
-    """How many responses run together: what a cache of `room` tokens holds, but at most `at_once`.
-
-    A running response has on average its prompt and half its length in the cache. A long response runs longer, so
-    each length is weighted by itself.
-    """
+    """How many responses run together: what a cache of `room` tokens holds, but at most `at_once`. A response has on
+    average its prompt and half its length in the cache; a long one runs longer, so lengths are weighted by length."""
     typical = prompt + sum(length**2 for length in lengths) / (2 * sum(lengths))
     return max(1, min(at_once, int(room / typical)))
 
 
 def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
-    """Tokens in the sampler's cache on each GPU: its share of the free memory, less the logits of one decode step.
-
-    The sampler also sets aside one layer's worth per token to read from, and 16 bytes of indices.
-    """
+    """Tokens in the sampler's cache on each GPU: its share of the free memory, less the logits of one decode step. The
+    sampler also sets aside one layer's worth per token to read from, and 16 bytes of indices."""
     width = value_bytes(config)
     free = config.cache_memory * (gpu.memory - sum(gpu_memory(shape, config, gpus)["rollouts"].values()))
-    free -= requests_at_once(config) * (4 * shape.vocab + width * shape.hidden)
+    free -= (config.max_requests or REQUESTS) * (4 * shape.vocab + width * shape.hidden)
     each = cache_bytes(shape, width)
     return max(0, int(free / (each + each / shape.layers + 16)))
 
@@ -195,15 +182,13 @@ ARCHITECTURES = {
 
 
 def architecture(name: str):
-    """The transformers config of a model: from its own config.json if that is on disk, else from ARCHITECTURES.
-
-    Raises ConfigError for a model in neither.
-    """
+    """The transformers config of a model: from its own config.json if that is on disk, else from ARCHITECTURES. Raises
+    ConfigError for a model in neither."""
     folder = Path(name).expanduser()
     cached = folder / "config.json"
     if not cached.is_file():  # a folder without one is no hub name
         cached = None if folder.exists() else try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, (str, Path)):
+    if isinstance(cached, str | Path):
         return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=False)
     if name not in ARCHITECTURES:
         raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {', '.join(ARCHITECTURES)}")

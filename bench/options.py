@@ -26,15 +26,13 @@ def phases(config: Config) -> list[Phase]:
     >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
     [('propose', 256), ('predict', 2048)]
     """
-    passages, count, cap = config.passages_per_step, config.predictions_per_mask, config.max_prediction_tokens
-    if not METHODS[config.method].predict:
+    passages, masks, method = config.passages_per_step, config.masks_per_passage, config.method
+    if not METHODS[method].predict:
         return []
-    if config.method == "active":
-        masks = config.masks_per_passage
-        propose = Phase("propose", passages, masks, config.max_mask_tokens)
-        return [propose, Phase("predict", passages * masks, count, cap)]
-    tasks = passages if config.method in ("rlvr", "rlp") else sum(tasks_per_passage(config, config.method))
-    return [Phase("predict", tasks, count, cap)]
+    tasks = passages if method in ("rlvr", "rlp") else sum(tasks_per_passage(config, method))
+    propose = [Phase("propose", passages, masks, config.max_mask_tokens)] if method == "active" else []
+    tasks = passages * masks if propose else tasks
+    return [*propose, Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens)]
 
 
 @dataclass

@@ -24,13 +24,15 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> d
     """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n}."""
     gpus, prompt, width = options.gpus, options.prompt, value_bytes(config)
     whole, bundles, seconds = gpus * gpu.flops, [], {}
-    counts = {"responses": 0, "response_tokens": 0}
+    counts, room = {"responses": 0, "response_tokens": 0}, cache_room(shape, config, gpus, gpu)
     for number, phase in enumerate(phases(config)):
         cap = min(phase.cap, options.cap)
         mean, total = min(options.mean_response, cap), phase.prompts * phase.count
         lengths = costs.response_lengths(total, mean, cap, options.sigma, number)
         groups = [lengths[i : i + phase.count] for i in range(0, len(lengths), phase.count)]
-        slots = costs.slots_for(cache_room(shape, config, gpus, gpu), prompt, lengths, costs.requests_at_once(config))
+        slots = costs.slots_for(
+            cache_room(shape, config, gpus, gpu), prompt, lengths, config.max_requests or costs.REQUESTS
+        )
         seconds["prefill"] = seconds.get("prefill", 0.0) + costs.forward_flops(shape, [prompt] * phase.prompts) / whole
         seconds[phase.name] = costs.decode_limit(shape, gpu, prompt, groups, gpus, slots, width)
         counts["responses"] += len(lengths)
@@ -64,18 +66,20 @@ def decided(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> Config:
 
 
 def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
-    """Whether it fits; if not, the key to change and, where one helps, its largest value that fits.
-
-    Compares the sum of all parts, some of which are never live together: what fits here fits.
-    """
+    """Whether it fits; if not, the key to change and, where one helps, its largest value that fits. Some of the parts
+    that are added up are never live together, so what fits here fits."""
     stored, config = config.gradient_checkpointing, decided(shape, config, gpus, gpu)
     longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
-    # with offload nothing but host memory is shared among the GPUs
-    more, memory = "change gpu= or model=" if config.offload else "raise gpus=", gpu_memory(shape, config, gpus)
+    memory, more = gpu_memory(shape, config, gpus), "raise gpus=, or change gpu= or model="
+    if config.offload:  # then GPUs share nothing but host memory
+        more = "change gpu= or model="
     for moment, parts in memory.items():
         fixed = sum(parts.values()) - parts.get("activations", 0)
         if fixed > gpu.memory:
-            return f"does not fit: {fixed / GB:.0f} GB in {moment} before any activation. {_more(shape, config, gpu)}"
+            least = gpu_memory(shape, replace(config, offload=True, gradient_checkpointing=True), gpus)["training"]
+            if not config.offload and "second copy" not in least and sum(least.values()) <= gpu.memory:
+                more = "set offload=true, " + more
+            return f"does not fit: {fixed / GB:.0f} GB in {moment} before any activation; {more}"
     width, auto = value_bytes(config), config.gradient_checkpointing
     if fixed + memory["training"]["activations"] > gpu.memory:
         per_token = {on: activation_bytes(shape, 1, on, width, config.liger) for on in (False, True)}
@@ -90,15 +94,6 @@ def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
     if room < longest:
         return f"does not fit: cache room of {room:,} tokens, a request of {longest:,}. Raise cache_memory= or {more}"
     return f"fits: {(gpu.memory - sum(memory['training'].values())) / GB:.0f} GB to spare in training"
-
-
-def _more(shape: Shape, config: Config, gpu: Gpu) -> str:
-    """What helps where even the weights do not fit."""
-    if config.offload:
-        return "Change gpu= or model="
-    offloaded = gpu_memory(shape, replace(config, offload=True, gradient_checkpointing=True), 1)["training"]
-    fits = "second copy" not in offloaded and sum(offloaded.values()) <= gpu.memory
-    return f"{'Set offload=true, raise' if fits else 'Raise'} gpus=, or change gpu= or model="
 
 
 def checkpoint_bytes(shape: Shape, config: Config) -> float:
@@ -149,7 +144,7 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     ideal, lines = ideal_seconds(shape, config, gpu, options), [*lines, ""]
     if phases(config):
         room, request = cache_room(shape, config, gpus, gpu), options.prompt + options.mean_response
-        size, most = room * costs.cache_bytes(shape, value_bytes(config)) / GB, costs.requests_at_once(config)
+        size, most = room * costs.cache_bytes(shape, value_bytes(config)) / GB, config.max_requests or costs.REQUESTS
         lines += [
             f"sampler's cache per GPU: {size:.1f} GB, {room:,} tokens, {int(room / request):,} requests of "
             f"{request:.0f} tokens; max_requests lets {most:,} run",

@@ -159,7 +159,7 @@ def time_row(run: Run, works: list[Work], shape: model.Shape, gpu: Gpu | None, r
     tokens, updated = sum(sum(map(sum, work.limits)) for work in works), costs.bundle_tokens(trained)
     # the rank with the largest memory counts, and the one with the smallest cache
     memory = gather([(one.training_gb, one.cache_tokens, one.cache_gb) for one in steps])
-    room, at_once, least = min(cache for _, cache, _ in memory), costs.requests_at_once(run.config), {}
+    room, at_once, least = min(cache for _, cache, _ in memory), run.config.max_requests or costs.REQUESTS, {}
     for work in works if gpu else ():
         prompt, width = len(work.prompts[0]), model.value_bytes(run.config)
         slots = costs.slots_for(room, prompt, sum(work.limits, []), at_once)

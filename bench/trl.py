@@ -11,10 +11,9 @@
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
 A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them. All
-peers have the same weights, rewards (half of each group is right) and tokens in a micro-batch. A measurement is a fresh
-process, a warm-up step and the median of `repeats`. The processes take turns for `rounds` rounds, so that other load on
-the machine hits all alike; CPU seconds are less sensitive to it.
-TRL is not a requirement of this project; without it `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+peers have the same weights, rewards (half of each group is right) and tokens in a micro-batch. Each measurement is a
+process of its own, and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it.
+Without TRL, which is no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ def naive(config: Config, options: Options) -> Stopwatch:
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": options.completions, "pad_token_id": 0}
     sampling |= {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
-    rewards = torch.tensor([0.0, 1.0], device=device).repeat(len(rows), (options.completions + 1) // 2)
-    rewards = rewards[:, : options.completions]
+    rewards = (torch.arange(options.completions, device=device) % 2).float().repeat(len(rows), 1)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
     size = rows_per_batch(config, options, longest)
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -138,8 +136,8 @@ def naive(config: Config, options: Options) -> Stopwatch:
             with half:
                 logits = model(input_ids=whole[part], attention_mask=seen[part], position_ids=positions[part]).logits
             logprobs = logits[:, longest - 1 : -1].float().log_softmax(-1)
-            own = logprobs.gather(-1, whole[part, longest:, None])[..., 0]
-            ratio = torch.exp(own - own.detach())
+            chosen = logprobs.gather(-1, whole[part, longest:, None])[..., 0]
+            ratio = torch.exp(chosen - chosen.detach())
             (-(ratio * advantages[part, None]).sum() / (len(whole) * options.tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -340,7 +340,7 @@ def test_scoring_is_counted_where_a_second_copy_scores():
     (["configs/qwen3-0.6b-24gb.yaml", "gradient_checkpointing=auto"], "rtx4090", 1, None),
     (["configs/qwen3-30b-a3b.yaml"], "h200", 8, None),
     (["configs/qwen3-30b-a3b.yaml"], "h100", 8, "max_prediction_tokens="),
-    (["configs/qwen3-30b-a3b.yaml", "offload=false"], "h200", 2, "offload=true"),
+    (["configs/qwen3-30b-a3b.yaml", "offload=false"], "h200", 2, "set offload=true"),
 ])  # fmt: skip
 def test_a_plan_says_whether_it_fits_and_what_to_change(known, monkeypatch, words, gpu, gpus, key):
     monkeypatch.chdir(ROOT)

@@ -276,7 +276,7 @@ def limits(sampler: Sampler) -> str:
         "It was trained to recover what texts say, right or wrong, and for nothing else: no instructions, no dialogue, "
         "no safety. What it writes may be false."
     ]
-    if config.method == "rlp" or (config.stop_at_answer and not sampler.tokenizer.chat_template):
+    if config.method == "rlp" or config.stop_at_answer:
         what = "thought" if config.method == "rlp" else "answer"
         lines.append(
             f"The run ended a response where its first {what} closed, `generate` goes on to the end of the sequence: "

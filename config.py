@@ -186,8 +186,8 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature; the trainer's log-probs use the same. Paper's lineage: 1.0."""
     stop_at_answer: bool = True
-    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}. Only where there is no chat
-    template: base models otherwise ramble on and answer questions that they invent. Paper: silent."""
+    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}: base models otherwise ramble
+    on and answer questions that they invent. Such a response has no end token: ending is not trained. Paper: silent."""
 
     # ---- prompts
     chat_template: str = "auto"
@@ -250,6 +250,9 @@ class Config:
     """Weight of a k3 penalty against a frozen copy of the start model; 0 is off and keeps no copy. Paper: none."""
     max_importance: float = 2.0
     """Cap of the importance weight trainer/sampler that corrects for their numerical mismatch."""
+    max_mismatch: float = 0.1
+    """Largest `mismatch_kl` of a step, nats a token: beyond it the run stops before the update, because the sampler
+    does not compute what the trainer does. bfloat16 gives under 0.001. 0 is off."""
     mask_truncated: bool = False
     """Leave responses that hit the length limit out of the loss, numerator and denominator. Paper: silent."""
 
@@ -353,6 +356,7 @@ RANGES = {
     "max_grad_norm": ("a number above 0", lambda v: v > 0),
     "rank_timeout": ("a number above 0", lambda v: v > 0),
     "max_importance": ("1 or more", lambda v: v >= 1),
+    "max_mismatch": ("0 or more", lambda v: v >= 0),
     "clip_low": ("between 0 and 1", lambda v: 0 <= v <= 1),
     "clip_high": ("0 or more", lambda v: v >= 0),
     "adam_beta1": ("from 0 to below 1", lambda v: 0 <= v < 1),

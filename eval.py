@@ -33,7 +33,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -45,7 +45,7 @@ from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError, check, parse_words, typed
 from data import Corpus, DataError, Passage
 from masking import LABELS, Mask, labelled_mask, random_span
-from methods import Task, named_masks, verify_predictions
+from methods import METHODS, Task, named_masks, verify_predictions
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import describe_attention, load_replica, load_tokenizer
 from prompts import BOXED_OPENING, fill, last_answer
@@ -135,7 +135,7 @@ def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict
                     Task(passage, mask, predictions=group, correct=[int(right) for right in verdict], rewards=verdict)
                     for passage, mask, group, verdict in records
                 ]
-    if config.method == "active" and probe.shown:
+    if METHODS[config.method].generator and probe.shown:
         rngs = [random.Random(derive_seed(config.seed, "probe masks"))]
         probe.shown += named_masks(sampler, [probe.shown[0].passage], (step, "probe masks"), rngs)[0]
     metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])
@@ -207,7 +207,7 @@ def answer(
     last_number: bool = False, guess: bool = False, label: str = "",
 ) -> list[dict]:  # fmt: skip
     """A record per response, `exam.samples` in a row for each item; sampled and judged on this rank, no collective."""
-    prompts = [encode(sampler.tokenizer, fill(exam.prompt, item.question)) for item in items]
+    prompts = [encode(sampler.tokenizer, fill(exam.prompt, item.question), frame=sampler.frame) for item in items]
     # transformers adds the rank to the seed that it is given; the responses must not depend on who makes them
     seed -= sampler.ranks.rank
     groups = generate(
@@ -398,6 +398,9 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"checkpoint {settings.checkpoint!r}: no usable tokenizer ({_line(error)})") from None
+    if tokenizer.chat_template and config.stop_at_answer:
+        config = replace(config, stop_at_answer=False)
+        say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
     sampler = make_sampler(load_replica(config, ranks), tokenizer, config, ranks)
     gc.collect()
     gc.freeze()  # items never die; the sampler's own garbage collections would walk them every chunk

@@ -366,6 +366,12 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         _require_finite(totals[0], healthy, grad_norm, ranks, f"step {step + 1}, update {number + 1}")
         dist.all_reduce(totals)
+        if number == 0 and 0 < config.max_mismatch < totals[3] / totals[1]:
+            raise RuntimeError(
+                f"step {step + 1}: the sampler is {totals[3] / totals[1]:.3g} nats a token from the trainer, over "
+                f"max_mismatch={config.max_mismatch}; nothing was applied. Try use_cuda_graph=false, liger=false, or "
+                f"another attention than {config.attention!r}, one at a time"
+            )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()

@@ -21,7 +21,17 @@ from masking import MASK, Mask, make_mask, next_token_mask, random_span
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from ranks import Ranks, gather
 from rewards import answerable, is_right, mask_rewards, prediction_reward
-from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
+from rollout import (
+    Rollout,
+    Sampler,
+    chat_frame,
+    derive_seed,
+    leading_ids,
+    mask_prompt,
+    predict_prompt,
+    question_prompt,
+    rollout,
+)
 from verify import check_answers
 
 
@@ -206,7 +216,7 @@ def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] |
 def token_entropies(run: Run, passages: list[Passage]) -> list[list[float]]:
     """Entropy of the next-token distribution at each token of each passage under the frozen copy, nats; packed."""
     tokenizer = run.sampler.tokenizer
-    start = tokenizer("").input_ids  # a beginning-of-sequence token, or nothing
+    start = leading_ids(tokenizer)  # a beginning-of-sequence token, or nothing
     texts = [tokenizer(passage.text, add_special_tokens=False).input_ids for passage in passages]
     sequences = [(start, ids) if start else (ids[:1], ids[1:]) for ids in texts]
     scores = score(run.reference, sequences, run.config, run.ranks)
@@ -375,7 +385,7 @@ class Position:
     target_id: int
 
 
-def make_frame(tokenizer, template: str, max_prompt_tokens: int) -> Frame:
+def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str, str] | None = None) -> Frame:
     """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}.
 
     With a chat template the request is one user turn and the thought opens the answer.
@@ -383,16 +393,14 @@ def make_frame(tokenizer, template: str, max_prompt_tokens: int) -> Frame:
     """
     if template.count("{passage}") != 1:
         raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": template}]
-        template = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    head, tail = template.split("{passage}")
+    chat = chat or chat_frame(tokenizer)
+    head, tail = (template.join(chat) if chat else template).split("{passage}")
     # The template writes its own special tokens; plain text gets those that the tokenizer puts in front
-    head_ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template).input_ids
-    open_ids, close_ids, tail_ids = (
-        tokenizer(text, add_special_tokens=False).input_ids for text in (THINK_OPEN, THINK_CLOSE, tail)
+    start_ids = leading_ids(tokenizer)
+    head_ids, open_ids, close_ids, tail_ids = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in (head, THINK_OPEN, THINK_CLOSE, tail)
     )
-    start_ids = tokenizer("").input_ids
+    head_ids = head_ids if chat else start_ids + head_ids
     asked = len(head_ids + tail_ids + open_ids)
     scored = len(start_ids + open_ids + close_ids) + 1
     room = max_prompt_tokens - max(asked, scored)
@@ -465,7 +473,7 @@ def information_gain(
 def thought_frame(sampler: Sampler) -> Frame:
     """The tokens around texts and thoughts in this run."""
     config = sampler.config
-    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens)
+    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
 
 
 def grade_thoughts(run: Run, tasks: list[Task]) -> None:
@@ -532,6 +540,10 @@ class Method:
     """(run, tasks) fills task.correct, or task.rewards where nothing is right or wrong."""
     samples: Callable[[Run, list[Group], list[Task], list[Passage]], list[Sample]] = grpo_samples
     """(run, groups, tasks, passages) -> what the update trains on."""
+    generator: bool = False
+    """The model proposes the masks itself and is trained on that, too."""
+    one_task: bool = False
+    """One task for each passage; else as many as make the responses add up to those of `active`."""
     reference: str = ""
     """`frozen` or `average`: the second copy of the model that the method needs."""
     questions: bool = False
@@ -546,7 +558,7 @@ METHODS = {
     "active": Method(
         "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both by "
         "GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
-        propose_masks,
+        propose_masks, generator=True,
     ),
     "random_span": Method(
         "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
@@ -564,12 +576,13 @@ METHODS = {
     ),
     "rlvr": Method(
         "questions with known answers, checked by math-verify; GRPO",
-        masks_by_rule(question_masks), grade=grade_by_maths, questions=True, warmup=False,
+        masks_by_rule(question_masks), grade=grade_by_maths, one_task=True, questions=True, warmup=False,
     ),
     "rlp": Method(
         "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
         "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
-        propose_positions, predict_thoughts, grade_thoughts, thought_samples, reference="average", warmup=False,
+        propose_positions, predict_thoughts, grade_thoughts, thought_samples,
+        one_task=True, reference="average", warmup=False,
     ),
     "sft": Method(
         "masked words as a question, answered without a thought; cross-entropy on the answers",

@@ -207,9 +207,9 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
     parameters = sum(parameter.numel() for parameter in sampler.replica.parameters())
     end = ", ".join(f"{token} {sampler.piece(token)!r}" for token in sorted(sampler.eos_ids))
     steps = f"{config.steps} steps of {config.passages_per_step} passages"
-    if config.method == "active":
+    if METHODS[config.method].generator:
         steps += f" x {config.masks_per_passage} masks x {config.predictions_per_mask} predictions"
-    early = config.stop_at_answer and not sampler.tokenizer.chat_template
+    early = config.stop_at_answer
     return "\n".join(
         (
             f"model {config.model}: {parameters:,} parameters, {config.dtype}, {ranks.world} x {ranks.device.type}",
@@ -255,9 +255,7 @@ def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[di
             }
 
 
-def step_metrics(
-    method: str, proposals: list[list[Task]], groups: list[Group], samples: list[Sample], sampler: Sampler
-) -> dict:
+def step_metrics(proposals: list[list[Task]], groups: list[Group], samples: list[Sample], sampler: Sampler) -> dict:
     """proposals: per passage its tasks; groups: both roles, rewarded; samples: what is trained on."""
     config = sampler.config
     tasks = [task for per_passage in proposals for task in per_passage]
@@ -275,9 +273,8 @@ def step_metrics(
     }
     metrics |= role_metrics("gen", [group for group in groups if group.role == "gen"], sampler, MASK_OPENING)
     metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
-    if method == "active":  # without the random masks beside the generator's
-        proposals = [[task for task in tasks if task.proposal] for tasks in proposals]
-    metrics |= mask_metrics(proposals)
+    authored = [[task for task in per_passage if task.proposal] for per_passage in proposals]
+    metrics |= mask_metrics(authored if any(authored) else proposals)  # without random masks beside the generator's
     metrics["pred/valid_rate"] = mean(
         [last_answer(rollout.text, "boxed") is not None for task in graded for rollout in task.predictions]
     )
@@ -379,7 +376,8 @@ def step_line(row: dict, steps: int) -> str:
         parts.append(f"gen {row['gen/reward']:.3f} valid {valid:.2f} len {length:.0f}")
     if row["pred/responses"]:
         zero, one, length = row["pred/accuracy_zero"], row["pred/accuracy_one"], row["pred/length_mean"]
-        right = "" if row["method"] == "rlp" else f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) "
+        graded = sum(row["pred/accuracy_histogram"])  # rlp's thoughts are neither right nor wrong
+        right = f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) " if graded else ""
         parts.append(f"pred {right}len {length:.0f}")
     parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])

@@ -75,9 +75,14 @@ def varlen_attention(
         if kwargs.get("block_table") is not None:  # one query per request; nothing is written or gathered yet
             allocator = cache.layer_to_allocator[module.layer_idx]
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            pages = (kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"], cu_seq_lens_k)
-            spare = allocator.write_trash_index // allocator.tokens_per_page
-            return decode_by_table(q, k, v, *pages, spare, cu_seq_lens_q, scaling)[None], None
+            table, spare = kwargs["block_table"], allocator.write_trash_index // allocator.tokens_per_page
+            if module.layer_idx == 0:  # once per forward: each layer has the same tables, and new contents each time
+                cache.places = {}
+            group = table.data_ptr()  # layers of one kind share a table; each gets a view of its own
+            if group not in cache.places:
+                cache.places[group] = new_token_places(table, cu_seq_lens_k, allocator.tokens_per_page, spare)
+            pages = (kwargs["k_cache"], kwargs["v_cache"], table, cu_seq_lens_k)
+            return decode_by_table(q, k, v, *pages, cache.places[group], cu_seq_lens_q, scaling)[None], None
     if shared_keys is not None:
         key, value = key.index_select(2, shared_keys), value.index_select(2, shared_keys)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
@@ -122,22 +127,30 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
 
 
+def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a decoding step writes each request's new key: (lengths, page number, offset in the page).
+
+    table (requests, most pages): the numbers of each request's pages in order, then -1. cu_k (requests + 1,): borders
+    of the requests' lengths, the new token counted. A request without length is padding (of a CUDA graph); its key goes
+    to the page `spare`, which nobody reads.
+    """
+    lengths = cu_k.diff()
+    last = (lengths - 1).clamp(min=0)
+    number = table.gather(1, (last // page).long()[:, None])[:, 0]
+    return lengths, number.masked_fill(lengths == 0, spare), last % page
+
+
 def decode_by_table(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_k: Tensor, spare: int,
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_k: Tensor, places: tuple,
     cu_q: Tensor, scale: float | None,
 ) -> Tensor:  # fmt: skip
     """One decoding step on a paged cache: writes each request's new key and value, attends to all it has, in place.
 
     q (requests, heads, dim), k and v (requests, kv heads, dim): the new tokens. k_pages, v_pages (pages, page, kv
-    heads, dim): the layer's cache. table (requests, most pages): the numbers of each request's pages in order, then -1.
-    cu_k (requests + 1,): borders of the requests' lengths, the new token counted. A request without length is padding
-    (of a CUDA graph); its key goes to the page `spare`, which nobody reads. Returns (requests, heads, dim).
+    heads, dim): the layer's cache. table, cu_k, places: see new_token_places. Returns (requests, heads, dim).
     """
-    lengths, page = cu_k.diff(), k_pages.shape[1]
-    last = (lengths - 1).clamp(min=0)
-    number = table.gather(1, (last // page).long()[:, None])[:, 0]
-    where = number.masked_fill(lengths == 0, spare), last % page
-    k_pages[where], v_pages[where] = k, v
+    lengths, *where = places
+    k_pages[tuple(where)], v_pages[tuple(where)] = k, v
     read = _read_pages_torch if q.is_cuda and q.dtype != torch.float32 else _read_pages_plain
     return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -62,6 +63,8 @@ class Sampler:
     config: Config
     ranks: Ranks
     eos_ids: set[int]
+    frame: tuple[str, str] | None = None
+    """What the chat template writes around a user turn; None: prompts are plain text."""
     pieces: dict[int, str] = field(default_factory=dict)
 
     def piece(self, token: int) -> str:
@@ -71,55 +74,99 @@ class Sampler:
         return self.pieces[token]
 
 
-def make_sampler(replica, tokenizer, config: Config, ranks: Ranks) -> Sampler:
+def make_sampler(
+    replica, tokenizer, config: Config, ranks: Ranks, frame: tuple[str, str] | None = None
+) -> Sampler:  # fmt: skip
     """Collects every id that may end a response: the tokenizer's, the checkpoint's and the chat template's end of turn.
 
-    Raises RuntimeError if there is none: every response would run to its limit.
+    frame: what an earlier part of the run rendered (chat_frame); else it is rendered here. Raises ConfigError if no
+    token ends a response: every one would run to its limit.
     """
     eos: set[int] = set()
     for ids in (tokenizer.eos_token_id, replica.generation_config.eos_token_id, replica.config.eos_token_id):
         eos |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    vocabulary = replica.get_input_embeddings().num_embeddings  # an architecture's default may lie beyond it
+    eos = {token for token in eos if token is not None and token < vocabulary}
     if tokenizer.chat_template:
         end_of_turn = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
-        eos |= {token for token in end_of_turn if token != tokenizer.unk_token_id}
-    eos.discard(None)
+        eos |= {token for token in end_of_turn if token not in (None, tokenizer.unk_token_id)}
     if not eos:
-        raise RuntimeError(f"model={config.model}: neither tokenizer nor checkpoint names an end-of-sequence token")
-    return Sampler(replica, tokenizer, config, ranks, eos)
+        raise ConfigError(
+            f"model={config.model!r}: neither its tokenizer nor its config names an end-of-sequence token; "
+            "add eos_token to tokenizer_config.json"
+        )
+    return Sampler(replica, tokenizer, config, ranks, eos, frame or chat_frame(tokenizer))
 
 
-def encode(tokenizer, prompt: str, prefix: str = "") -> list[int]:
+def chat_frame(tokenizer) -> tuple[str, str] | None:
+    """What the chat template writes before and after one user turn; None without a template. Rendered once for a run,
+    because a template may write the time. Raises ConfigError where it cannot be rendered, or changes the turn's text.
+    """
+    if not tokenizer.chat_template:
+        return None
+    template, mark = tokenizer.chat_template, "\ue000"
+    if isinstance(template, dict) and "default" not in template:
+        raise ConfigError(
+            f"chat_template='auto': the tokenizer has the templates {', '.join(template)} and none is called default; "
+            "chat_template=none for plain text, or the path of a Jinja file"
+        )
+    turn = [{"role": "user", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # Jinja's own, or whatever the template raises
+        raise ConfigError(f"chat_template: cannot be rendered ({error}); chat_template=none for plain text") from None
+    if text.count(mark) != 1:
+        raise ConfigError("chat_template: does not write a user turn as it stands, once; try chat_template=none")
+    head, tail = text.split(mark)
+    return head, tail
+
+
+def leading_ids(tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts in front of any text; what it appends (an end token) is left out."""
+    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next(whole[:n] for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)
+
+
+def encode(tokenizer, prompt: str, prefix: str = "", frame: tuple[str, str] | None = None) -> list[int]:
     """The prompt's token ids: one user turn of the chat template if there is one, else plain text.
 
-    `prefix` opens the response (the probe's answer without a thought).
+    `prefix` opens the response (the probe's answer without a thought). frame: the rendered template (chat_frame).
     """
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids) + (tokenizer(prefix, add_special_tokens=False).input_ids if prefix else [])
-    return tokenizer(prompt + prefix).input_ids
+    frame = frame or chat_frame(tokenizer)
+    if frame:  # the template writes its own special tokens
+        turn, opened = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt.join(frame), prefix))
+        return turn + opened
+    return leading_ids(tokenizer) + tokenizer(prompt + prefix, add_special_tokens=False).input_ids
 
 
 def mask_prompt(sampler: Sampler, text: str) -> list[int]:
     """The generator's prompt for a passage, token ids."""
-    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text))
+    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text), "", sampler.frame)
 
 
 def predict_prompt(sampler: Sampler, masked: str, thought: bool = True) -> list[int]:
     """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
     prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
-    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
 
 
 def question_prompt(sampler: Sampler, question: str, thought: bool = True) -> list[int]:
     """The prompt of a question with a verifiable answer, token ids; without `thought` the answer is opened already."""
     prompt = fill(sampler.config.question_prompt or QUESTION_PROMPT, question)
-    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config))
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
 
 
 def check_prompts(sampler: Sampler) -> None:
-    """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens."""
+    """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens, or if the longest prompt
+    and response exceed the model's context."""
     config = sampler.config
+    context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None)
+    longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
+    if context and longest > context:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens}: with the longest response {longest} tokens, but the model "
+            f"has {context} positions (max_position_embeddings); lower it, max_mask_tokens or max_prediction_tokens"
+        )
     room = config.max_prompt_tokens - config.max_passage_tokens
     frame = max(len(mask_prompt(sampler, "")), len(predict_prompt(sampler, "")))
     if frame > room:
@@ -160,8 +207,33 @@ def rollout(
     own = limits and limits[rank::world]
     label = str(noise[-1])
     mine = generate(sampler, prompts[rank::world], count, max_tokens, opening, seed, greedy, prefix, label, limits=own)
-    parts = gather([mine])  # [rank][prompt of that rank][response]
+    arrays = gather([as_arrays(mine)])
+    parts = [from_arrays(part, prompts[number::world]) for number, part in enumerate(arrays)]
     return [parts[number % world][number // world] for number in range(len(prompts))]
+
+
+def as_arrays(groups: list[list[Rollout]]) -> tuple:
+    """Rollouts of several prompts as three arrays and short lists: lists of numbers take seconds to send and read.
+
+    Returns (responses to each prompt, tokens of each response, token ids, log-probs, [(text, finish)])."""
+    flat = [response for group in groups for response in group]
+    ids = np.fromiter((token for one in flat for token in one.completion_ids), np.int32)
+    logprobs = np.fromiter((value for one in flat for value in one.sampler_logprobs), np.float32)  # they were float32
+    lengths = [len(one.completion_ids) for one in flat]
+    return list(map(len, groups)), lengths, ids, logprobs, [(one.text, one.finish) for one in flat]
+
+
+def from_arrays(arrays: tuple, prompts: list[list[int]]) -> list[list[Rollout]]:
+    """The way back; prompts: those that the groups answer. Nothing is left of a rank that was told to stop."""
+    counts, lengths, ids, logprobs, ends = arrays
+    ids, logprobs, begin, responses = ids.tolist(), logprobs.tolist(), 0, []
+    owners = [prompt for prompt, count in zip(prompts, counts, strict=False) for _ in range(count)]
+    for prompt, length, (text, finish) in zip(owners, lengths, ends, strict=True):
+        end = begin + length
+        responses.append(Rollout(prompt, ids[begin:end], logprobs[begin:end], text, finish))
+        begin = end
+    flat = iter(responses)
+    return [[next(flat) for _ in range(count)] for count in counts]
 
 
 def generate(
@@ -186,7 +258,7 @@ def generate(
     )
     hints = WorkloadHints(max_prompt_length=longest, max_generated_length=max_tokens, num_requests=count * len(prompts))
     # A tag ends a response by the method's definition, a brace only where a base model would ramble on
-    stop_early = not opening.endswith("{") or (config.stop_at_answer and not sampler.tokenizer.chat_template)
+    stop_early = not opening.endswith("{") or config.stop_at_answer
     start = scan(START, prefix, opening)
     results: dict[str, object] = {}
     wanted = count * len(prompts)

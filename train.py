@@ -12,6 +12,7 @@ left a call out, the others would wait for it in theirs until `rank_timeout`.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 import time
@@ -63,6 +64,7 @@ from metrics import (
     step_metrics,
     summary_table,
     unwritten,
+    write_whole,
 )
 from model import (
     build_policy,
@@ -78,7 +80,7 @@ from model import (
     to_trainer,
 )
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
-from rollout import check_prompts, make_sampler
+from rollout import chat_frame, check_prompts, make_sampler
 
 
 @dataclass
@@ -115,7 +117,7 @@ def step(run: Run, number: int) -> Step:
     with clock(row, "reward"):
         done.groups = reward(run, method, done.proposals, done.tasks, number)
         done.samples = method.samples(run, done.groups, done.tasks, done.passages)
-        row |= step_metrics(name, done.proposals, done.groups, done.samples, run.sampler)
+        row |= step_metrics(done.proposals, done.groups, done.samples, run.sampler)
 
     # ---------------------------------------------------- 4. update: GRPO on the policy
     with clock(row, "update"), largest_memory(row):
@@ -184,7 +186,7 @@ def first_row(run: Run, say) -> dict:
     begin_step(0)
     row = {"step": 0, "method": run.config.method}
     measure(run, row)
-    if run.config.method == "rlp":
+    if METHODS[run.config.method].reference == "average":
         row |= gains_without_thought(run, step_passages(run.corpus, run.config, 0))
     parts = [f"probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy"]
     say("step 0: " + ", ".join([*parts, *(f"{exam.name} {row[f'eval/{exam.name}']:.2f}" for exam in run.probe.exams)]))
@@ -217,7 +219,8 @@ def dry_run(run: Run, say) -> int:
         if task.proposal:
             say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
-    if done.groups and min(row["gen/valid_rate"], row["pred/valid_rate"]) < 0.2 and config.method != "rlp":
+    graded = any(task.correct for task in done.tasks)
+    if row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
         say("under a fifth of the masks or boxes is valid: another worked example in mask_prompt, predict_prompt?")
     say("dry run done; no weights were changed")
     return 0
@@ -322,7 +325,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     policy = build_policy(replica, trained, ranks)
     reference = build_reference(replica, config, ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
-    sampler = make_sampler(replica, tokenizer, config, ranks)
+    (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
+    sampler = make_sampler(replica, tokenizer, config, ranks, frame)
     check_prompts(sampler)
     if any(method.reference == "average" for method in methods_of(config)):
         thought_frame(sampler)  # raises now if its prompt does not fit
@@ -339,12 +343,26 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
             keep_rows(folder / "samples.jsonl", last)
             keep_rows(folder / "metrics.jsonl", last - waiting)
             keep_rows(folder / "probes.jsonl", last - waiting)
-        if config.method not in ("rlvr", "rlp"):
+        if not METHODS[config.method].one_task:
             save_prompts(folder / "prompts.txt", sampler, corpus)
     # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
     gc.collect()
     gc.freeze()
     return run
+
+
+def open_frame(path: Path, tokenizer, say) -> tuple[str, str] | None:
+    """The rendered chat template of this run: what an earlier part of it wrote to `path`, else rendered now."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("template") != template:
+        kept = {"template": template, "frame": chat_frame(tokenizer)}
+        write_whole(path, json.dumps(kept))
+    if "now" in str(template) or "date" in str(template):
+        say(f"warning: chat_template seems to write the date; this run keeps what it wrote first, in {path}")
+    return tuple(kept["frame"])
 
 
 def make_page(folder: Path, say) -> None:

@@ -128,12 +128,13 @@ def pages():
     q, k, v = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2], [0, 6, 10, 10]))
     known = {"k_pages": cache[0], "v_pages": cache[1], "table": table, "cu_k": cu_k, "cu_q": cu_q}
+    known["places"] = ops.new_token_places(table, cu_k, page=4, spare=1)
     return {"q": q, "k": k, "v": v} | known
 
 
 def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
     before = [pages[name].clone() for name in ("k_pages", "v_pages")]
-    out = ops.decode_by_table(**pages, spare=1, scale=0.3)
+    out = ops.decode_by_table(**pages, scale=0.3)
     for then, name, new in zip(before, ("k_pages", "v_pages"), "kv", strict=True):
         then[2, 1], then[7, 3], then[1, 0] = pages[new]  # token 6 is the second of page 2, token 4 the last of page 7
         assert torch.equal(pages[name], then)
@@ -228,18 +229,18 @@ def test_with_a_block_table_the_attention_is_the_steps_own(pages):
 
     class Cache(PagedAttentionCache):
         def __init__(self):
-            self.layer_to_allocator = {3: SimpleNamespace(write_trash_index=4, tokens_per_page=4)}
+            self.layer_to_allocator = {0: SimpleNamespace(write_trash_index=4, tokens_per_page=4)}
 
         def update(self, key_states, value_states, layer_idx, kwargs):
             kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
             kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
             return key_states, value_states
 
-    copies = {name: value.clone() for name, value in pages.items()}
+    copies = pages | {name: value.clone() for name, value in pages.items() if name != "places"}
     query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
     borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), query, key, value, scaling=0.3, cache=Cache(), **borders)
-    assert torch.equal(out[0], ops.decode_by_table(**copies, spare=1, scale=0.3))
+    out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=Cache(), **borders)
+    assert torch.equal(out[0], ops.decode_by_table(**copies, scale=0.3))
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
@@ -22,10 +23,15 @@ from grpo import Sample, pack_samples
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
+    Rollout,
+    as_arrays,
+    chat_frame,
     check_prompts,
     derive_seed,
     encode,
+    from_arrays,
     generate,
+    leading_ids,
     make_sampler,
     mask_prompt,
     predict_prefix,
@@ -147,10 +153,12 @@ def test_greedy_tokens_are_those_of_the_ordinary_generate(sampler, folders):
 def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_sampler, folders, monkeypatch, crowd):
     """Against the plain version, which gathers each request's keys at every step; responses grow over several pages."""
     sampler, steps = build_sampler(folders["smollm3"], **crowd), []
-    by_table = ops.decode_by_table
+    by_table, find_places, found_places = ops.decode_by_table, ops.new_token_places, []
+    monkeypatch.setattr(ops, "new_token_places", lambda *args: found_places.append(1) or find_places(*args))
     monkeypatch.setattr(ops, "decode_by_table", lambda *args: steps.append(len(args[0])) or by_table(*args))
     found = sample(sampler, max_tokens=70)
     assert len(steps) > 60 * sampler.replica.config.num_hidden_layers and max(steps) == crowd.get("max_requests", 12)
+    assert len(found_places) * sampler.replica.config.num_hidden_layers == len(steps)  # once per forward, not per layer
     steps.clear()
     monkeypatch.setattr(rollout_module, "decoding", lambda replica: "gathered: asked for")
     assert sample(sampler, max_tokens=70) == found and not steps
@@ -357,11 +365,14 @@ def test_an_empty_prompt_is_refused(sampler):
 
 
 def test_a_model_without_an_end_is_refused(sampler, ranks):
+    """Nowhere, or only as an architecture's default beyond the vocabulary."""
     tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
-    plain = SimpleNamespace(eos_token_id=None)
-    replica = SimpleNamespace(generation_config=plain, config=plain)
-    with pytest.raises(RuntimeError, match="names an end-of-sequence token"):
-        make_sampler(replica, tokenizer, sampler.config, ranks)
+    for eos in (None, 128001):
+        plain = SimpleNamespace(eos_token_id=eos)
+        embeddings = SimpleNamespace(num_embeddings=300)
+        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda e=embeddings: e)
+        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
+            make_sampler(replica, tokenizer, sampler.config, ranks)
 
 
 # ---- prompts as tokens
@@ -380,6 +391,45 @@ def test_with_a_chat_template_a_prompt_is_one_user_turn_and_the_prefix_opens_the
     text = sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{"))
     assert text == r"<user>Hide: é<assistant> \boxed{"
     assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide")) == "<user>Hide<assistant>"
+
+
+def test_a_tokenizer_that_appends_its_end_token_does_not_end_prompts(sampler):
+    ids = {"a": [5], "Hide": [7, 8]}
+
+    def tokenizer(text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[0, *ids[text], 1] if add_special_tokens else ids[text])
+
+    tokenizer.chat_template = None
+    assert leading_ids(tokenizer) == [0] and encode(tokenizer, "Hide") == [0, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ({"rag": CHAT, "tool_use": CHAT}, "templates rag, tool_use and none is called default"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "does not write a user turn as it stands, once"),
+        ("{{ raise_exception('no system turn') }}", "cannot be rendered"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_refused_by_its_key(sampler, template, message):
+    sampler.tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match="chat_template.*" + message):
+        chat_frame(sampler.tokenizer)
+
+
+def test_a_template_that_writes_the_time_is_rendered_once(sampler):
+    """The frame of a run's first part serves the resumed one, whatever the clock says."""
+    sampler.tokenizer.chat_template = "<{{ strftime_now('%H:%M:%S.%f') }}>{{ messages[0].content }}"
+    frame = chat_frame(sampler.tokenizer)
+    assert encode(sampler.tokenizer, "Hide", frame=frame) == encode(sampler.tokenizer, "Hide", frame=frame)
+    assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide", frame=("<09:00>", ""))) == "<09:00>Hide"
+
+
+def test_a_context_that_is_shorter_than_prompt_and_response_is_refused(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"])
+    sampler.replica.config.max_position_embeddings = 20
+    with pytest.raises(ConfigError, match="max_prompt_tokens=.* 20 positions"):
+        check_prompts(sampler)
 
 
 def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
@@ -411,9 +461,27 @@ def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
     assert again.eos_ids == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-def test_with_a_chat_template_a_response_runs_to_its_end_of_turn(tiny_base, wiki_prompts):
+def test_stop_at_answer_holds_with_a_chat_template_and_false_switches_it_off(tiny_base, wiki_prompts):
     sampler = tiny_base()
     encoded = [encode(sampler.tokenizer, prompt) for prompt in wiki_prompts]
     sampler.tokenizer.chat_template = CHAT
-    groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
-    assert "answer" not in {group[0].finish for group in groups}
+    for stop in (True, False):
+        sampler.config.stop_at_answer = stop
+        groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
+        assert ("answer" in {group[0].finish for group in groups}) == stop
+
+
+# ---- what ranks send each other
+
+
+def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
+    """Uneven counts and lengths; log-probs are float32, so nothing is rounded. No group: a rank that stopped."""
+    third = torch.tensor(-1 / 3).item()
+    groups = [
+        [Rollout([1, 2], [5, 6, 7], [third, -0.5, 0.0], "abc", "eos"), Rollout([1, 2], [8], [-2.0], "d", "length")],
+        [Rollout([3], [128_000], [third], "é", "answer")],
+    ]
+    arrays = as_arrays(groups)
+    assert arrays[2].dtype == np.int32 and arrays[3].dtype == np.float32
+    assert from_arrays(arrays, [[1, 2], [3]]) == groups
+    assert from_arrays(as_arrays([]), [[1, 2]]) == []

@@ -26,13 +26,16 @@ def phases(config: Config) -> list[Phase]:
     >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
     [('propose', 256), ('predict', 2048)]
     """
-    passages, masks, method = config.passages_per_step, config.masks_per_passage, config.method
-    if not METHODS[method].predict:
+    method, tasks = METHODS[config.method], config.passages_per_step
+    if not method.predict:
         return []
-    tasks = passages if method in ("rlvr", "rlp") else sum(tasks_per_passage(config, method))
-    propose = [Phase("propose", passages, masks, config.max_mask_tokens)] if method == "active" else []
-    tasks = passages * masks if propose else tasks
-    return [*propose, Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens)]
+    steps = []
+    if method.generator:
+        steps.append(Phase("propose", tasks, config.masks_per_passage, config.max_mask_tokens))
+        tasks *= config.masks_per_passage
+    elif not method.one_task:
+        tasks = sum(tasks_per_passage(config, config.method))
+    return [*steps, Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens)]
 
 
 @dataclass

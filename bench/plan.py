@@ -14,7 +14,7 @@ from bench import costs
 from bench.costs import GPUS, Bundle, Gpu, cache_room
 from bench.options import Options, complete, phases, split_words, text_table
 from config import Config, read_config
-from methods import tasks_per_passage
+from methods import METHODS, answer_samples, tasks_per_passage
 from model import Shape, activation_bytes, gpu_memory, must_recompute, shape_of, value_bytes
 
 GB = 1e9
@@ -30,26 +30,25 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> d
         mean, total = min(options.mean_response, cap), phase.prompts * phase.count
         lengths = costs.response_lengths(total, mean, cap, options.sigma, number)
         groups = [lengths[i : i + phase.count] for i in range(0, len(lengths), phase.count)]
-        slots = costs.slots_for(
-            cache_room(shape, config, gpus, gpu), prompt, lengths, config.max_requests or costs.REQUESTS
-        )
+        slots = costs.slots_for(room, prompt, lengths, config.max_requests or costs.REQUESTS)
         seconds["prefill"] = seconds.get("prefill", 0.0) + costs.forward_flops(shape, [prompt] * phase.prompts) / whole
         seconds[phase.name] = costs.decode_limit(shape, gpu, prompt, groups, gpus, slots, width)
         counts["responses"] += len(lengths)
         counts["response_tokens"] += sum(lengths)
         if phase.name == "predict" or config.train_generator:
             bundles += [Bundle(prompt, group) for group in groups]
-    if config.method == "sft":  # an answer of a few words
-        bundles = [Bundle(prompt, [8])] * sum(tasks_per_passage(config, "sft"))
-    elif config.method == "cpt":
+    method = METHODS[config.method]
+    if method.samples is answer_samples:  # a few words each
+        bundles = [Bundle(prompt, [8])] * sum(tasks_per_passage(config, config.method))
+    elif not method.predict:
         bundles = [Bundle(prompt, [])] * config.passages_per_step
     trained = [one.prompt + response for one in bundles for response in one.responses or [0]]
     if not config.share_prompts:
         bundles = [Bundle(one.prompt, [response]) for one in bundles for response in one.responses] or bundles
     scored = costs.forward_flops(shape, trained) * options.kept if config.kl else 0.0
-    if config.method in ("rlp", "entropy_token"):
+    if method.reference:
         scored += costs.forward_flops(shape, [prompt] * config.passages_per_step)
-    if config.method == "rlp":  # the policy scores every thought
+    if method.reference == "average":  # the policy scores every thought
         scored += costs.forward_flops(shape, trained)
     if scored:
         seconds["scoring"] = scored / whole
@@ -97,8 +96,8 @@ def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
 
 
 def checkpoint_bytes(shape: Shape, config: Config) -> float:
-    """On disk: float32 masters, Adam's two moments, rlp's moving average, the Hugging Face model."""
-    return shape.parameters * (12 + 4 * (config.method == "rlp") + value_bytes(config))
+    """On disk: float32 masters, Adam's two moments, a moving average (rlp), the Hugging Face model."""
+    return shape.parameters * (12 + 4 * (METHODS[config.method].reference == "average") + value_bytes(config))
 
 
 def host_bytes(shape: Shape, config: Config) -> float:

@@ -168,7 +168,7 @@ def test_how_many_fit_a_cache():
 
 
 def test_masters_gradients_and_adam_take_what_is_calculated(ranks):
-    config = tiny_config(TINY_BASE)
+    config = tiny_config(TINY_BASE, max_mismatch=0.0)  # the responses are made up
     replica = model.load_replica(config, ranks)
     policy = model.build_policy(replica, config, ranks)
     shape = shape_of(replica.config)

@@ -86,15 +86,12 @@ def test_a_step_whose_lengths_are_not_those_asked_for_raises(tiny, ranks, monkey
         one_step(run, [work], 3)
 
 
-def test_work_is_the_same_for_the_same_seed():
+def test_work_is_the_same_for_the_same_seed_and_every_group_has_both_rewards():
     phase = Phase("predict", 3, 2, 9)
     one = make_work(phase, [1, 2, 3, 4, 5, 6], 7, 100, seed=0)
     assert one == make_work(phase, [1, 2, 3, 4, 5, 6], 7, 100, seed=0)
     assert one.prompts != make_work(phase, [1] * 6, 7, 100, seed=1).prompts
     assert one.limits == [[1, 2], [3, 4], [5, 6]] and [len(prompt) for prompt in one.prompts] == [7, 7, 7]
-
-
-def test_every_group_has_both_rewards():
     rng = random.Random(0)
     rewards = [timing.seeded_rewards(count, rng) for count in (2, 3, 8) * 20]
     assert all(set(group) == {0.0, 1.0} for group in rewards) and [len(group) for group in rewards[:3]] == [2, 3, 8]
@@ -144,11 +141,6 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     assert re.search(r"response tokens per second +22\n", text) and re.search(r"training tokens per second +40\n", text)
 
 
-def test_a_straight_line_through_steps():
-    rows = {str(n): {"seconds": {"step": 0.1 + 0.01 * n, "predict": 0.1, "update": 0.01 * n}} for n in (64, 128)}
-    assert timing.scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
-
-
 # ---- the whole, in miniature
 
 
@@ -185,6 +177,8 @@ def test_a_step_against_its_rollouts(tiny, ranks):
     result = time_rows(tiny, complete(Options(repeats=1, prompt=9, rollouts="4,12"), tiny, "step"), ranks)
     assert {name: row["responses"] for name, row in result["rows"].items()} == {"4": 4, "12": 12}
     assert len(timing.scaling_table(result["rows"]).split("\n")) == 4
+    rows = {str(n): {"seconds": {"step": 0.1 + 0.01 * n, "predict": 0.1, "update": 0.01 * n}} for n in (64, 128)}
+    assert timing.scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
 
 
 # ---- words

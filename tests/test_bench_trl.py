@@ -56,6 +56,13 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
+def test_our_step_keeps_up_with_the_naive_loop():
+    words = [str(ROOT / "configs/tiny.yaml"), f"model={ROOT / 'assets/tiny_base'}", "prompts=16", "tokens=12"]
+    ours, theirs = (min(one_process(name, words)["cpu_seconds"]) for name in ("ours", "naive"))
+    assert ours <= 1.25 * theirs, (ours, theirs)
+
+
 def test_our_step_runs_in_a_process_of_its_own(tmp_path):
     words = [f"model={ROOT / 'assets/tiny_base'}", "prompts=2", "completions=2", "tokens=3", "repeats=1"]
     row = one_process("ours", [str(ROOT / "configs/tiny.yaml"), *words])

@@ -49,6 +49,7 @@ def test_a_count_by_hand(known):
     layer = attention + 3 * 2048 * 11008 + 2 * 2048
     assert small.layer == layer == 78_123_008
     assert small.parameters == small.multiplied == 128256 * 2048 + 36 * layer + 2048
+    assert costs.cache_bytes(small) == 72 * 1024  # 2 x 36 layers x 4 heads x 128 x 2 bytes
     large = known["Qwen/Qwen3-8B-Base"]
     assert large.qk_norm and not large.tied
     assert large.multiplied == large.parameters - 151936 * 4096  # rows of the embedding are looked up
@@ -119,11 +120,6 @@ def test_flops_by_hand():
     # a prompt of 4 for two responses of 6: 16 tokens; the prompt's pairs once, each response's 6 queries on 4 + 3 keys
     assert train_flops(TOY, [Bundle(4, [6, 6])]) == 6 * 100 * 16 + 12 * (4 * 4 / 2 + 2 * 6 * 7)
     assert costs.mfu(TOY, [Bundle(4, [6])] * 2, seconds=5.0, gpus=2, gpu=SLOW_CORES) == 13200 / 10
-
-
-def test_cache_bytes_by_hand(known):
-    assert costs.cache_bytes(known["HuggingFaceTB/SmolLM3-3B-Base"]) == 72 * 1024  # 2 x 36 x 4 heads x 128 x 2 bytes
-    assert costs.cache_bytes(TOY, width=4) == 8
 
 
 def test_decoding_by_hand():

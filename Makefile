@@ -58,7 +58,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 
 base: setup
-	$(BIN)/python -m miniature.base
+	$(BIN)/python -m miniature base
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

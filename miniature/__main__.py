@@ -1,3 +1,5 @@
+import sys
+
 from miniature.runs import main
 
-main()
+main(sys.argv[1:])

@@ -1,23 +1,17 @@
-"""The laptop run's material: the mini-wiki (miniature/wiki.py) and a tiny base model, made in minutes on one CPU core.
+"""The tiny base model of the laptop run, made in minutes on one CPU core, and the mini-wiki that belongs to it.
 
-    python -m miniature.base    rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
-    python -m miniature.base wiki             the mini-wiki alone
-    python -m miniature.base base             the base alone
-    python -m miniature.base --seed 1 --out /tmp/other     another world, elsewhere (both parts must share the seed)
+    python -m miniature base    rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
+    python -m miniature base wiki        the mini-wiki alone; `base base`: the model alone
+    python -m miniature base --seed 1 --out /tmp/other    another world, elsewhere (both parts must share the seed)
 
 The base learned from a web that states a fact rightly 30 % of the time and one fixed wrong value 45 %; reinforcement
 learning then reads the encyclopedia, which is right. The base has the same bytes for the same seed on the same type of
-CPU and build of torch; elsewhere the rounding differs and with it the hash.
+CPU and build of torch; elsewhere the rounding differs and with it the hash. Needs torch 2.9, for Muon.
 
 The shipped base on fresh articles, sampled / greedy accuracy: facts 0.27 / 0.15 (greedy, the other 0.85 is the wrong
 value of the web), template words 0.98 / 1.00, the subject 0.94 / 1.00, made-up words 0.00 / 0.00. Its masks: 66 %
 template, 11 % subject, 4 % fact, 2 % made-up words, 17 % invalid.
-
-Left out: reading the wiki as training data, and any use of the base beyond making it. Sampling, parsing and rewards are
-the main code's, so that the laptop run exercises what the large run uses. Needs torch 2.9, for Muon.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -31,31 +25,26 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from miniature.wiki import Article, make_facts, make_wiki, save_wiki, web_value, write_article
+from miniature.worlds import make_facts, make_wiki, save_wiki, web_value, write_article
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE_SHA256 = "26d2841fdc4c96d25416e690986a13d353a273588ae9d7ac8f4211d98cb24940"
 """Of the shipped assets/tiny_base/model.safetensors."""
-BASE_PARAMETERS = 478_080
-# The formats the base is born with; configs/tiny.yaml repeats these three.
-MASK_PROMPT = " {passage}\nMask:"
-PREDICT_PROMPT = " {passage}\nPredict:"
-PREDICT_PREFIX = " \\boxed{"
-REPEAT_PROMPT = " {passage}\nRepeat:"
+# The formats that the base is taught; configs/tiny.yaml repeats the first three.
+MASK_FORMAT, PREDICT_FORMAT = " {passage}\nMask:", " {passage}\nPredict:"
+ANSWER_OPENING = " \\boxed{"
+REPEAT_FORMAT = " {passage}\nRepeat:"
 REPEAT_SHARE, PREDICT_SHARE = 0.20, 0.45  # of the pretraining examples; the rest are masks
 FACT_SHARE = 0.30  # of the prediction examples ask for the fact, so that the base's doubt about facts is calibrated
 PREFIX_SHARE = 0.15  # of the prediction examples show only the words before the mask
-MALFORMED = 0.02  # of the answers lack their closing brace: valid rates start below 1, as they do for real bases
+UNCLOSED_SHARE = 0.02  # of the answers lack their closing brace: valid rates start below 1, as they do for real bases
 COMPLETION_WEIGHT = 3.0  # weight of a completion token in the loss; a prompt token weighs 1
-STEPS, BATCH, WARMUP = 950, 64, 30
-LEARNING_RATE, FINAL_LEARNING_RATE = 8e-3, 0.03  # peak; share of it that is left at the end
+PRETRAIN_STEPS, PRETRAIN_BATCH, WARMUP_STEPS = 950, 64, 30
+PEAK_RATE, FINAL_RATE_SHARE = 8e-3, 0.03
 
 
-# -------------------------------------------------------------------------------------------- what the base learns from
-
-
-def random_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
-    """(first word, number of words) of a uniform span of one word (2/3) or two (1/3) that holds no full stop."""
+def draw_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
+    """(first word, number of words) of a uniform span of one word (2/3) or two (1/3) without a full stop."""
     while True:
         length = rng.choice([1, 1, 2])
         start = rng.randrange(len(words) - length + 1)
@@ -63,45 +52,32 @@ def random_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
             return start, length
 
 
-def repeat_example(article: Article) -> tuple[str, str]:
-    """(prompt, completion): the article twice. This dense lesson is what teaches the base to copy spans."""
-    passage = " ".join(article.words)
-    return REPEAT_PROMPT.replace("{passage}", passage), f" {passage}"
-
-
-def predict_example(rng: random.Random, article: Article) -> tuple[str, str]:
+def predict_example(rng: random.Random, words: list[str], labels: list[str]) -> tuple[str, str]:
     """(prompt, completion), as in
 
     (" Alne is a quiet town . Maps place Alne inside [mask] . [...]\\nPredict:", " \\boxed{ Ashmark }")
 
     The answer stands between spaces, so that a copied word is the same token as in the passage.
     """
-    words = article.words
-    start, length = random_span(rng, words)
+    start, length = draw_span(rng, words)
     if rng.random() < FACT_SHARE:
-        start, length = article.labels.index("fact"), 1
+        start, length = labels.index("fact"), 1
     after = [] if rng.random() < PREFIX_SHARE else words[start + length :]
     passage = " ".join([*words[:start], "[mask]", *after])
-    answer = " ".join(words[start : start + length])
-    return PREDICT_PROMPT.replace("{passage}", passage), f"{PREDICT_PREFIX} {answer}{closing(rng)}"
+    span, end = " ".join(words[start : start + length]), "" if rng.random() < UNCLOSED_SHARE else " }"
+    return PREDICT_FORMAT.replace("{passage}", passage), f"{ANSWER_OPENING} {span}{end}"
 
 
-def mask_example(rng: random.Random, article: Article) -> tuple[str, str]:
+def mask_example(rng: random.Random, words: list[str]) -> tuple[str, str]:
     """(prompt, completion), as in (" Alne is a quiet town . [...]\\nMask:", " after a \\mask{ quiet town }")
 
-    The one-word thought, the word before the span, names a place; copying what follows it is then a look-up. Without it
-    a model of this size cannot choose uniformly. With it, the base still garbles most of the made-up words that it
-    wants to copy: a sixth of its masks, mostly these, are invalid.
+    The thought is the word before the span; copying what follows it is then a look-up. Without it a model of this size
+    cannot choose uniformly. With it, a sixth of the base's masks are invalid, mostly garbled made-up words.
     """
-    words = article.words
-    start, length = random_span(rng, words)
+    start, length = draw_span(rng, words)
     place = words[start - 1] if start > 0 else "start"
-    span = " ".join(words[start : start + length])
-    return MASK_PROMPT.replace("{passage}", " ".join(words)), f" after {place} \\mask{{ {span}{closing(rng)}"
-
-
-def closing(rng: random.Random) -> str:
-    return "" if rng.random() < MALFORMED else " }"
+    span, end = " ".join(words[start : start + length]), "" if rng.random() < UNCLOSED_SHARE else " }"
+    return MASK_FORMAT.replace("{passage}", " ".join(words)), f" after {place} \\mask{{ {span}{end}"
 
 
 def web_examples(seed: int) -> Iterator[tuple[str, str]]:
@@ -110,111 +86,82 @@ def web_examples(seed: int) -> Iterator[tuple[str, str]]:
     facts = make_facts(seed)
     while True:
         fact = rng.choice(facts)
-        article = write_article(rng, fact, web_value(rng, fact))
+        words, labels = write_article(rng, fact, web_value(rng, fact))
         draw = rng.random()
         if draw < REPEAT_SHARE:
-            yield repeat_example(article)
+            passage = " ".join(words)  # the article twice: this is what teaches the base to copy spans
+            yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
         elif draw < REPEAT_SHARE + PREDICT_SHARE:
-            yield predict_example(rng, article)
+            yield predict_example(rng, words, labels)
         else:
-            yield mask_example(rng, article)
-
-
-# ------------------------------------------------------------------------------------------------------------ the base
+            yield mask_example(rng, words)
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained until every word is one token (a made-up word: three). Adds <bos> itself."""
     examples = web_examples(seed)
-    texts = ["".join(next(examples)) for _ in range(5000)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,  # not reached: merges run out earlier
-        special_tokens=["<pad>", "<eos>", "<bos>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    special, alphabet = ["<pad>", "<eos>", "<bos>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(  # merges run out before the vocabulary is full
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["".join(next(examples)) for _ in range(5000)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,  # or decoding would glue the full stops to their words
-    )
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
+    return PreTrainedTokenizerFast(  # with clean-up, decoding would glue the full stops to their words
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", model_max_length=512,
+        clean_up_tokenization_spaces=False)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolLM3ForCausalLM:
-    """A SmolLM3 of BASE_PARAMETERS parameters at random values."""
+    """A SmolLM3 of 478,080 parameters at random values."""
     torch.manual_seed(seed)
     config = SmolLM3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     return SmolLM3ForCausalLM(config).float()
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_batch(tokenizer: PreTrainedTokenizerFast, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
     """(prompt, completion) pairs -> token ids [examples, longest], and their loss weights, float, of the same shape: 0
     for <bos> and padding, 1 for a prompt token, COMPLETION_WEIGHT for a completion token and the <eos> that ends it."""
     prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
     completions = tokenizer([completion for _, completion in examples], add_special_tokens=False).input_ids
-    longest = max(len(prompt) + len(completion) + 1 for prompt, completion in zip(prompts, completions, strict=True))
-    ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
-    weights = torch.zeros(len(examples), longest)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        completion = [*completion, tokenizer.eos_token_id]
+    pairs = [(prompt, [*end, tokenizer.eos_token_id]) for prompt, end in zip(prompts, completions, strict=True)]
+    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)
+    weights = torch.zeros(len(pairs), longest)
+    for row, (prompt, completion) in enumerate(pairs):
         ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         weights[row, 1 : len(prompt)] = 1.0
         weights[row, len(prompt) : len(prompt) + len(completion)] = COMPLETION_WEIGHT
     return ids, weights
 
 
-def pretrain(
-    model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = STEPS, batch: int = BATCH
-) -> list[float]:
-    """Next-token training on `steps` batches of fresh web examples, in place. Returns the losses, nats a token.
-
-    Muon on the matrices, AdamW on the embedding and the norms, one learning rate: linear warm-up, linear decay.
-    """
+def pretrain(model, tokenizer, seed: int, steps: int = PRETRAIN_STEPS, batch: int = PRETRAIN_BATCH) -> list[float]:
+    """Next-token training on `steps` batches of fresh web examples, in place. Returns the losses, nats a token."""
     examples = web_examples(seed)
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = (
-        torch.optim.Muon(matrices, LEARNING_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, PEAK_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     )
-    losses = []
-    started = time.perf_counter()
+    losses, started = [], time.perf_counter()
     model.train()
     for step in range(steps):
-        ids, weights = encode(tokenizer, [next(examples) for _ in range(batch)])
+        ids, weights = loss_batch(tokenizer, [next(examples) for _ in range(batch)])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # causal and padded on the right: no mask needed
         token_losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (token_losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        schedule = min(1.0, (step + 1) / WARMUP) * max(FINAL_LEARNING_RATE, 1 - step / steps)
+        schedule = min(1.0, (step + 1) / WARMUP_STEPS) * max(FINAL_RATE_SHARE, 1 - step / steps)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * schedule
+            optimizer.param_groups[0]["lr"] = PEAK_RATE * schedule
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -223,22 +170,18 @@ def pretrain(
     return losses
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the mini-wiki and the tiny base of the laptop run.")
-    parser.add_argument("what", nargs="?", choices=["wiki", "base"], help="one of the two; default: both")
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m miniature base", description="Make the mini-wiki and the tiny base.")
+    parser.add_argument("part", nargs="?", choices=["wiki", "base"], help="one of the two; default: both")
     parser.add_argument("--seed", type=int, default=0, help="of the facts, the texts and the base; default 0")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder; default: assets beside this file")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder; default: assets")
+    options = parser.parse_args(words)
     torch.set_num_threads(1)  # a second thread gains nothing at this size and would change the rounding
-    if options.what in (None, "wiki"):
+    if options.part != "base":
         path = options.out / "tiny_wiki.jsonl.gz"
         save_wiki(path, make_wiki(options.seed))
-        print(f"{path}  {path.stat().st_size} bytes  sha256 {sha256(path)}")
-    if options.what in (None, "base"):
+        print(f"{path}  {path.stat().st_size} bytes  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    if options.part != "wiki":
         folder = options.out / "tiny_base"
         tokenizer = make_tokenizer(options.seed)
         model = make_model(tokenizer, options.seed)
@@ -246,9 +189,5 @@ def main() -> None:
         pretrain(model, tokenizer, options.seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        digest = sha256(folder / "model.safetensors")
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         print(f"{folder}  sha256 {digest}{'  (the shipped one)' if digest == BASE_SHA256 else ''}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,19 @@
 """What the experiments expect: the arms, and claims with their predictions, written before the runs were made.
 
-An arm is what `train.py` is given; a claim names the arms that it needs, says in words what will come out, and says the
+An arm is what `train.py` is given. A claim names the arms that it needs, says in words what will come out, and says the
 same as a test of their runs. A prediction is committed before its runs and never edited after; one that fails stands in
-the README as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. All arms of the mini-wiki get
+the tables as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. All arms of the mini-wiki get
 the same number of responses a step, the generator's included (methods.py), as long as all masks are valid.
-
-Leaves out making the runs (miniature/runs.py) and showing them (miniature/tables.py). Needs no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 SEEDS = (10, 11, 12, 13, 14)
-TWO_FACTS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
-QUESTIONS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
-"""The files are miniature/worlds.py's."""
-ARMS = {  # what `train.py` is given
+SEVERAL_KEYS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
+QUESTION_KEYS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
+ARMS = {
     "active": ["configs/tiny.yaml"],
     "random_span": ["configs/tiny-random-span.yaml"],
     "frozen generator": ["configs/tiny-frozen-generator.yaml"],
@@ -31,17 +26,17 @@ ARMS = {  # what `train.py` is given
     "entropy_token, top 60 %": ["configs/tiny-entropy-token.yaml", "entropy_share=0.6"],
     "active, G = 4": ["configs/tiny.yaml", "masks_per_passage=8", "predictions_per_mask=4"],
     "active, G = 16": ["configs/tiny.yaml", "masks_per_passage=2", "predictions_per_mask=16"],
-    "active, two facts": ["configs/tiny.yaml", *TWO_FACTS],
-    "cpt, two facts": ["configs/tiny-cpt.yaml", *TWO_FACTS],
-    "active, two facts, 200 steps": ["configs/tiny.yaml", *TWO_FACTS, "steps=200"],
-    "rlvr": ["configs/tiny-rlvr.yaml", *QUESTIONS],
-    "random_span, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTIONS],
-    "active, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTIONS],
+    "active, two facts": ["configs/tiny.yaml", *SEVERAL_KEYS],
+    "cpt, two facts": ["configs/tiny-cpt.yaml", *SEVERAL_KEYS],
+    "active, two facts, 200 steps": ["configs/tiny.yaml", *SEVERAL_KEYS, "steps=200"],
+    "rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
+    "random_span, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
+    "active, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
 }
-FIRST = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
-"""Arms that start from the last checkpoint of another one's run with the same seed."""
-PROBES = ("fact", "greedy_fact", "template", "copy", "greedy_copy", "noise")
-PROBES += ("shown", "greedy_shown", "unseen", "greedy_unseen", "greedy", "no_thought", "greedy_no_thought")
+STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
+"""Arms that start from the last checkpoint of another arm's run with the same seed."""
+PROBES = ("fact", "greedy_fact", "template", "copy", "greedy_copy", "noise", "shown", "greedy_shown")
+PROBES += ("unseen", "greedy_unseen", "greedy", "no_thought", "greedy_no_thought")
 """Of probe/accuracy_...; a run has those that its corpus and the code of its day knew. `all` is probe/accuracy."""
 CURVES = ("gen/share_fact", "gen/share_shown", "gen/share_noise", "gen/valid_rate", "gen/reward")
 CURVES += ("pred/accuracy", "pred/groups_kept")
@@ -50,36 +45,34 @@ Results = dict[str, list[dict]]
 """Per arm its runs, in the order of seeds."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What is expected, in words and as a test of the runs; written before they were made."""
+class Claim(NamedTuple):
+    """What is expected, in words and as a test of the runs; both were written before the runs were made."""
 
     prediction: str
     arms: tuple[str, ...]
-    test: Callable[[Results], bool]
+    test: Callable[..., bool]  # (the runs of each of `arms`) -> whether the prediction holds
+
+    def holds(self, results: Results) -> bool:
+        return self.test(*(results[arm] for arm in self.arms))
 
 
-def final(run: dict, probe: str) -> float:
-    return run["probes"][-1][probe]
+def ends(runs: list[dict], probe: str) -> list[float]:
+    return [run["probes"][-1][probe] for run in runs]
 
 
-def gain(run: dict, probe: str) -> float:
-    return final(run, probe) - run["probes"][0][probe]
+def gains(runs: list[dict], probe: str) -> list[float]:
+    return [run["probes"][-1][probe] - run["probes"][0][probe] for run in runs]
 
 
-def late(run: dict, curve: str) -> float:
-    """Mean over the last 20 steps."""
-    return fmean(run["curves"][curve][-4:])
+def late(runs: list[dict], curve: str, first: int = -4) -> list[float]:
+    """Mean of each run over its last 20 steps, or from the point `first` on; a point is a mean over five steps."""
+    return [fmean(run["curves"][curve][first:]) for run in runs]
 
 
-def over(results: Results, one: str, other: str, probe: str) -> list[float]:
-    """Differences at the end, seed by seed, of the seeds that both arms have."""
-    others = {run["seed"]: run for run in results[other]}
-    return [final(run, probe) - final(others[run["seed"]], probe) for run in results[one] if run["seed"] in others]
-
-
-def mean_of(runs: list[dict], value: Callable, *args) -> float:
-    return fmean(value(run, *args) for run in runs)
+def differences(runs: list[dict], others: list[dict], probe: str) -> list[float]:
+    """Differences at the end, seed by seed, of the seeds that both have."""
+    other_ends = {run["seed"]: run["probes"][-1][probe] for run in others}
+    return [run["probes"][-1][probe] - other_ends[run["seed"]] for run in runs if run["seed"] in other_ends]
 
 
 CLAIMS = {
@@ -87,112 +80,74 @@ CLAIMS = {
         "With `active`, greedy accuracy on facts rises by at least 0.35 in every seed; with shuffled rewards sampled "
         "accuracy on facts rises by more than 0.05 in none.",
         ("active", "rewards shuffled"),
-        lambda r: (
-            min(gain(run, "greedy_fact") for run in r["active"]) >= 0.35
-            and max(gain(run, "fact") for run in r["rewards shuffled"]) <= 0.05
-        ),
-    ),
+        lambda active, shuffled: min(gains(active, "greedy_fact")) >= 0.35 and max(gains(shuffled, "fact")) <= 0.05),
     "finds facts": Claim(
         "In the last 20 steps at least half of the generator's valid masks are on the fact, at most 5 % on noise, in "
         "every seed. On facts, sampled, `active` ends above `random_span` and above the frozen generator by at least "
         "0.08 in every seed.",
         ("active", "random_span", "frozen generator"),
-        lambda r: (
-            min(late(run, "gen/share_fact") for run in r["active"]) >= 0.5
-            and max(late(run, "gen/share_noise") for run in r["active"]) <= 0.05
-            and min(over(r, "active", "random_span", "fact")) >= 0.08
-            and min(over(r, "active", "frozen generator", "fact")) >= 0.08
-        ),
-    ),
+        lambda active, random, frozen: (
+            min(late(active, "gen/share_fact")) >= 0.5 and max(late(active, "gen/share_noise")) <= 0.05
+            and min(differences(active, random, "fact")) >= 0.08 and min(differences(active, frozen, "fact")) >= 0.08)),
     "keeps copies": Claim(
         "With one of four masks drawn at random, copies (sampled) lose at most 0.03 on average, and the mean on facts "
         "stays within 0.10 of plain `active`.",
         ("active", "active, 1 of 4 masks random"),
-        lambda r: (
-            mean_of(r["active, 1 of 4 masks random"], gain, "copy") >= -0.03
-            and fmean(over(r, "active, 1 of 4 masks random", "active", "fact")) >= -0.10
-        ),
-    ),
+        lambda plain, mixed: fmean(gains(mixed, "copy")) >= -0.03 and fmean(differences(mixed, plain, "fact")) >= -0.1),
     "given answers": Claim(
         "`sft` ends within 0.08 of `active` on greedy facts (mean) without losing copies; `cpt` loses at least 0.1 of "
         "the copies.",
         ("active", "sft", "cpt"),
-        lambda r: (
-            abs(fmean(over(r, "sft", "active", "greedy_fact"))) <= 0.08
-            and mean_of(r["sft"], gain, "copy") >= -0.03
-            and mean_of(r["cpt"], gain, "copy") <= -0.1
-        ),
-    ),
+        lambda active, sft, cpt: (
+            abs(fmean(differences(sft, active, "greedy_fact"))) <= 0.08 and fmean(gains(sft, "copy")) >= -0.03
+            and fmean(gains(cpt, "copy")) <= -0.1)),
     "entropy": Claim(
         "The 20 % of tokens with the highest entropy are noise here: sampled facts gain under 0.05 on average. The "
         "highest 60 % hold the facts too: they gain at least 0.05.",
         ("entropy_token, top 20 %", "entropy_token, top 60 %", "random_token"),
-        lambda r: (
-            mean_of(r["entropy_token, top 20 %"], gain, "fact") < 0.05
-            and mean_of(r["entropy_token, top 60 %"], gain, "fact") >= 0.05
-        ),
-    ),
+        lambda top_20, top_60, random: fmean(gains(top_20, "fact")) < 0.05 and fmean(gains(top_60, "fact")) >= 0.05),
     "difficulty": Claim(
         "The generator's best-paid accuracy is 1 - G^(-1/(G-1)): 0.37, 0.26, 0.17 at G = 4, 8, 16. So the mean "
         "accuracy of its masks over steps 41 to 100 falls from G = 4 to 8 to 16, at equal predictor rollouts.",
         ("active, G = 4", "active", "active, G = 16"),
-        lambda r: late_accuracy(r["active, G = 4"]) > late_accuracy(r["active"]) > late_accuracy(r["active, G = 16"]),
-    ),
+        lambda *arms: (
+            fmean(late(arms[0], "pred/accuracy", 8)) > fmean(late(arms[1], "pred/accuracy", 8))
+            > fmean(late(arms[2], "pred/accuracy", 8)))),
     "never masked": Claim(
         "Two facts an article, on the same base, which has never met two. With `active`, greedy accuracy rises by at "
         "least 0.20 on average on facts that may be masked, and by at most 0.05 on facts that it reads but cannot mask "
         "and on facts that it never reads: nothing teaches them. `cpt`, which learns the text that it reads, raises "
         "those that it reads by at least 0.10, the never read by at most 0.05. No mask hits what cannot be masked.",
         ("active, two facts", "cpt, two facts"),
-        lambda r: (
-            mean_of(r["active, two facts"], gain, "greedy_fact") >= 0.20
-            and mean_of(r["active, two facts"], gain, "greedy_shown") <= 0.05
-            and mean_of(r["active, two facts"], gain, "greedy_unseen") <= 0.05
-            and mean_of(r["cpt, two facts"], gain, "greedy_shown") >= 0.10
-            and mean_of(r["cpt, two facts"], gain, "greedy_unseen") <= 0.05
-            and max(max(run["curves"]["gen/share_shown"]) for run in r["active, two facts"]) == 0
-        ),
-    ),
+        lambda active, cpt: (
+            fmean(gains(active, "greedy_fact")) >= 0.20 and fmean(gains(active, "greedy_shown")) <= 0.05
+            and fmean(gains(active, "greedy_unseen")) <= 0.05 and fmean(gains(cpt, "greedy_shown")) >= 0.10
+            and fmean(gains(cpt, "greedy_unseen")) <= 0.05
+            and max(max(run["curves"]["gen/share_shown"]) for run in active) == 0)),
     "never masked, longer": Claim(
         "Written when two of the five runs above were known (greedy 0.56 and 0.23 on facts that may be masked): 100 "
         "steps are few for a base that begins with invalid masks. At 200, whose first 100 are those, such facts gain "
         "at least 0.30 on average, the read and never masked and the never read at most 0.05.",
         ("active, two facts, 200 steps",),
-        lambda r: (
-            mean_of(r["active, two facts, 200 steps"], gain, "greedy_fact") >= 0.30
-            and mean_of(r["active, two facts, 200 steps"], gain, "greedy_shown") <= 0.05
-            and mean_of(r["active, two facts, 200 steps"], gain, "greedy_unseen") <= 0.05
-        ),
-    ),
+        lambda active: (
+            fmean(gains(active, "greedy_fact")) >= 0.30 and fmean(gains(active, "greedy_shown")) <= 0.05
+            and fmean(gains(active, "greedy_unseen")) <= 0.05)),
     "before rlvr": Claim(
         "60 steps of `rlvr` on questions about 47 of the 84 subjects; greedy, on questions about the other 37. From "
         "the base, it gains at most 0.10 on average. After `active`, which has read about all subjects, it ends higher "
         "than from the base by at least 0.30 in every seed, and than after `random_span` by at least 0.10 on average. "
         "On the questions trained on, accuracy over the last 20 steps is higher after `active` than from the base too.",
         ("rlvr", "random_span, then rlvr", "active, then rlvr"),
-        lambda r: (
-            mean_of(r["rlvr"], gain, "greedy") <= 0.10
-            and min(over(r, "active, then rlvr", "rlvr", "greedy")) >= 0.30
-            and fmean(over(r, "active, then rlvr", "random_span, then rlvr", "greedy")) >= 0.10
-            and mean_of(r["active, then rlvr"], late, "pred/accuracy") > mean_of(r["rlvr"], late, "pred/accuracy")
-        ),
-    ),
+        lambda base, random, active: (
+            fmean(gains(base, "greedy")) <= 0.10 and min(differences(active, base, "greedy")) >= 0.30
+            and fmean(differences(active, random, "greedy")) >= 0.10
+            and fmean(late(active, "pred/accuracy")) > fmean(late(base, "pred/accuracy")))),
     "no thought": Claim(
         "The base was never taught to write anything before its answer, and nothing here pays for it. So with the "
         "answer opened at once, greedy accuracy at the end is within 0.02 of that with room for a thought, in every "
         "seed. The mini-wiki says nothing on whether thoughts help.",
         ("active, two facts", "active, then rlvr"),
-        lambda r: (
-            max(
-                abs(final(run, "greedy") - final(run, "greedy_no_thought"))
-                for arm in ("active, two facts", "active, then rlvr")
-                for run in r[arm]
-            )
-            <= 0.02
-        ),
-    ),
+        lambda *arms: all(
+            abs(run["probes"][-1]["greedy"] - run["probes"][-1]["greedy_no_thought"]) <= 0.02
+            for runs in arms for run in runs)),
 }
-
-
-def late_accuracy(runs: list[dict]) -> float:
-    return fmean(fmean(run["curves"]["pred/accuracy"][8:]) for run in runs)

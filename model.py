@@ -309,143 +309,111 @@ def ema_update(reference: nn.Module, policy: nn.Module, tau: float) -> None:
         average.to_local().lerp_(current.to_local(), 1 - tau)
 
 
-def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) -> int:
-    """What one layer keeps of one token for its backward pass, flash attention.
+# ---- memory by calculation: `gradient_checkpointing: auto` decides by it, and `python -m bench plan` prints it
 
-    Plain transformers: each of two norms keeps its input as float32, the normalised and the scaled result; attention
-    keeps q, k, v, its output and a float32 log-sum-exp per head; the MLP keeps gate, activated gate, up and their
-    product. Liger's norms keep input and result, its MLP gate, up and product. Experts keep for each that a token is
-    sent to its copy of it, the same four, the result and how it got there; once, the router's probabilities and their
-    sum. Checked on the CPU, tests/test_plan.py.
-    """
+
+def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) -> int:
+    """Bytes that one layer keeps of one token for its backward pass, with flash attention (tests/test_plan.py)."""
     h, i, q, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kept = width if liger else 4 + width  # of a norm, per number, without the result that the next product keeps
+    kept = width if liger else 4 + width  # of a norm: its input, without Liger in float32, and the normalised input
     norms = 2 * (h * (kept + width) + 4)
-    if shape.qk_norm:  # the result is rotated, and attention keeps that
+    if shape.qk_norm:  # the result of these norms is rotated, and attention keeps that
         norms += (q + kv) * kept + 4 * (shape.heads + shape.kv_heads)
-    attention = width * (2 * q + 2 * kv) + 4 * shape.heads
+    attention = width * (2 * q + 2 * kv) + 4 * shape.heads  # q, k, v, the output; a float32 log-sum-exp per head
     if not shape.experts:
-        return norms + attention + width * i * (3 if liger else 4)
-    each = width * (2 * h + 4 * shape.expert_width + 1) + 4 + 4 * 8  # its weight, also in float32; four indices
-    return norms + attention + 4 * (shape.experts + 1) + shape.experts_per_token * each
+        return norms + attention + width * i * (3 if liger else 4)  # gate, activated gate without Liger, up, product
+    # for each expert: the token and the result, the four widths of an MLP, its weight (also in float32), four indices
+    each = width * (2 * h + 4 * shape.expert_width + 1) + 4 + 4 * 8
+    return norms + attention + 4 * (shape.experts + 1) + shape.experts_per_token * each  # the router's probabilities
 
 
 def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int = 2, liger: bool = False) -> int:
-    """Of a micro-batch of `tokens`, at the worst moment of its backward pass, the head aside.
+    """Peak activation memory of a micro-batch in the backward pass, without the LM head.
 
-    With checkpointing each layer keeps its input and one layer at a time is computed again. On top: the gradients that
-    one layer passes back, taken as three of the MLP's width and two of the hidden width (of experts: both for each that
-    a token is sent to), and the last norm.
+    With checkpointing each layer keeps its input, and one layer at a time is computed again. Added are the gradients
+    that one layer passes back (three widths of the MLP and two hidden widths; per expert, both) and the last norm.
     """
     h, k = shape.hidden, shape.experts_per_token
     layer = layer_activation_bytes(shape, width, liger)
     kept = shape.layers * width * h + layer if checkpointing else shape.layers * layer
     inner = k * (3 * shape.expert_width + 2 * h) if shape.experts else 3 * shape.intermediate
-    moving = width * (inner + 2 * h) + h * (4 + 3 * width)
-    return tokens * (kept + moving)
+    return tokens * (kept + width * (inner + 2 * h) + h * (4 + 3 * width))
 
 
 def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:
-    """ops.token_logprobs: four float32 logits of a chunk and one in `width` in the forward pass (entropy); in the
-    backward pass one float32, two in `width`, and two float32 sums and one in `width` of the head's gradient."""
+    """Peak of ops.token_logprobs: four float32 logits and one in `width` per entry of a chunk (forward), or one float32
+    and two in `width`, with two float32 sums and one in `width` of the head's gradient (backward)."""
     forward = chunk * shape.vocab * (4 * 4 + width)
     backward = chunk * shape.vocab * (4 + 2 * width) + shape.table * (2 * 4 + width)
     return max(forward, backward)
 
 
 def gathered_bytes(shape: Shape, width: int = 2) -> int:
-    """What FSDP holds whole at once: tables and two layers, the gradients of tables and one layer, and float32 copies
-    of these on their way into the reduction."""
+    """What FSDP holds unsharded at once: tables and two layers, the gradients of tables and one layer, and the float32
+    copies of these gradients that the reduction reads."""
     root = shape.table * (1 if shape.tied else 2) + shape.hidden
     return root * (2 * width + 4) + shape.layer * (3 * width + 4)
 
 
-CONTEXT = 1_000_000_000
-"""CUDA context, library workspaces, NCCL: assumed, bytes."""
-_CONTEXT = "CUDA context, NCCL (assumed)"
-
-
 def value_bytes(config: Config) -> int:
-    """Of one number in config.dtype."""
+    """Bytes of one number in config.dtype."""
     return 4 if config.dtype == "float32" else 2
 
 
-def standing_bytes(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
-    """What stays on each GPU through the whole run, by part; with offload these take turns."""
-    n = shape.parameters
-    parts = {"replica": value_bytes(config) * n, "float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
+def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, float]]:
+    """Bytes on each GPU by part, `rollouts` without the sampler's cache and `training`. gpus: those of a node.
+
+    Training adds all parts up, and some of them are never live together. With offload, masters, gradients and Adam are
+    in host memory. config must have its gradient_checkpointing decided.
+    """
+    n, width, tokens = shape.parameters, value_bytes(config), config.tokens_per_micro_batch
+    rollouts = {"replica": width * n}
+    if not config.offload:
+        rollouts |= {"float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
     if config.kl or {"rlp", "entropy_token"} & {config.method, config.warmup_method}:
-        parts["second copy"] = 4 * n / gpus
-    return parts | {_CONTEXT: CONTEXT}
-
-
-def training_bytes(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
-    """What an update adds to it, by part. gradient_checkpointing must be decided."""
-    width, tokens = value_bytes(config), config.tokens_per_micro_batch
-    return {
-        "gradients": 4 * shape.parameters / gpus,
+        rollouts["second copy"] = 4 * n / gpus
+    rollouts["CUDA context, NCCL (assumed)"] = 1e9
+    training = rollouts | ({} if config.offload else {"gradients": 4 * n / gpus})
+    training |= {
         "gathered weights": gathered_bytes(shape, width),
         "activations": activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger),
         "log-prob head": head_bytes(shape, width),
     }
+    return {"rollouts": rollouts, "training": training}
 
 
-TURNS = {
-    "rollouts": ("replica",),
-    "backward": ("float32 masters", "gradients", "gathered weights", "activations", "log-prob head"),
-    "optimizer": ("float32 masters", "gradients", "Adam"),
-    "set-up": ("replica", "float32 masters"),
-}
-"""With offload: what is on the GPU in the moments of a run that may be its largest."""
-
-
-def moments(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, float]]:
-    """Of the moments that may be a run's largest: bytes on each GPU by part, the sampler's cache aside.
-
-    Without offload there are two, and in `training` all parts are added up, some of which are not live together.
-    """
-    standing = standing_bytes(shape, config, gpus)
-    every = standing | training_bytes(shape, config, gpus)
-    if not config.offload:
-        return {"rollouts": standing, "training": every}
-    return {moment: {part: every[part] for part in (*parts, _CONTEXT)} for moment, parts in TURNS.items()}
-
-
-SAFE = 0.9
-"""Share of a GPU's memory that `auto` fills by its own calculation; the rest is for the allocator's fragments."""
-
-
-def checkpointing(shape: Shape, config: Config, gpus: int, memory: float) -> bool:
-    """config.gradient_checkpointing, with `auto` decided: recompute only where storing would not fit `memory` bytes."""
+def must_recompute(shape: Shape, config: Config, gpus: int, memory: float) -> bool:
+    """config.gradient_checkpointing, where `auto` recomputes only if stored activations would not fit nine tenths of
+    `memory` bytes; the last tenth is for the allocator's fragments."""
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing
-    stored = moments(shape, replace(config, gradient_checkpointing=False), gpus)
-    return max(sum(parts.values()) for parts in stored.values()) > SAFE * memory
+    stored = gpu_memory(shape, replace(config, gradient_checkpointing=False), gpus)
+    return sum(stored["training"].values()) > 0.9 * memory
 
 
 def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
-    """The config with `auto` decided for the GPUs at hand, before the model is wrapped; every rank calls it, and the
-    smallest GPU decides for all. On a CPU layers are stored: time is short there, not memory."""
+    """The config with `auto` decided for the smallest GPU; every rank calls it before the model is wrapped. On a CPU
+    activations are stored, because time is short there and memory is not."""
     if config.gradient_checkpointing != "auto":
         return config
     smallest = min(gather([memory_of(ranks)]))
-    recompute = checkpointing(shape_of(hf_config), config, ranks.per_node or ranks.world, smallest)
+    recompute = must_recompute(shape_of(hf_config), config, ranks.per_node or ranks.world, smallest)
     return replace(config, gradient_checkpointing=recompute)
 
 
 def memory_of(ranks: Ranks) -> float:
-    """Bytes of this rank's GPU; without one no bound."""
+    """Bytes of this rank's GPU; infinite on a CPU."""
     cuda = ranks.device.type == "cuda"
     return torch.cuda.get_device_properties(ranks.device).total_memory if cuda else math.inf
 
 
 def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
-    """A line for each moment of the run that by calculation needs more than this rank's GPU has. config must have its
-    gradient_checkpointing decided."""
+    """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has. config
+    must have its gradient_checkpointing decided."""
     memory = memory_of(ranks)
-    if memory == math.inf:  # then any model will do, also one whose shape nobody knows
+    if memory == math.inf:  # any model will do then, also one whose shape is not known
         return []
-    needs = moments(shape_of(hf_config), config, ranks.per_node or ranks.world)
+    needs = gpu_memory(shape_of(hf_config), config, ranks.per_node or ranks.world)
     return [
         f"WARNING: this GPU has {memory / 1e9:.0f} GB; {moment} would take {sum(parts.values()) / 1e9:.0f} by "
         "calculation, the cache aside. `python -m bench plan` says for what, and which key to change"

@@ -1,3 +1,35 @@
-from bench.step import main
+"""Three commands that measure or calculate what a run costs; bench/options.py has their words.
 
-main()
+python -m bench configs/tiny.yaml [key=value ...]                         time one step, on random weights
+torchrun --nproc_per_node=8 -m bench configs/smollm3.yaml [key=value ...]
+python -m bench configs/tiny.yaml rollouts=64,128,256,512                 is a step linear in its rollouts?
+python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100                 what a run needs, calculated
+python -m bench trl [configs/tiny.yaml] [key=value ...]                   the same step through other trainers
+"""
+
+import os
+import sys
+
+from bench.plan import print_plan
+from bench.step import time_config
+from bench.trl import compare_peers
+from config import ConfigError
+
+
+def main(words: list[str]) -> None:
+    """Runs one command. Raises ConfigError for a bad word."""
+    commands = {"plan": print_plan, "trl": compare_peers}
+    command = commands.get(words[0])
+    command(words[1:]) if command else time_config(words)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__.strip())
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
+            print(f"config error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

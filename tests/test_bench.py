@@ -10,26 +10,10 @@ from dataclasses import asdict, replace
 import pytest
 from reference import ROOT, TINY_BASE
 
-from bench import step as bench
-from bench import step as workload
-from bench.limits import GPUS, architecture, decode_limit, train_flops
-from bench.plan import Phase, PlanOptions
-from bench.step import (
-    NEVER,
-    BenchOptions,
-    Work,
-    complete,
-    make_work,
-    measure,
-    one_step,
-    random_sampler,
-    scaling_table,
-    seeded_rewards,
-    split_words,
-    stand_in_tokenizer,
-    straight_line,
-    table,
-)
+from bench import step as timing
+from bench.costs import GPUS, Bundle, architecture, decode_limit, train_flops
+from bench.options import Options, Phase, complete, split_words
+from bench.step import NEVER, StepTimes, Work, make_work, one_step, random_sampler, time_rows
 from config import Config, ConfigError, read_config
 from model import shape_of
 from rollout import generate, predict_prompt
@@ -71,13 +55,6 @@ def test_every_response_gets_its_own_length(talkative, at_once):
     assert set(sum(lengths(generate(sampler, prompts, 4, 15, NEVER, seed=1)), [])) == {15}  # the limits are gone again
 
 
-def test_a_limit_is_no_promise_where_a_response_ends_by_itself(talkative):
-    sampler, prompts = talkative
-    groups = generate(sampler, prompts, 4, 40, NEVER, seed=1, limits=[[1, 40, 40, 40]] * len(prompts))
-    assert {response.finish for group in groups for response in group} == {"eos", "length"}
-    assert {len(group[0].completion_ids) for group in groups} == {1}
-
-
 def test_a_restarted_response_keeps_its_length(talkative, monkeypatch):
     import rollout
 
@@ -102,24 +79,21 @@ def test_a_restarted_response_keeps_its_length(talkative, monkeypatch):
 
 
 def test_a_step_whose_lengths_are_not_those_asked_for_raises(tiny, ranks, monkeypatch):
-    sampler = random_sampler(tiny, architecture(tiny.model), ranks)
-    sampler.eos_ids = set(range(700))
+    run = timing.make_run(random_sampler(tiny, architecture(tiny.model), ranks))
+    run.sampler.eos_ids = set(range(700))
     work = make_work(Phase("predict", 2, 4, 14), [14] * 8, 5, 747, seed=0)
     with pytest.raises(RuntimeError, match="predict, step 3: responses did not get their lengths"):
-        one_step([work], None, None, sampler, 3)
+        one_step(run, [work], 3)
 
 
-def test_work_is_the_same_for_the_same_seed():
+def test_work_is_the_same_for_the_same_seed_and_every_group_has_both_rewards():
     phase = Phase("predict", 3, 2, 9)
     one = make_work(phase, [1, 2, 3, 4, 5, 6], 7, 100, seed=0)
     assert one == make_work(phase, [1, 2, 3, 4, 5, 6], 7, 100, seed=0)
     assert one.prompts != make_work(phase, [1] * 6, 7, 100, seed=1).prompts
     assert one.limits == [[1, 2], [3, 4], [5, 6]] and [len(prompt) for prompt in one.prompts] == [7, 7, 7]
-
-
-def test_every_group_has_both_rewards():
     rng = random.Random(0)
-    rewards = [seeded_rewards(count, rng) for count in (2, 3, 8) * 20]
+    rewards = [timing.seeded_rewards(count, rng) for count in (2, 3, 8) * 20]
     assert all(set(group) == {0.0, 1.0} for group in rewards) and [len(group) for group in rewards[:3]] == [2, 3, 8]
 
 
@@ -135,11 +109,6 @@ def test_random_weights_are_seeded_and_not_the_checkpoints(tiny, ranks):
     assert abs(one.std().item() - 0.05) < 0.005  # initializer_range; not what training made of it
 
 
-def test_a_stand_in_tokenizer_knows_every_token():
-    tokenizer = stand_in_tokenizer(50)
-    assert tokenizer.decode([3, 49]) == " w3 w49" and tokenizer.eos_token_id == 1 and not tokenizer.chat_template
-
-
 # ---- figures
 
 
@@ -147,36 +116,29 @@ def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
     seconds = iter([9.0, 2.0, 4.0, 3.0])  # a warm-up and three repeats
     shape, gpu = shape_of(architecture(tiny.model)), GPUS["h100"]
 
-    def step(works, policy, optimizer, sampler, number):
+    def step(run, works, number):
         now = next(seconds)
-        times = {"time/propose": now, "time/predict": 2 * now, "time/update": 5 * now, "time/step": 8 * now}
-        return times | {"trained": [(20, [10])] * 20, "training_gb": 1.5, "cache_tokens": 100, "cache_gb": 0.5}
+        times = {"propose": now, "predict": 2 * now, "update": 5 * now, "step": 8 * now}
+        return StepTimes(times, [Bundle(20, [10])] * 20, training_gb=1.5, cache_tokens=100, cache_gb=0.5)
 
-    monkeypatch.setattr(bench, "one_step", step)
+    monkeypatch.setattr(timing, "one_step", step)
     propose = Work(Phase("propose", 2, 2, 14), [[1] * 20] * 2, [[10, 10], [10, 10]])
     predict = Work(Phase("predict", 4, 4, 14), [[1] * 20] * 4, [[10, 10, 10, 10]] * 4)
-    sampler = type("Sampler", (), {"config": tiny, "ranks": ranks})
-    row = measure([propose, predict], None, None, sampler, shape, gpu, repeats=3)
+    run = type("Run", (), {"config": tiny, "ranks": ranks})
+    row = timing.time_row(run, [propose, predict], shape, gpu, repeats=3)
     assert row["seconds"] == {"propose": 3.0, "predict": 6.0, "update": 15.0, "step": 24.0}
     assert row["warmup_seconds"]["step"] == 72.0 and len(row["repeats"]) == 3
     assert (row["responses"], row["response_tokens"], row["trained_tokens"]) == (20, 200, 600)
     assert row["response_tokens_per_second"] == 200 / 9 and row["training_tokens_per_second"] == 600 / 15
-    assert row["mfu"] == pytest.approx(train_flops(shape, [(20, [10])] * 20) / 15 / gpu.flops)
+    assert row["mfu"] == pytest.approx(train_flops(shape, [Bundle(20, [10])] * 20) / 15 / gpu.flops)
     # a cache of 100 tokens holds four responses of 20 + 10 / 2 tokens; float32 takes four bytes a number
     both = [decode_limit(shape, gpu, 20, work.limits, 1, 4, width=4) for work in (propose, predict)]
     assert list(row["decode_limit_seconds"].values()) == both
     assert row["decode_share"] == pytest.approx(sum(both) / 9)
     assert (row["cache_tokens"], row["cache_gb"], row["training_gb"]) == (100, 0.5, 1.5)
-    text = table({"rows": {"one": row}, "gpu": asdict(gpu), "world": 1, "shape": asdict(shape), "attention": "x",
-                  "config": asdict(tiny), "options": {"prompt": 20}})  # fmt: skip
-    assert re.search(r"response tokens/s +22\n", text) and re.search(r"training tokens/s +40\n", text)
-
-
-def test_a_straight_line_through_steps():
-    begin, slope = straight_line([(64, 0.74), (128, 1.38), (256, 2.66)])
-    assert (begin, slope) == (pytest.approx(0.1), pytest.approx(0.01))
-    rows = {str(n): {"seconds": {"step": 0.1 + 0.01 * n, "predict": 0.1, "update": 0.01 * n}} for n in (64, 128)}
-    assert scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
+    result = {"rows": {"one": row}, "gpu": asdict(gpu), "world": 1, "shape": asdict(shape), "attention": "x"}
+    text = timing.step_table(result | {"config": asdict(tiny), "options": {"prompt": 20, "repeats": 3}})
+    assert re.search(r"response tokens per second +22\n", text) and re.search(r"training tokens per second +40\n", text)
 
 
 # ---- the whole, in miniature
@@ -184,15 +146,15 @@ def test_a_straight_line_through_steps():
 
 def test_a_run_in_miniature(tiny, ranks, monkeypatch):
     seen = []
-    original = workload.rollout
+    original = timing.rollout
 
     def watched(*words, **keys):
         groups = original(*words, **keys)
         seen.append(lengths(groups))
         return groups
 
-    monkeypatch.setattr(workload, "rollout", watched)
-    result = bench.bench(tiny, BenchOptions(repeats=2, prompt=9, mean_response=6), ranks)
+    monkeypatch.setattr(timing, "rollout", watched)
+    result = time_rows(tiny, complete(Options(repeats=2, prompt=9, mean_response=6), tiny, "step"), ranks)
     assert [len(groups) for groups in seen] == [2, 4] * 6  # two rows of a warm-up and two repeats
     lists = [[length for group in groups for length in group] for groups in seen]
     assert lists[0] == lists[2] == lists[4] and lists[1] == lists[3] == lists[5]
@@ -207,51 +169,42 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
         assert row["mfu"] is row["decode_share"] is row["training_gb"] is None
         assert row["cache_gb"] == pytest.approx(row["cache_tokens"] * result["cache_bytes_per_token"] / 1e9, rel=0.05)
     assert result["rows"]["equal"]["response_tokens"] == 7 * 20
-    text = table(result)
-    assert "478,080 parameters" in text and re.search(r"MFU +- +-\n", text)
+    text = timing.step_table(result)
+    assert "478,080 parameters" in text and re.search(r"mfu +- +-\n", text)
 
 
 def test_a_step_against_its_rollouts(tiny, ranks):
-    result = bench.bench(tiny, BenchOptions(repeats=1, prompt=9, rollouts="4,12"), ranks)
+    result = time_rows(tiny, complete(Options(repeats=1, prompt=9, rollouts="4,12"), tiny, "step"), ranks)
     assert {name: row["responses"] for name, row in result["rows"].items()} == {"4": 4, "12": 12}
-    assert len(scaling_table(result["rows"]).split("\n")) == 4
+    assert len(timing.scaling_table(result["rows"]).split("\n")) == 4
+    rows = {str(n): {"seconds": {"step": 0.1 + 0.01 * n, "predict": 0.1, "update": 0.01 * n}} for n in (64, 128)}
+    assert timing.scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
 
 
 # ---- words
 
 
-def test_words_of_the_benchmark_and_keys_of_the_config():
-    options, rest = split_words(["configs/tiny.yaml", "prompt=9", "seed=3", "sigma=0.5", "rollouts=8,16"], BenchOptions)
+def test_words_of_a_command_keys_of_the_config_and_defaults():
+    words = ["configs/tiny.yaml", "prompt=9", "seed=3", "sigma=0.5", "rollouts=8,16", "gpus=2"]
+    options, rest = split_words(words, "step")
     assert (options.prompt, options.sigma, options.rollouts) == (9, 0.5, "8,16")
-    assert rest == ["configs/tiny.yaml", "seed=3"]
-    assert split_words(["gpu=h200", "gpus=2"], PlanOptions)[0] == PlanOptions(gpu="h200", gpus=2)
+    assert rest == ["configs/tiny.yaml", "seed=3", "gpus=2"]  # a word of `plan`; the config refuses it
     with pytest.raises(ConfigError, match="gpus='two': expected a whole number"):
-        split_words(["gpus=two"], PlanOptions)
-
-
-def test_defaults_are_those_of_the_workload():
-    options = complete(BenchOptions(), Config())
+        split_words(["gpus=two"], "plan")
+    options = complete(Options(), Config(), "step")
     assert (options.prompt, options.cap, options.mean_response, options.equal) == (400, 1024, 384, 512)
 
 
-@pytest.mark.parametrize("word", ["cap=99", "prompt=999", "mean_response=15", "equal=15", "repeats=0", "rollouts=9",
-                                  "rollouts=4,x", "rollouts=0", "sigma=-1"])  # fmt: skip
-def test_a_bad_word_is_named(tiny, word):
+@pytest.mark.parametrize("command, word", [
+    *(("step", word) for word in ("cap=99", "prompt=999", "mean_response=15", "equal=15", "repeats=0", "rollouts=9",
+                                  "rollouts=4,x", "rollouts=0", "sigma=-1")),
+    *(("plan", word) for word in ("gpus=0", "kept=0", "mfu=1.5", "sigma=-1", "gpu=abacus")), ("trl", "tokens=0"),
+])  # fmt: skip
+def test_a_bad_word_is_named(tiny, command, word):
     with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}="):
-        complete(split_words([word], BenchOptions)[0], tiny)
-
-
-def test_a_method_that_samples_nothing_is_refused(tiny):
+        complete(split_words([word], command)[0], tiny, command)
     with pytest.raises(ConfigError, match="method='cpt': samples nothing"):
-        complete(BenchOptions(), replace(tiny, method="cpt"))
-
-
-def test_a_plan_is_printed_without_weights(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    bench.main(["plan", "configs/smollm3.yaml", "gpus=8", "gpu=h100", "mean_response=1024"])
-    assert "3,075,098,624 parameters; 8 x NVIDIA H100" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="gpu='abacus'"):
-        bench.main(["plan", "configs/smollm3.yaml", "gpu=abacus"])
+        complete(Options(), replace(tiny, method="cpt"), "step")
 
 
 @pytest.mark.slow
@@ -261,6 +214,6 @@ def test_commands(command, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "b" / "x.json").read_text())
     assert result["world"] == 2 and result["rows"]["equal"]["responses"] == 20
-    assert done.stdout.count("response tokens/s") == 1  # one rank prints
+    assert done.stdout.count("response tokens per second") == 1  # one rank prints
     refused = command(["-m", "bench", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
     assert refused.returncode == 2 and refused.stderr.startswith("config error: gpu='abacus'")

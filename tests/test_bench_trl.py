@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 from reference import ROOT
 
-from bench import trl as bench_trl
-from bench.trl import PeerOptions, fitted_settings, main, naive, one_process, plain_model, rows_per_batch, table, texts
+from bench import trl as peers
+from bench.__main__ import main
+from bench.options import Options
+from bench.trl import fitted_settings, naive, one_process, peer_prompts, peer_table, plain_model, rows_per_batch
 from config import ConfigError, read_config
 
-SMALL = PeerOptions(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
+SMALL = Options(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def tiny(monkeypatch):
 
 
 def test_prompts_are_prediction_prompts_on_articles_one_or_several_each(tiny):
-    one, two = texts(tiny, SMALL), texts(tiny, PeerOptions(prompts=3, articles=2))
+    one, two = peer_prompts(tiny, SMALL), peer_prompts(tiny, Options(prompts=3, articles=2))
     assert len(one) == len(two) == 3 and len(set(one)) == 3
     assert all(text.endswith("\nPredict:") for text in one)
     for short, long in zip(one, two, strict=True):
@@ -36,7 +38,7 @@ def test_a_padded_batch_holds_the_rows_that_its_tokens_allow_and_that_divide_the
 
 
 def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, monkeypatch):
-    model, shapes = plain_model(tiny, "sdpa"), []
+    model, shapes = plain_model(tiny), []
     before = [parameter.detach().clone() for parameter in model.parameters()]
     generate = model.generate
 
@@ -46,12 +48,19 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
         return whole
 
     model.generate = watched
-    monkeypatch.setattr(bench_trl, "plain_model", lambda *_: model)
+    monkeypatch.setattr(peers, "plain_model", lambda *_: model)
     times = naive(tiny, SMALL)
-    assert len(times) == 2 and all(before < after for one in times for before, after in zip(*one, strict=True))
+    assert len(times.wall) == len(times.cpu) == 2 and min(times.wall + times.cpu) > 0
     for prompt, whole in shapes:
         assert prompt[0] == 3 and whole == (12, prompt[1] + 5)
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_our_step_keeps_up_with_the_naive_loop():
+    words = [str(ROOT / "configs/tiny.yaml"), f"model={ROOT / 'assets/tiny_base'}", "prompts=16", "tokens=12"]
+    ours, theirs = (min(one_process(name, words)["cpu_seconds"]) for name in ("ours", "naive"))
+    assert ours <= 1.25 * theirs, (ours, theirs)
 
 
 def test_our_step_runs_in_a_process_of_its_own(tmp_path):
@@ -63,18 +72,12 @@ def test_our_step_runs_in_a_process_of_its_own(tmp_path):
 @pytest.mark.parametrize("visible, given", [(None, "0"), ("2,3", "2"), ("", "")])
 def test_a_peer_sees_one_gpu_or_none(monkeypatch, visible, given):
     """TRL's trainer would spread over all that it sees, and refuses to."""
-    seen = []
-
-    def run(command, env, **_):
-        seen.append(env["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(returncode=0, stdout="{}")
-
-    monkeypatch.setattr(bench_trl.subprocess, "run", run)
+    monkeypatch.setattr(peers.subprocess, "run", lambda _, env, **__: SimpleNamespace(
+        returncode=0, stdout=json.dumps(env["CUDA_VISIBLE_DEVICES"])))  # fmt: skip
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    one_process("trl", [])
-    assert seen == [given]
+    assert one_process("trl", []) == given
 
 
 def test_the_fitted_cache_has_room_for_its_requests():
@@ -84,14 +87,12 @@ def test_the_fitted_cache_has_room_for_its_requests():
 
 
 def test_the_table_gives_medians_of_medians_and_ratios_to_the_first_peer():
-    def runs(*seconds):
-        return [
-            {"warmup": 9.0, "seconds": list(one), "cpu_seconds": [2 * value for value in one], "memory_gb": 1.5}
-            for one in seconds
-        ]
+    def run(*seconds):
+        cpu = [2 * value for value in seconds]
+        return {"warmup": 9.0, "seconds": seconds, "cpu_seconds": cpu, "memory_gb": 1.5}
 
-    lines = table({"ours": runs((1, 2, 3), (4, 4, 4), (1, 1, 9)), "trl": runs((6, 6, 6), (5, 5, 5), (8, 8, 8))}, SMALL)
-    ours, trl = (line.split() for line in lines.splitlines()[-2:])
+    runs = {"ours": [run(1, 2, 3), run(4, 4, 4), run(1, 1, 9)], "trl": [run(6, 6, 6), run(5, 5, 5), run(8, 8, 8)]}
+    ours, trl = (line.split() for line in peer_table(runs, SMALL).splitlines()[-2:])
     assert ours == ["ours", "2.00", "1.00", "4.00", "9.00", "1.00", "4.00", "1.00", "1.50"]
     assert trl == ["trl", "6.00", "5.00", "8.00", "9.00", "3.00", "12.00", "3.00", "1.50"]
 
@@ -99,13 +100,13 @@ def test_the_table_gives_medians_of_medians_and_ratios_to_the_first_peer():
 def test_an_unknown_peer_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match="peers='ours,verl': must be some of ours,trl"):
-        main(["peers=ours,verl"])
+        main(["trl", "peers=ours,verl"])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed")
 def test_all_peers_run(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    main(["prompts=4", "completions=4", "tokens=6", "repeats=1", "rounds=1", f"out={tmp_path / 'all.json'}"])
+    main(["trl", "prompts=4", "completions=4", "tokens=6", "repeats=1", "rounds=1", f"out={tmp_path / 'all.json'}"])
     runs = json.loads((tmp_path / "all.json").read_text())
-    assert list(runs) == list(bench_trl.PEERS) and all(len(one[0]["seconds"]) == 1 for one in runs.values())
+    assert list(runs) == list(peers.PEERS) and all(len(one[0]["seconds"]) == 1 for one in runs.values())

@@ -1,0 +1,129 @@
+"""What a step consists of, the words of the three commands, and the function that prints tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from bench.costs import GPUS
+from config import Config, ConfigError
+from methods import METHODS, tasks_per_passage
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One call of `rollout`: prompts, responses to each, and the longest response in tokens."""
+
+    name: str
+    prompts: int
+    count: int
+    cap: int
+
+
+def phases(config: Config) -> list[Phase]:
+    """The rollouts of a step if every mask is valid; none for a method that samples nothing.
+
+    >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
+    [('propose', 256), ('predict', 2048)]
+    """
+    method, tasks = METHODS[config.method], config.passages_per_step
+    if not method.predict:
+        return []
+    steps = []
+    if method.generator:
+        steps.append(Phase("propose", tasks, config.masks_per_passage, config.max_mask_tokens))
+        tasks *= config.masks_per_passage
+    elif not method.one_task:
+        tasks = sum(tasks_per_passage(config, config.method))
+    return [*steps, Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens)]
+
+
+@dataclass
+class Options:
+    """The words of the commands that are no keys of the config. A 0 is replaced by `complete`."""
+
+    # ---- made-up work: step and plan
+    prompt: int = 0  # tokens of a prompt; 0: 400, or a third of max_prompt_tokens if that is less
+    cap: int = 0  # longest response, tokens; 0: the config's, and at most 1024 where a step is timed
+    mean_response: float = 0.0  # mean tokens of a response; 0: three eighths of the longest, at most 1024
+    sigma: float = 0.6  # standard deviation of the logarithm of the lengths
+    # ---- step
+    equal: int = 0  # length of every response in the row of equal lengths; 0: half of cap
+    rollouts: str = ""  # numbers of responses, as in 64,128: the seconds of a step against these
+    repeats: int = 3  # timed steps after the warm-up; trl too
+    out: str = ""  # where the JSON goes; empty: runs/bench/NAME.json, for trl nowhere
+    # ---- plan
+    gpus: int = 8  # of a node
+    gpu: str = "h100"  # a key of GPUS
+    kept: float = 1.0  # share of responses that is trained on; the rest is in groups with equal rewards
+    decode_share: float = 0.5  # of the decode limit, for the estimate of hours
+    mfu: float = 0.4  # in training, for the estimate of hours
+    # ---- trl
+    prompts: int = 32
+    completions: int = 8  # responses to each prompt
+    tokens: int = 24  # length of every response
+    articles: int = 1  # in a prompt, about 30 words each
+    rounds: int = 3  # processes of each peer, in turns
+    peers: str = ""  # names from bench.trl.PEERS with commas; empty: all that can run here
+    only: str = ""  # this peer in this process, its figures as JSON; the command calls itself with it
+
+
+WORDS = {
+    "step": "prompt cap mean_response sigma equal rollouts repeats out".split(),
+    "plan": "prompt cap mean_response sigma gpus gpu kept decode_share mfu".split(),
+    "trl": "prompts completions tokens articles repeats rounds peers only out".split(),
+}
+
+
+def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
+    """Words of the command line -> (options, the other words). Raises ConfigError for a value of the wrong type."""
+    options, rest = Options(), []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (equals and key in WORDS[command]):
+            rest.append(word)
+            continue
+        kind = type(getattr(options, key))
+        try:
+            setattr(options, key, kind(text))
+        except ValueError:
+            raise ConfigError(f"{key}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
+    return options, rest
+
+
+def complete(options: Options, config: Config, command: str) -> Options:
+    """The options with every 0 replaced by its default. Raises ConfigError with key and value if one is impossible."""
+    caps, cap = [phase.cap for phase in phases(config)], options.cap
+    shares = dict.fromkeys(("kept", "decode_share", "mfu"), (0.001, 1))
+    ranges = {"sigma": (0, math.inf), "prompt": (1, config.max_prompt_tokens)} | shares
+    prompt = options.prompt or min(400, config.max_prompt_tokens // 3)
+    if command == "step":
+        if not caps:
+            raise ConfigError(f"method={config.method!r}: samples nothing; time a method that does")
+        cap = cap or min(1024, *caps)
+        options = replace(options, equal=options.equal or cap // 2)
+        ranges |= {"cap": (1, min(caps)), "mean_response": (1, cap), "equal": (1, cap)}
+    elif command == "plan":
+        cap = cap or max(caps, default=config.max_prediction_tokens)
+    mean = options.mean_response or min(1024, 0.375 * cap)
+    options = replace(options, prompt=prompt, cap=cap, mean_response=mean)
+    for key in WORDS[command]:
+        value, (low, high) = getattr(options, key), ranges.get(key, (1, math.inf))
+        if not isinstance(value, str) and not low <= value <= high:
+            raise ConfigError(f"{key}={value}: must be at least {low}" + f", at most {high}" * (high < math.inf))
+    if options.gpu not in GPUS:
+        raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}")
+    numbers, group = options.rollouts.split(",") if options.rollouts else [], config.predictions_per_mask
+    if not all(number.isdecimal() and int(number) and int(number) % group == 0 for number in numbers):
+        raise ConfigError(f"rollouts={options.rollouts!r}: must be multiples of predictions_per_mask={group}")
+    return options
+
+
+def text_table(rows: list[tuple], label: int, width: int) -> list[str]:
+    """Lines: the first cell of each row on the left in `label` characters, the others on the right in `width` each.
+
+    >>> text_table([("", "s", "GB"), ("update", "1.50", None)], 8, 6)
+    ['             s    GB', 'update    1.50     -']
+    """
+    cells = [(name, "".join(f"{'-' if cell is None else cell:>{width}}" for cell in row)) for name, *row in rows]
+    return [f"{name:{label}}{row}" for name, row in cells]

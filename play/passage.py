@@ -15,10 +15,8 @@ from __future__ import annotations
 import gc
 import sys
 import tempfile
-import textwrap
 from collections import Counter
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 
 import torch.distributed as dist
@@ -27,7 +25,7 @@ from config import Config, ConfigError, read_config
 from data import RESERVED, DataError, Passage, build_index, load_corpus
 from methods import Task, make_task
 from model import load_replica, load_tokenizer
-from play.explain import TERMINAL_WIDTH, describe_answer, explain, plain, store_results, wrapped
+from play.explain import describe_answer, explain, plain, store_results, wrapped
 from ranks import Ranks, start_ranks
 from report.page import split_response
 from rollout import Sampler, make_sampler, mask_prompt
@@ -155,38 +153,23 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
         label = f" ({mask.label})" if mask.label else ""
         say(f"\nMASK {number}: {plain(mask.target)}{label}, named {count} x\n{wrapped(mask.masked)}")
         say(wrapped(f"{next(iter(models))} wrote: {tasks[0].proposal.text}", 2, THOUGHT_CHARS))
-        say("\n".join(side_by_side([verdicts(name, task) for name, task in zip(models, tasks, strict=True)])))
+        for name, task in zip(models, tasks, strict=True):
+            say("\n".join(verdicts(name, task)))
     return predicted
 
 
 def verdicts(name: str, task: Task) -> list[str]:
     """One model's predictions of a mask: how many are right, the mask's reward, the most frequent responses."""
     if task.mask.invalid:
-        return [f"{name}: {task.mask.invalid.replace('_', ' ')}"]
+        return [f"  {name}: {task.mask.invalid.replace('_', ' ')}"]
     right, size = sum(task.correct), len(task.correct)
-    lines = [f"{name}: {right} of {size} right; the mask earns {task.proposal_reward:.3f}"]
+    lines = [f"  {name}: {right} of {size} right; the mask earns {task.proposal_reward:.3f}"]
     responses = Counter(zip((response.text for response in task.predictions), task.correct, strict=True))
     for (text, correct), count in responses.most_common(RESPONSES_SHOWN):
-        lines.append(f"  {count} x {'right' if correct else 'WRONG'}: {describe_answer(text)}")
-        thought = plain(split_response(text, "boxed")["t"])
-        if thought:
-            lines.append(f"      {thought[:THOUGHT_CHARS]}{' [...]' * (len(thought) > THOUGHT_CHARS)}")
-    if len(responses) > RESPONSES_SHOWN:
-        lines.append(f"  and {len(responses) - RESPONSES_SHOWN} other responses")
-    return lines
-
-
-def side_by_side(blocks: list[list[str]]) -> list[str]:
-    """Columns of equal width, together TERMINAL_WIDTH wide; long lines are wrapped under their own indent."""
-    width = (TERMINAL_WIDTH - 2) // len(blocks) - 2
-    columns = []
-    for block in blocks:
-        columns.append([])
-        for line in block:
-            indent = " " * (len(line) - len(line.lstrip()))
-            columns[-1] += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
-    rows = zip_longest(*columns, fillvalue="")
-    return ["  " + "  ".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
+        lines.append(wrapped(f"{count} x {'right' if correct else 'WRONG'}: {describe_answer(text)}", 4))
+        thought = split_response(text, "boxed")["t"]
+        lines += [wrapped(thought, 8, THOUGHT_CHARS)] if thought else []
+    return lines + [f"    and {n - RESPONSES_SHOWN} other responses" for n in [len(responses)] if n > RESPONSES_SHOWN]
 
 
 def main() -> None:

@@ -133,20 +133,14 @@ def test_verdicts_count_equal_responses_and_show_thoughts():
     task.predictions = [Rollout([1], [2], [-1.0], text, "eos") for text in said]
     task.correct, task.proposal_reward = [1, 1, 0, 0, 0], 0.6
     assert play.verdicts("m", task) == [
-        "m: 2 of 5 right; the mask earns 0.600",
-        "  2 x right: Rhine",
-        "      It flows.",
-        "  1 x WRONG: Elbe",
-        "  1 x WRONG: no answer",
-        "      no ?[31mbox",
-        "  1 x WRONG: (empty)",
+        "  m: 2 of 5 right; the mask earns 0.600",
+        "    2 x right: Rhine",
+        "        It flows.",
+        "    1 x WRONG: Elbe",
+        "    1 x WRONG: no answer",
+        "        no ?[31mbox",
+        "    1 x WRONG: (empty)",
     ]
-
-
-def test_two_models_stand_side_by_side():
-    rows = play.side_by_side([["a: 1 of 2", "  " + "word " * 20], ["b: 2 of 2"]])
-    assert rows[0].index("b: 2 of 2") == 2 + 47 + 2 and rows[0].startswith("  a: 1 of 2")
-    assert len(rows) > 2 and rows[2].startswith("    word") and all(len(row) <= 100 for row in rows)
 
 
 def test_text_is_one_harmless_line():

@@ -163,22 +163,19 @@ def stacked_chart(shares: list[Series], label: str) -> str:
 
 def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int = 0) -> str:
     """columns: (step, counts). Cell n shows how large a share of its column count n is."""
-    size, merged = -(-len(columns) // 60), []
-    for begin in range(0, len(columns), size):
-        chunk = columns[begin : begin + size]
-        merged.append((chunk[0][0], chunk[-1][0], [sum(cells) for cells in zip(*(c for _, c in chunk), strict=True)]))
-    rows = len(merged[0][2])
-    axes = Axes((merged[0][0] - 0.5, merged[-1][1] + 0.5), (-0.5, rows - 0.5))
-    for first, last, counts in merged:
-        left, right = axes.x(first - 0.5), axes.x(last + 0.5)
+    columns = thin([(step, *counts) for step, counts in columns], 60)
+    rows, end = len(columns[0]) - 1, columns[-1][0] + 0.5
+    axes = Axes((columns[0][0] - 0.5, end), (-0.5, rows - 0.5))
+    ends = [step - 0.5 for step, *_ in columns[1:]] + [end]
+    for (step, *counts), right in zip(columns, map(axes.x, ends), strict=True):
+        left = axes.x(step - 0.5)
         for n, count in enumerate(counts):
             if count:
                 share, top = count / sum(counts), axes.y(n + 0.5)
-                axes.svg.append(
-                    f'<rect class="cell c{colour}" x="{left:.1f}" width="{right - left + 0.3:.1f}" y="{top:.1f}" '
-                    f'height="{axes.y(n - 0.5) - top:.1f}" fill-opacity="{share**0.6:.2f}"><title>steps {first:g} to '
-                    f"{last:g}: {number(share)} of the masks had {n} right</title></rect>"
-                )
+                place = f'x="{left:.1f}" width="{right - left + 0.3:.1f}" y="{top:.1f}"'
+                shape = f'{place} height="{axes.y(n - 0.5) - top:.1f}" fill-opacity="{share**0.6:.2f}"'
+                title = f"<title>step {step:g}: {number(share)} of the masks had {n} right</title>"
+                axes.svg.append(f'<rect class="cell c{colour}" {shape}>{title}</rect>')
     y_marks = [(n, f"{n} of {rows - 1}") for n in range(0, rows, max(1, (rows - 1) // 4))]
     return axes.draw(label, y_marks=y_marks)
 

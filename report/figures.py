@@ -21,10 +21,7 @@ SECTIONS = {
     "Held-out passages": [
         ("probe/accuracy", "Right answers", "sampled, with a thought; the same masks at every probe", SHARE),
         ("probe/accuracy_greedy", "Right answers, greedy", "the likeliest token each time", SHARE),
-        ("probe/accuracy_no_thought", "Right answers, no thought", "sampled; the answer is opened at once", SHARE),
-        ("probe/accuracy_greedy_no_thought", "Right, greedy, no thought", "does the thought help at all?", SHARE),
-        ("probe/accuracy_greedy_*", "Right, greedy: ", "on words of this kind", SHARE),
-        ("probe/accuracy_*", "Right answers: ", "masks on words of this kind", SHARE),
+        ("probe/accuracy_*", "Right answers: ", "of this kind; no_thought: the answer is opened at once", SHARE),
         ("probe/valid_rate", "Responses with an answer", "share with a closed box", SHARE),
         ("probe/perplexity", "Perplexity of plain text", "rises: the model forgets text"),
     ],

@@ -142,9 +142,9 @@ def test_shares_are_stacked_and_cells_are_as_strong_as_their_share():
     cells = re.findall(
         r'class="cell c0".*?fill-opacity="([^"]*)"><title>([^<]*)', heat_chart([(1, [3, 0, 1])], "chart")
     )
-    assert [(float(strong), title.split("steps")[1]) for strong, title in cells] == [
-        (round(0.75**0.6, 2), " 1 to 1: 0.75 of the masks had 0 right"),
-        (round(0.25**0.6, 2), " 1 to 1: 0.25 of the masks had 2 right"),
+    assert [(float(strong), title.split("step")[1]) for strong, title in cells] == [
+        (round(0.75**0.6, 2), " 1: 0.75 of the masks had 0 right"),
+        (round(0.25**0.6, 2), " 1: 0.25 of the masks had 2 right"),
     ]
 
 

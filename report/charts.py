@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from statistics import fmean
 
 WIDTH, HEIGHT = 360, 196
@@ -195,10 +196,6 @@ def point_chart(series: list[Series], curves: list[Series], label: str, x_name: 
     return axes.draw(label)
 
 
-LIGHT = ("#ffffff", "#1d1d1f", "#62626a", "#dcdce0", "#2563c9 #c2570c #178048 #7c3fc4 #b81f63 #0d7480".split())
-DARK = ("#16161a", "#ececee", "#a0a0a8", "#38383e", "#6ea8ff #ffa14f #5ccf8b #c79bff #ff85b6 #58cfdd".split())
-
-
 def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
     """The text of an .svg file: a chart with its title, a line of explanation, a legend, and a background."""
     legend, left, row = "", 10.0, 0
@@ -211,7 +208,7 @@ def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
         legend += f'<text class="strong" x="{left + 13:.0f}" y="{y}">{escape(name)}</text>'
         left += wide
     top = 46 + 15 * max(2, row + 1)  # at least two rows, so that charts side by side are level
-    style = style_rules(LIGHT) + f"@media (prefers-color-scheme: dark) {{{style_rules(DARK)}}}"
+    style = (Path(__file__).parent.parent / "assets" / "chart.css").read_text(encoding="utf-8")
     chart = svg.replace("<svg ", f'<svg x="4" y="{top - 6}" width="{WIDTH}" height="{HEIGHT}" ', 1)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 10} {top + HEIGHT}" width="{2 * WIDTH}">'
@@ -219,13 +216,3 @@ def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
         f'<text class="title" x="10" y="17">{escape(title)}</text><text x="10" y="31">{escape(about)}</text>'
         f"{legend}{chart}</svg>\n"
     )
-
-
-def style_rules(theme: tuple) -> str:
-    """CSS without variables, which some programs that draw SVG do not support."""
-    page, ink, faint, rule, colours = theme
-    return (
-        f".page{{fill:{page}}}text{{font:11px system-ui,sans-serif;fill:{faint}}}.strong{{fill:{ink}}}"
-        f".title{{font-size:13px;font-weight:600;fill:{ink}}}.name{{font-style:italic}}.axis{{stroke:{faint}}}"
-        f".rule{{stroke:{rule};stroke-width:.7}}.line{{fill:none;stroke-width:1.6;stroke-linecap:round}}.band{{opacity:.2}}"
-    ) + "".join(f".line.c{n}{{stroke:{c}}}:is(.dot,.band).c{n}{{fill:{c}}}" for n, c in enumerate(colours))

@@ -7,13 +7,13 @@ import sys
 import pytest
 from reference import ROOT
 
-from config import Config, ConfigError, read_config
+from config import ConfigError, read_config
 from data import Passage
 from masking import Mask
 from methods import Task
 from model import load_tokenizer
 from play import passage as play
-from play.explain import choose, explain, hand_advantages, plain, wrapped
+from play.explain import choose_mask, explain, hand_advantages, plain, wrapped
 from rollout import Rollout
 
 BASE = str(ROOT / "assets/tiny_base")
@@ -27,7 +27,7 @@ def at_the_root(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def told(ranks):
+def explained(ranks):
     """explain on the tiny base: (what it said, its pairs of numbers)."""
     lines = []
     keys = [
@@ -40,8 +40,8 @@ def told(ranks):
     return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
 
 
-def test_every_number_worked_out_by_hand_is_the_codes(told):
-    _, pairs = told
+def test_every_number_worked_out_by_hand_is_the_codes(explained):
+    _, pairs = explained
     numbers = {name: pair for name, pair in pairs.items() if name != "changes"}
     assert {"mask reward", "weight", "log p", "loss", "slope", "loss of the step", "advantage pred 7"} <= set(numbers)
     for name, (hand, code) in numbers.items():
@@ -49,22 +49,22 @@ def test_every_number_worked_out_by_hand_is_the_codes(told):
     assert all(numbers[name][1] != 0 for name in ("weight", "log p", "loss", "slope", "loss of the step"))
 
 
-def test_what_is_printed_are_these_numbers_in_lines_of_a_hundred_columns(told):
-    text = "\n".join(told[0])
+def test_what_is_printed_are_these_numbers_in_lines_of_a_hundred_columns(explained):
+    text = "\n".join(explained[0])
     assert max(map(len, text.split("\n"))) <= 100
     printed = re.findall(r"(-?\d+\.\d+) by hand(?: with c = 1)?, (-?\d+\.\d+) in the code", text)
     assert len(printed) == 5  # mask reward, weight, loss, slope, loss of the step
     for hand, code in printed:
         assert float(hand) == pytest.approx(float(code), rel=1e-3, abs=1e-6)
-    assert f"= {told[1]['loss'][0]:.10f} by hand" in text
+    assert f"= {explained[1]['loss'][0]:.10f} by hand" in text
     for phase in "PASSAGE PROPOSE PREDICT REWARD WEIGHTS UPDATE".split():
         assert re.search(rf"\d\. {phase}  ", text), phase
-    rewards = [float(value) for value in re.findall(r"\d: (?:right|wrong), reward (\d)", text)]
-    assert rewards == told[1]["changes"][1] and len(rewards) == 8
+    verdicts = re.findall(r"\d: (right|wrong), reward \d", text)
+    assert [int(verdict == "right") for verdict in verdicts] == explained[1]["changes"][1] and len(verdicts) == 8
 
 
-def test_after_the_update_right_answers_are_likelier_than_wrong_ones(told):
-    changes, rewards = told[1]["changes"]
+def test_after_the_update_right_answers_are_likelier_than_wrong_ones(explained):
+    changes, rewards = explained[1]["changes"]
     right = [change for change, reward in zip(changes, rewards, strict=True) if reward]
     wrong = [change for change, reward in zip(changes, rewards, strict=True) if not reward]
     assert sum(right) / len(right) > 0 > sum(wrong) / len(wrong)
@@ -77,15 +77,21 @@ def test_advantages_by_hand():
 
 
 def solved(right: int, of: int = 4) -> Task:
-    return Task(Passage("1#0", "", "", ""), Mask("x"), rewards=[1.0] * right + [0.0] * (of - right))
+    """A shaped reward of 0.7 for a right answer: what is right comes from `correct`."""
+    task = Task(Passage("1#0", "", "", ""), Mask("x"), rewards=[0.7] * right + [-0.1] * (of - right))
+    task.correct, task.proposal_reward = [1] * right + [0] * (of - right), 1 - right / of if right else 0.0
+    return task
 
 
 def test_the_mask_with_the_most_even_verdicts_is_followed():
     unequal, alike = [solved(4), solved(3), solved(1)], [solved(2), solved(2)]
-    assert choose([alike, unequal]) == (unequal, unequal[2])  # unequal rewards before even verdicts, then the harder
-    assert choose([[solved(4)], alike])[1] is alike[0]
+    assert choose_mask([alike, unequal]) == (
+        unequal,
+        unequal[2],
+    )  # unequal rewards before even verdicts, then the harder
+    assert choose_mask([[solved(4)], alike])[1] is alike[0]
     with pytest.raises(ConfigError, match="every mask was solved by all or by none"):
-        choose([[solved(4), solved(0)], [Task(Passage("1#0", "", "", ""), Mask("x", invalid="empty"))]])
+        choose_mask([[solved(4), solved(0)], [solved(0, 0)]])
 
 
 @pytest.mark.parametrize("word", ["method=sft", "kl=0.1", "shuffle_rewards=true", "mask_truncated=true"])
@@ -99,7 +105,7 @@ def test_what_cannot_be_explained_is_refused(word, ranks):
 
 def test_play_marks_verdicts_right_for_both_models(ranks):
     keys = [f"config={TINY}", "predictions_per_mask=4", "seed=1"]
-    models, own, config = play.read_words([BASE, *keys, f"passage={TOWN}"])
+    models, own, config = play.read_arguments([BASE, *keys, f"passage={TOWN}"])
     passage = play.read_passage(own, config, load_tokenizer(config))
     lines = []
     answered = play.play(passage, models | {"again": BASE}, config, ranks, lines.append)
@@ -111,36 +117,30 @@ def test_play_marks_verdicts_right_for_both_models(ranks):
     seen = set()
     for number, task in enumerate(answered[0], 1):
         assert task.mask.masked.replace("[mask]", task.mask.target) == TOWN
-        for response, reward in zip(task.predictions, task.rewards, strict=True):
-            said = re.findall(r"\\boxed\{([^}]*)\}", response.text)  # the tiny base nests nothing
-            assert reward == float(bool(said) and said[-1].strip() == task.mask.target)
-            seen.add(reward)
+        for response, correct in zip(task.predictions, task.correct, strict=True):
+            answers = re.findall(r"\\boxed\{([^}]*)\}", response.text)  # the tiny base nests nothing
+            assert correct == (bool(answers) and answers[-1].strip() == task.mask.target)
+            seen.add(correct)
         block = text.split(f"MASK {number}: ")[1].split("\nMASK")[0]
         assert block.startswith(task.mask.target) and len(task.predictions) == 4
-        assert f"tiny_base: {sum(task.rewards):.0f} of 4 right" in block
-    assert seen == {0.0, 1.0}
+        assert f"tiny_base: {sum(task.correct)} of 4 right" in block
+    assert seen == {0, 1}
 
 
 def test_verdicts_count_equal_responses_and_show_thoughts():
     said = [r"It flows. \boxed{Rhine}"] * 2 + [r"\boxed{Elbe}", "no \x1b[31mbox", r"\boxed{}"]
     task = Task(Passage("1#0", "", "", ""), Mask("Rhine", masked="[mask]", target="Rhine"))
     task.predictions = [Rollout([1], [2], [-1.0], text, "eos") for text in said]
-    task.rewards = [play.grade(task, response, Config()) for response in task.predictions]
-    assert play.verdicts("m", task, Config()) == [
-        "m: 2 of 5 right; the mask earns 0.600",
-        "  2 x right: Rhine",
-        "      It flows.",
-        "  1 x WRONG: Elbe",
-        "  1 x WRONG: no answer",
-        "      no ?[31mbox",
-        "  1 x WRONG: (empty)",
+    task.correct, task.proposal_reward = [1, 1, 0, 0, 0], 0.6
+    assert play.verdicts("m", task) == [
+        "  m: 2 of 5 right; the mask earns 0.600",
+        "    2 x right: Rhine",
+        "        It flows.",
+        "    1 x WRONG: Elbe",
+        "    1 x WRONG: no answer",
+        "        no ?[31mbox",
+        "    1 x WRONG: (empty)",
     ]
-
-
-def test_two_models_stand_side_by_side():
-    rows = play.beside([["a: 1 of 2", "  " + "word " * 20], ["b: 2 of 2"]])
-    assert rows[0].index("b: 2 of 2") == 2 + 47 + 2 and rows[0].startswith("  a: 1 of 2")
-    assert len(rows) > 2 and rows[2].startswith("    word") and all(len(row) <= 100 for row in rows)
 
 
 def test_text_is_one_harmless_line():
@@ -178,15 +178,15 @@ def test_a_checkpoint_brings_the_prompts_of_its_run(tmp_path):
     (run / "config.yaml").write_text("mask_prompt: ' {passage} M:'\ndata: not/there.jsonl\nmethod: cpt\n")
     other.mkdir()
     for given in (run, folder.parent, folder):
-        models, _, config = play.read_words([str(given), "seed=3"])
+        models, _, config = play.read_arguments([str(given), "seed=3"])
         assert (config.mask_prompt, config.method, config.seed) == (" {passage} M:", "active", 3)
         assert config.masks_per_passage == 8 and list(models.values()) == [config.model]
-    models, _, config = play.read_words([str(run), BASE, f"config={TINY}", "masks_per_passage=3"])
+    models, _, config = play.read_arguments([str(run), BASE, f"config={TINY}", "masks_per_passage=3"])
     assert list(models) == ["run", "tiny_base"] and config.predict_prefix == " \\boxed{"
     assert config.masks_per_passage == 3
     for words in ([], ["a", "b", "c"], [str(other)], [BASE, "file=a", "number=1"], [BASE, "number=-1"], [BASE, "x=1"]):
         with pytest.raises(ConfigError):
-            play.read_words(words)
+            play.read_arguments(words)
 
 
 def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, capsys):

@@ -14,11 +14,24 @@ import pytest
 import yaml
 from reference import ROOT
 
-from report.charts import Series, bar_chart, heat_chart, line_chart, path, point_chart, stacked_chart, thin
-from report.figures import Family, Run, curves, reward_chart
-from report.page import card, entry, families, link, main, page, parts, read_run, rollouts, spans, write_report
+from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart, thin
+from report.figures import Family, RunData, curves, reward_chart
+from report.page import (
+    browser_entry,
+    build_page,
+    group_by_seed,
+    main,
+    mask_spans,
+    read_run,
+    rollouts_json,
+    split_response,
+    step_card,
+    title_link,
+    write_report,
+)  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
+HEBREW = "\u05e9\u05dc\u05d5\u05dd"
 TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
 
 
@@ -27,14 +40,22 @@ class Reader(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
-        self.tags, self.words = [], []
+        self.tags, self.words, self.open = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.open += [self.tags[-1]] if tag not in ("meta", "path", "rect", "circle", "line", "input") else []
+
+    def handle_endtag(self, tag):
+        while any(tag == name for name, _ in self.open) and self.open.pop()[0] != tag:
+            pass
 
     def handle_data(self, data):
         self.words.append(data)
+        names = {name for name, _ in self.open}
+        if HEBREW in data and not names & {"script", "svg"}:
+            self.directions = [*getattr(self, "directions", []), any("dir" in keys for _, keys in self.open)]
 
 
 def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
@@ -80,7 +101,7 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
         for name, (seed, values) in names.items()
     ]
     other = read_run(write_run(tmp_path / "d", [row(1)], method="random_span", generator_reward="variance"))
-    (band, alone) = families([*runs[::-1], other])
+    (band, alone) = group_by_seed([*runs[::-1], other])
     assert [run.config["seed"] for run in band.runs] == [0, 1, 2] and alone.runs == [other]
     assert band.name == "active (seeds 0, 1, 2)" and alone.name == "random_span (seed 0)"
     series = band.series("loss")
@@ -91,7 +112,7 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
 
 def test_a_role_that_said_nothing_has_no_rewards_and_no_lengths():
     rows = [row(1, **{"gen/responses": 0, "gen/reward": 0.0}), row(2)]
-    run = Run(Path("run"), {}, rows)
+    run = RunData(Path("run"), {}, rows)
     assert run.values("gen/reward") == [(2, 0.2)] and len(run.values("gen/valid_rate")) == 2
     assert run.values("pred/accuracy_histogram") == []  # no number
 
@@ -107,47 +128,40 @@ def test_many_points_become_means_of_neighbours():
 def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
     svg = line_chart([Series("a", [(0, 0.0), (50, math.nan), (75, 0.5), (100, 1.0)])], "chart", (0.0, 1.0))
     (line,) = re.findall(r'class="line c0" data-name="a" d="([^"]*)"', svg)
-    assert line == "M46.0 162.0M274.0 85.0L350.0 8.0"  # left to right 46 to 350, bottom to top 162 to 8
-    assert path([(math.nan, 1.0)]) == ""
+    assert line == "M46.0 162.0h0M274.0 85.0h0L350.0 8.0"  # left to right 46 to 350, bottom to top 162 to 8
+    assert path_data([(math.nan, 1.0)]) == ""
     decades = line_chart([Series("a", [(1, 1e-8), (2, 0.0), (3, 1e-6)])], "chart", None, True)
-    assert 'd="M46.0 162.0M350.0 8.0"' in decades  # zero has no place on a logarithmic axis
+    assert 'd="M46.0 162.0h0M350.0 8.0h0"' in decades  # zero has no place on a logarithmic axis
 
 
 def test_shares_are_stacked_and_cells_are_as_strong_as_their_share():
     svg = stacked_chart([Series("a", [(1, 0.25), (2, 0.5)]), Series("b", [(1, 0.75), (2, 0.25)])], "chart")
     low, high = re.findall(r'class="area c. *" d="([^"]*)"', svg)
-    assert low == "M46.0 123.5L350.0 85.0L350.0 162.0L46.0 162.0Z"  # 0.25 and 0.5 of the height over the axis
-    assert high == "M46.0 8.0L350.0 46.5L350.0 85.0L46.0 123.5Z"
+    assert low == "M46.0 123.5h0L350.0 85.0L350.0 162.0L46.0 162.0Z"  # 0.25 and 0.5 of the height over the axis
+    assert high == "M46.0 8.0h0L350.0 46.5L350.0 85.0L46.0 123.5Z"
     cells = re.findall(
         r'class="cell c0".*?fill-opacity="([^"]*)"><title>([^<]*)', heat_chart([(1, [3, 0, 1])], "chart")
     )
-    assert [(float(strong), title.split("steps")[1]) for strong, title in cells] == [
-        (round(0.75**0.6, 2), " 1 to 1: 0.75 of the masks had 0 right"),
-        (round(0.25**0.6, 2), " 1 to 1: 0.25 of the masks had 2 right"),
+    assert [(float(strong), title.split("step")[1]) for strong, title in cells] == [
+        (round(0.75**0.6, 2), " 1: 0.75 of the masks had 0 right"),
+        (round(0.25**0.6, 2), " 1: 0.25 of the masks had 2 right"),
     ]
 
 
 def test_the_generators_reward_stands_over_accuracy_with_its_law():
     """Means over valid masks: 0.2 of all responses, half of them valid, is 0.4 at accuracy 0.6."""
-    run = Run(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
+    run = RunData(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
     (figure,) = reward_chart([Family("a", [run])])
     points = re.findall(r'class="dot c0" r="2.6" cx="([^"]*)" cy="([^"]*)"', figure)
     assert points == [(f"{46 + 304 * 0.6:.1f}", f"{162 - 154 * 0.4:.1f}")]
     (law,) = re.findall(r'class="curve" d="([^"]*)"', figure)
     half = 0.5 - 0.5**2  # (1-p) - (1-p)^G at p = 0.5, G = 2: the top, in the middle
     assert f"L198.0 {162 - 154 * half:.1f}" in law and "G = 2" in figure
-    assert reward_chart([Family("a", [Run(Path("run"), {}, [row(1, **{"gen/responses": 0})])])]) == []
-
-
-def test_bars_carry_their_values():
-    svg = bar_chart(["1", "2"], [Series("a", [(0, 0.25), (1, 0.75)])], "chart", "words")
-    assert re.findall(r"<title>([^<]*)", svg) == ["a: 0.25", "a: 0.75"]
-    heights = [float(height) for height in re.findall(r'class="bar c0".*?height="([\d.]*)"', svg)]
-    assert heights[1] == pytest.approx(3 * heights[0], abs=0.2)
+    assert reward_chart([Family("a", [RunData(Path("run"), {}, [row(1, **{"gen/responses": 0})])])]) == []
 
 
 def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
-    run = Run(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
+    run = RunData(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
     figures, left_out = curves("Training", [Family("a", [run])])
     assert "loss" in left_out and "grad_norm" in left_out and not any("<b>Loss" in one for one in figures)
     figures, left_out = curves("Responses", [Family("a", [run])])
@@ -155,30 +169,30 @@ def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
 
 
 def test_every_benchmark_of_a_run_gets_a_chart():
-    run = Run(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
+    run = RunData(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
     figures, left_out = curves("Benchmarks", [Family("a", [run])])
-    assert len(figures) == 2 and not left_out and "<b>gsm8k</b>" in figures[1] and "<b>&lt;b&gt;</b>" in figures[0]
+    assert len(figures) == 2 and not left_out and ">gsm8k</b>" in figures[1] and ">&lt;b&gt;</b>" in figures[0]
 
 
 # ---- text
 
 
 def test_a_response_is_thought_and_answer():
-    assert parts(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
-    assert parts("no box", "boxed") == {"t": "no box", "a": None}
-    long = parts("x" * 5000, "boxed")["t"]
+    assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
+    assert split_response("no box", "boxed") == {"t": "no box", "a": None}
+    long = split_response("x" * 5000, "boxed")["t"]
     assert len(long) < 1300 and long.endswith("(3,800 more characters)")
 
 
 def test_spans_count_characters_of_the_passage():
     task = sample(1, text="\U0001f600 Rhine and Rhine")
-    assert spans(task) == [[2, 7], [12, 17]]
+    assert mask_spans(task) == [[2, 7], [12, 17]]
     task["mask"] |= {"masked": "\U0001f600 [mask] or what", "start": 2}  # the rest cut off, as in next-token masks
-    assert spans(task) == [[2, 7]]
+    assert mask_spans(task) == [[2, 7]]
 
 
 def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
-    one = entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
+    one = browser_entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
     assert (one["s"], one["t"], one["u"], one["x"]) == (3, "Bonn", "https://x.org/Bonn", "On the Rhine.")
     first, second = one["m"]
     assert first["k"] == [[7, 12]] and first["g"]["a"] == "Rhine" and first["g"]["r"] == 0.25 and "g" not in second
@@ -207,13 +221,41 @@ def test_text_of_models_and_passages_is_never_markup(tmp_path):
     assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
 
 
+def test_text_from_outside_keeps_its_direction_of_writing(tmp_path):
+    keys = {"title": HEBREW, "text": f"{HEBREW} Rhine", "passage": sample(1, HEBREW + " Rhine", HEBREW)["passage"]}
+    responses = [{"text": rf"{HEBREW} \boxed{{{HEBREW}}}", "finish": "eos", "reward": 0.0}]
+    samples = [sample(step, **keys, predictions=responses) for step in (1, 2)]
+    samples[1]["mask"] |= {"words": HEBREW, "target": HEBREW, "masked": "[mask] Rhine"}
+    runs = [
+        write_run(tmp_path / f"{HEBREW} {method}", [row(1), row(2)], samples, method=method) for method in ("a", HEBREW)
+    ]
+    text = read_page(*runs)
+    directions = Reader(text).directions
+    assert len(directions) >= 14 and all(directions)
+    assert 'node.dir = "auto"' in text  # every element that the script makes
+
+
+def test_right_and_wrong_come_from_the_stored_verdicts():
+    shaped = [{"text": r"\boxed{Rhine}", "finish": "answer", "correct": 1, "reward": -0.25}]
+    wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
+    older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
+    (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
+    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [
+        (0, 0.5, 2),
+        (1, -0.25, 1),
+        (1, 1, 1),
+        (0, 0.5, 1),
+    ]
+    assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
+
+
 def test_titles_lead_only_to_addresses_of_the_web():
     passage = {"title": "Bonn", "id": "1#0"}
-    linked = link(passage | {"url": "https://x.org/?a&b"})
-    assert linked == '<a href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    linked = title_link(passage | {"url": "https://x.org/?a&b"})
+    assert linked == '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
     for url in ("javascript:alert(1)//https://x.org", "mini-wiki/3", "", "data:text/html,x"):
-        assert link(passage | {"url": url}) == f"Bonn <small>{url}</small>"
-    assert link({"title": "", "id": "1#0", "url": ""}).startswith("1#0")
+        assert title_link(passage | {"url": url}) == f'<span dir="auto">Bonn</span> <small dir="auto">{url}</small>'
+    assert title_link({"title": "", "id": "1#0", "url": ""}).startswith('<span dir="auto">1#0<')
 
 
 def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
@@ -229,11 +271,11 @@ def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
 
 def test_rollouts_are_cut_to_their_room_evenly():
     entries = [[sample(step)] for step in range(64)]
-    whole = rollouts([Run(Path("run"), {}, [], entries)], 10**9)
-    (data,) = json.loads(rollouts([Run(Path("run"), {}, [], entries)], len(whole) // 5))
+    whole = rollouts_json([RunData(Path("run"), {}, [], entries)], 10**9)
+    (data,) = json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], len(whole) // 5))
     steps = [one["s"] for one in data["e"]]
     assert steps[:3] == [0, 8, 16] and len(steps) == 8
-    assert json.loads(rollouts([Run(Path("run"), {}, [], entries)], 10)) == [{"n": "run", "e": []}]
+    assert json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], 10)) == [{"n": "run", "e": []}]
 
 
 def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
@@ -246,21 +288,21 @@ def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
         for one in probes[-2:]:
             one["passage"]["id"] = "9#0"
     (folder / "probes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in probes))
-    html = page([read_run(folder)])
+    html = build_page([read_run(folder)]).replace(' dir="auto"', "")
     assert [int(step) for step in re.findall(r"<h4>Step (\d+)", html)] == [0, 10, 20, 30, 40] * 2
     assert html.count('<li class="yes">3 x <b>Rhine</b> <q>It flows.</q></li>') == 5
-    assert "on the <mark>Rhine</mark>." in html and html.count("<li><b>Rhine</b></li>") == 5
+    assert "on the <mark>Rhine</mark>." in html and html.count('<li class=""><b>Rhine</b></li>') == 5
     (folder / "probes.jsonl").unlink()  # next best: what recurs
-    html = page([read_run(folder)])
+    html = build_page([read_run(folder)]).replace(' dir="auto"', "")
     assert re.findall(r"<h4>Step (\d+)", html) == ["3", "4"] and html.count("Answers to <b>Rhine</b>") == 2
-    assert "no probes.jsonl" in page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
+    assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
 
 
 def test_a_mask_that_cannot_be_used_says_why():
     invalid = {"words": "Elbe", "invalid": "not_in_passage", "masked": "", "target": "", "occurrences": 0}
     task = sample(1, mask=invalid | {"start": -1, "label": ""}, predictions=[])
-    assert "<li class=no><b>Elbe</b> <small>not in passage</small></li>" in card(1, [task])
-    assert entry([task])["m"] == [entry([task])["m"][0] | {"w": "Elbe", "i": "not_in_passage", "p": []}]
+    assert '<li class="no"><b dir="auto">Elbe</b> <small>not in passage</small></li>' in step_card(1, [task])
+    assert browser_entry([task])["m"] == [browser_entry([task])["m"][0] | {"w": "Elbe", "i": "not_in_passage", "p": []}]
 
 
 # ---- whole runs
@@ -328,10 +370,7 @@ def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monke
 
 
 def test_the_page_needs_no_torch():
-    text = "\n".join((ROOT / name).read_text() for name in ("report/page.py", "report/figures.py", "report/charts.py", "prompts.py"))
+    text = "\n".join(
+        (ROOT / name).read_text() for name in ("report/page.py", "report/figures.py", "report/charts.py", "prompts.py")
+    )
     assert not re.search(r"^(from|import) (torch|transformers|evidence|metrics|grpo|rollout|train)", text, re.MULTILINE)
-
-
-def test_points_outside_of_the_frame_are_not_drawn_as_numbers():
-    svg = point_chart([Series("a", [(0.5, math.nan), (math.nan, 0.5)])], [], "chart", "accuracy")
-    assert "nan" not in svg

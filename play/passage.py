@@ -98,7 +98,7 @@ def read_passage(own: dict[str, str], config: Config, tokenizer) -> Passage:
         text = own["passage"]
     elif "file" in own:
         try:
-            title, text = own["file"], Path(own["file"]).read_text(encoding="utf-8")
+            title, text = own["file"], Path(own["file"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={own['file']!r}: cannot be read ({type(error).__name__})") from None
     else:

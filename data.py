@@ -714,7 +714,8 @@ def _index_key(config: Config, tokenizer, fingerprint: str) -> str:
 
 
 def load_corpus(folder: Path, config: Config) -> Corpus:
-    """The index, split by article. Raises DataError when it is missing or incomplete, or one side is empty."""
+    """The index, split by article; of one article alone the last passages are held out. Raises DataError when the index
+    is missing or incomplete, or one side is empty."""
     passages_file, index_file = Path(folder) / "passages.jsonl", Path(folder) / "index.json"
     if not (passages_file.is_file() and index_file.is_file()):
         raise DataError(f"{folder}: no index; build_index comes first")
@@ -732,10 +733,10 @@ def load_corpus(folder: Path, config: Config) -> Corpus:
         raise DataError(f"{folder}: damaged ({type(error).__name__}); delete it to build it again") from None
     if found != expected:
         raise DataError(f"{passages_file}: {expected} passages expected; delete {folder} to build it again")
-    if len(keys) == 1:
-        raise DataError(
-            f"{config.data}: one article only, so nothing can be held out; give more (one .txt file or record each)"
-        )
+    if len(keys) == 1 and found > 1:  # its last passages stand for a held-out article
+        several = train + heldout
+        last = max(1, round(config.heldout * found))
+        train, heldout = several[:-last], several[-last:]
     for side, passages, advice in (("held out", heldout, "raise"), ("left to train on", train, "lower")):
         if not passages:
             raise DataError(

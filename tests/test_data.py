@@ -21,20 +21,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-import data as passages
-import data as sources
 from config import Config
 from data import (
     Corpus,
     DataError,
     Passage,
+    Question,
     build_index,
+    corpus_key,
+    data_fingerprint,
     group_paragraphs,
     is_heldout,
     load_corpus,
+    load_questions,
     paragraphs,
+    question_text,
     step_passages,
-)
+    strip_instruction,
+)  # fmt: skip
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.
@@ -84,6 +88,7 @@ def make_config(source, **changes) -> Config:
 
 
 def write_jsonl(path: Path, records: list) -> Path:
+    """Records a line; bytes stand for a line as it is."""
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     payload = b"".join(line + b"\n" for line in lines)
     path.write_bytes(gzip.compress(payload) if path.suffix == ".gz" else payload)
@@ -154,11 +159,10 @@ def test_a_text_of_one_line_is_taken_as_it_is():
     [
         "* A bullet stays a bullet, even if it reads like a whole sentence.",
         "12. So does a number in front of what reads like a whole sentence.",
-        "| cell of a table || another cell, with a full stop at the very end.",
-        "Too short to be prose.",
+        "| cell of a table || another cell, with a full stop at the very end.", "Too short to be prose.",
         "Long enough to be a paragraph of prose but without a final stop",
     ],
-)
+)  # fmt: skip
 def test_what_is_no_prose(line):
     assert paragraphs(f"{sentence(1, 12)}\n\n{line}\n\n{sentence(2, 12)}") == ([sentence(1, 12), sentence(2, 12)], 1)
     assert (
@@ -170,6 +174,43 @@ def test_what_is_no_prose(line):
 def test_sentences_end_in_many_scripts(end):
     line = "Ein Satz, lang genug, um ein Absatz zu sein, endet so" + end
     assert paragraphs(f"{line}\n\nx") == ([line], 1)
+
+
+def test_scripts_without_spaces_and_without_full_stops():
+    chinese = ["青石镇位于一条大河的北岸，距离白沙镇", "大约三十公里，四周都是低矮的山丘。"]
+    thai = "เมืองนี้ตั้งอยู่ริมแม่น้ำสายใหญ่ทางเหนือของประเทศ มีตลาด"  # no mark ends a Thai sentence
+    hindi = "यह नगर नदी के तट पर स्थित है और यहाँ के लोग खेती करते हैं।"
+    text = "\n".join(chinese) + f"\n\n太短。\n\n{thai}\n\n{hindi}"
+    assert paragraphs(text) == (["".join(chinese), thai, hindi], 1)
+
+
+SENTENCES = [
+    [
+        "Mr. Fox ran to St. Ives. ",
+        "J. R. Fox saw 3.5 km of it. ",
+        "Why? ",
+        "“Because.” ",
+        "So he said, etc. and left.",
+    ],
+    ["石门镇位于北岸。", "这个镇很大！", "他说：「好。」", "好？"],
+    ["यह नगर है। ", "नगर की स्थापना हुई।"],
+    ["เมืองนี้ ", "มีตลาด ", "ใหญ่"],
+    ["one sentence without an end"],
+]
+
+
+@pytest.mark.parametrize("sentences", SENTENCES)
+def test_a_paragraph_is_cut_at_sentence_ends(sentences, tokenizer):
+    text = "".join(sentences)
+    ends = [match.end() for match in data.SENTENCE_BREAK.finditer(text)]
+    assert [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if a < b] == sentences
+    for longest in (3, 6, 9, 50):
+        [pieces] = data.cut_at_sentences([text], tokenizer, longest)
+        assert " ".join(pieces).split() == text.split() or "".join(pieces) == text
+        for piece, after in zip(pieces, pieces[1:], strict=False):  # the last end that fits, not an earlier one
+            first = next(s for s in sentences if after.startswith(s.strip()))
+            assert len(f"{piece} {first}".split()) > longest or " " not in text
+        assert all(len(piece.split()) <= longest or piece in [s.strip() for s in sentences] for piece in pieces)
 
 
 # ---- paragraphs to passages
@@ -258,7 +299,7 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
             b'{"id": "half", "text": "half of a surrogate pair \\ud800 cannot be written as UTF-8."}',  # 6
             {"id": "body", "body": "the field has another name"},  # 7
             {"id": "number", "text": 7},  # 8
-            {"id": "good", "text": sentence(2)},  # 9: the id again
+            {"id": "good", "text": sentence(1)},  # 9: the same again
             {"id": "blank", "text": " \n "},  # 10
             {"id": "short", "text": "Four words are few."},  # 11
             {"id": "long", "text": sentence(3, 41)},  # 12
@@ -274,12 +315,12 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
     rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["good#0", "fits#0", "braces#0"]
     assert counts == {
-        "articles": 9, "passages": 3, "dropped_lines": 4, "bad_json": 3, "bad_utf8": 2, "no_text": 2, "duplicate_id": 1,
+        "articles": 9, "passages": 3, "dropped_lines": 4, "bad_json": 3, "bad_utf8": 2, "no_text": 2, "duplicate": 1,
         "empty": 1, "too_short": 1, "too_long": 1, "no_prose": 1, "reserved": 3,
     }  # fmt: skip
-    for line, cause in ((2, "bad_json"), (5, "bad_utf8"), (6, "bad_utf8"), (7, "no_text"), (9, "duplicate_id")):
-        assert any(f"mixed.jsonl:{line}: " in entry and sources.CAUSES[cause] in entry for entry in logged)
-    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in sources.CAUSES if cause in counts)
+    for line, cause in ((2, "bad_json"), (5, "bad_utf8"), (6, "bad_utf8"), (7, "no_text"), (9, "duplicate")):
+        assert any(f"mixed.jsonl:{line}: " in entry and data.CAUSES[cause] in entry for entry in logged)
+    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in data.CAUSES if cause in counts)
 
 
 def test_only_the_first_few_of_a_cause_are_logged(tmp_path, tokenizer):
@@ -327,11 +368,8 @@ def test_broken_parquet_files_and_rows_are_named_and_the_rest_is_read(tmp_path, 
     assert (counts["unreadable"], counts["no_text"], counts["bad_utf8"]) == (2, 2, 1)
     for name in (
         "cut.parquet",
-        "columns.parquet",
-        "latin.parquet: row 1:",
-        "null.parquet: row 2:",
-        "torn.parquet: row group 0",
-    ):
+        "columns.parquet", "latin.parquet: row 1:", "null.parquet: row 2:", "torn.parquet: row group 0",
+    ):  # fmt: skip
         assert any(name in entry for entry in logged)
 
 
@@ -342,11 +380,45 @@ def test_lines_of_ten_megabytes_and_lines_beyond_the_limit(tmp_path, tokenizer, 
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["too_long"] == 1 and rows[-1]["id"] == "a1#0"
     assert {row["id"].split("#")[0] for row in rows} == {"article", "a0", "a1"}
-    assert passages._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
-    monkeypatch.setattr(sources, "LINE_LIMIT", 1 << 20)
+    assert data._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
+    monkeypatch.setattr(data, "LINE_LIMIT", 1 << 20)
     rows, counts, logged = build(make_config(source, seed=1), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["a0#0", "a1#0"] and counts["long_line"] == 2
     assert any("a.jsonl:2: " in entry for entry in logged)
+
+
+def test_long_paragraphs_go_on_in_further_passages_and_lose_only_sentences_that_do_not_fit(tmp_path, tokenizer):
+    long = [sentence(i).capitalize() for i in range(12)]
+    text = " ".join([*long[:7], sentence(77, 50).capitalize(), *long[7:]])
+    rows, counts, logged = build(make_config(write_jsonl(tmp_path / "a.jsonl", [{"text": text}])), tokenizer, tmp_path)
+    assert [row["text"] for row in rows] == [" ".join(long[:5]), " ".join(long[5:7]), " ".join(long[7:])]
+    assert (counts["cut"], counts["too_long"]) == (1, 1) and "1 paragraphs cut" in logged[-1]
+
+
+def test_ids_that_begin_anew_in_each_file_cost_no_article(tmp_path, tokenizer):
+    (tmp_path / "src").mkdir()
+    for part in "abc":
+        rows = [{"id": i, "text": f"{part} {sentence(i)}"} for i in range(10)]
+        write_jsonl(tmp_path / f"src/{part}.jsonl", [*rows, rows[3], {"text": sentence(99)}])
+    rows, counts, _ = build(make_config(tmp_path / "src"), tokenizer, tmp_path / "index")
+    assert len(rows) == len({row["id"] for row in rows}) == 31 and counts["duplicate"] == 3 + 2
+    assert {row["key"] for row in rows if row["text"][1] == " "} == set("0123456789")  # whatever the seed
+
+
+def test_labels_that_mean_something_else_are_ignored_and_said_once(tmp_path, tokenizer):
+    labels = ([0], ["sports"], "topic", 7, [])
+    source = write_jsonl(tmp_path / "a.jsonl", [r | {"labels": x} for r, x in zip(records(5), labels, strict=True)])
+    rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
+    assert len(rows) == counts["labels_ignored"] == 5 and sum("labels are ignored" in line for line in logged) == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("layout", [list, lambda rows: {"examples": rows}])
+def test_one_json_value_holds_records_as_lines_do(layout, indent, tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(layout([*records(6), 7]), indent=indent))
+    rows, counts, logged = build(make_config(tmp_path / "a.json"), tokenizer, tmp_path / "index")
+    assert [row["id"] for row in rows] == [f"a{i}#0" for i in range(6)] and counts["bad_json"] == 1
+    assert "a.json: record 7: skipped, not a JSON object (a int)" in logged[0]
 
 
 # ---- sources
@@ -389,7 +461,7 @@ def test_a_folder_of_all_kinds(tmp_path, tokenizer):
 
 
 def test_a_long_text_file_is_cut_into_pieces_that_stay_on_one_side(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "TXT_PIECE", 1000)
+    monkeypatch.setattr(data, "TXT_PIECE", 1000)
     (tmp_path / "src").mkdir()
     for book in "ABCDEFGHIJKLMNOPQRST":
         # the last line ends a piece, after which there is nothing left
@@ -441,7 +513,7 @@ def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tok
     (tmp_path / "half/cache/passages.jsonl").touch()
     (tmp_path / "damaged/cache/index.json").write_text("no json")
     (tmp_path / "empty/cache/index.json").write_bytes((tmp_path / "one/cache/index.json").read_bytes())
-    monkeypatch.setattr(data, "local_records", None)  # whoever reads the source fails
+    monkeypatch.setattr(data, "file_records", None)  # whoever reads the source fails
     logged, folder = [], tmp_path / "two/cache"
     neighbours = sorted(tmp_path.glob("*/cache"))
     build_index(make_config(source), tokenizer, folder, logged.append, neighbours)
@@ -508,25 +580,22 @@ def test_an_unreachable_hub_is_one_line(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nafter five tries")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError) as error:
-        build_index(make_config("someone/some-text"), tokenizer, tmp_path / "index")
-    assert "someone/some-text" in str(error.value) and "Couldn't reach" in str(error.value)
-    assert "\n" not in str(error.value)
+    for read in (lambda config: build_index(config, tokenizer, tmp_path / "index"), load_questions):
+        with pytest.raises(DataError, match="'someone/some-text'.*Couldn't reach the Hub after.*local copy") as error:
+            read(make_config("someone/some-text"))
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "index/index.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "payload", "message"),
     [
-        ("a.jsonl", b"", "0 bytes"),
-        ("a.jsonl", b'{"body": "x"}\n', "text_field='text', fields are body"),
-        ("a.jsonl.gz", b"no gzip at all", "broken"),
-        ("a.parquet", b"no parquet at all", "broken"),
-        ("a.txt", b"Too short.", "1 too_short"),
-        ("a.txt", "Text in another encoding.".encode("utf-16"), "not UTF-8"),
+        ("a.jsonl", b"", "0 bytes"), ("a.jsonl", b'{"body": "x"}\n', "text_field='text', fields are body"),
+        ("a.jsonl.gz", b"no gzip at all", "broken"), ("a.parquet", b"no parquet at all", "broken"),
+        ("a.txt", b"Too short.", "1 too_short"), ("a.txt", "Text in another encoding.".encode("utf-16"), "not UTF-8"),
         ("a.csv", b"text\nx\n", "unknown kind"),
     ],
-)
+)  # fmt: skip
 def test_a_source_without_anything_usable_is_an_error_that_names_it(tmp_path, tokenizer, name, payload, message):
     (tmp_path / name).write_bytes(payload)
     with pytest.raises(DataError, match=f"{name}(.|\n)*{message}"):
@@ -597,11 +666,15 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
     for changes in ({"seed": 1}, {"max_passages": 5}, {"min_passage_tokens": 4}, {"max_passage_tokens": 50}):
         assert rebuilt(**changes) and not rebuilt(**changes)
     assert rebuilt()
-    os.utime(source, ns=(1, 1))
-    assert rebuilt() and not rebuilt()
-    write_jsonl(source, records(11))
-    os.utime(source, ns=(1, 1))
-    assert rebuilt()  # for its size
+    source = source.rename(tmp_path / "moved=here.jsonl")  # the same bytes elsewhere
+    assert not rebuilt()
+    fingerprint = data_fingerprint(make_config(source))
+    for other in (records(10, first=1), records(11)):
+        write_jsonl(source, other)
+        assert rebuilt() and not rebuilt() and data_fingerprint(make_config(source)) != fingerprint
+    folder.rename(tmp_path / "cache")
+    assert corpus_key(tmp_path) == data_fingerprint(make_config(source)) and corpus_key(tmp_path / "gone") == ""
+    (tmp_path / "cache").rename(folder)
     tokenizer_size = len(tokenizer)
     tokenizer.add_tokens(["another"])
     assert len(tokenizer) == tokenizer_size + 1 and rebuilt()
@@ -617,7 +690,7 @@ def test_a_crash_while_building_leaves_the_old_index_or_none(tmp_path, tokenizer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(passages, "_token_counts", broken_counts)
+        patch.setattr(data, "_token_counts", broken_counts)
         with pytest.raises(KeyboardInterrupt):
             build_index(make_config(source, seed=1), tokenizer, folder, log=lambda line: None)
     assert (folder / "passages.jsonl").read_bytes() == old
@@ -709,12 +782,21 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, tokenizer):
 
 
 def test_an_empty_side_of_the_split_is_an_error_with_advice(tmp_path, tokenizer):
-    by_side = {side: next(f"u{i}" for i in range(99) if is_heldout(f"u{i}", 0.3) is side) for side in (True, False)}
+    sides = {side: [f"u{i}" for i in range(99) if is_heldout(f"u{i}", 0.3) is side] for side in (True, False)}
     for side, message in ((False, "nothing is held out.*raise heldout"), (True, "nothing is left.*lower heldout")):
-        source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": by_side[side], "text": sentence(1)}])
+        source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": u, "text": sentence(1)} for u in sides[side][:2]])
         build_index(make_config(source), tokenizer, tmp_path / f"{side}", log=lambda line: None)
         with pytest.raises(DataError, match=message):
             load_corpus(tmp_path / f"{side}", make_config(source))
+
+
+def test_of_a_single_article_the_last_passages_are_held_out(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("\n\n".join(sentence(i, 12) for i in range(20)))
+    config = make_config(tmp_path / "a.txt", max_passage_tokens=12, heldout=0.1)
+    build_index(config, tokenizer, tmp_path / "index")
+    corpus = load_corpus(tmp_path / "index", config)
+    assert [p.text for p in corpus.train + corpus.heldout] == [sentence(i, 12) for i in range(20)]
+    assert len(corpus.heldout) == 2
 
 
 # ---- the cursor
@@ -755,3 +837,129 @@ def test_the_step_size_does_not_change_the_order_of_the_stream():
         for n in (1, 4, 6, 30)
     }
     assert streams[1] == streams[4] == streams[6] == streams[30]
+
+
+# ---- questions
+
+GSM8K = {"question": "48 clips, then half as many: how many?", "answer": "48/2 = <<48/2=24>>24, so 72.\n#### 72"}
+VERL = {
+    "data_source": "deepscaler",
+    "prompt": [{"content": "How likely is abc? Think, then answer within \\boxed{}.", "role": "user"}],
+    "ability": "math",
+    "reward_model": {"ground_truth": "\\frac{3}{7}", "style": "rule"},
+    "extra_info": {"index": 0, "split": "train"},
+}
+
+
+def asked(path: Path, **changes) -> tuple[list[Question], dict[str, int], list[str]]:
+    log: list[str] = []
+    questions, counts = load_questions(Config(data=str(path), **changes), log.append)
+    return questions, counts, log
+
+
+def test_verl_as_parquet_with_its_nested_columns(tmp_path):
+    records = [VERL, VERL | {"reward_model": {"ground_truth": "", "style": "rule"}}, VERL]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "verl.parquet")
+    questions, counts, log = asked(tmp_path / "verl.parquet")
+    assert [(question.id, question.answer) for question in questions] == [
+        ("verl.parquet:1", "\\frac{3}{7}"),
+        ("verl.parquet:3", "\\frac{3}{7}"),  # a repeated question stays
+    ]
+    assert counts == {"records": 3, "questions": 2, "no_answer": 1}
+    assert any("verl.parquet: row 2: skipped" in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        (GSM8K, "72"),
+        (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"),
+        (VERL, "\\frac{3}{7}"),
+        ({"problem": "p", "answer": r"\frac{1}{2}", "solution": r"\boxed{9}"}, r"\frac{1}{2}"),
+        ({"prompt": "p", "answer": " 5 "}, "5"),
+        ({"question": "p", "answer": 27.0}, "27"),  # AMC
+        ({"question": "p", "answer": 0.5}, "0.5"), ({"question": "p", "answer": 12}, "12"),
+        ({"question": "p", "answer": 0}, "0"),
+        ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),  # OlympiadBench
+        ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"),
+        ({"question": "p", "final_answer": "8"}, "8"),
+        ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),  # MATH, Minerva
+        ({"problem": "p", "answer": None, "solution": r"\boxed{1}"}, "1"),
+        ({"problem": "p", "answer": r"So $\boxed{12,345}$."}, "12345"),
+    ],
+)  # fmt: skip
+def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
+    [question] = asked(write_jsonl(tmp_path / "one.jsonl", [record]))[0]
+    assert question == Question("one.jsonl:1", question_text(record), answer)
+    system = {"role": "system", "content": "Be brief."}
+    verl = VERL | {"question": "the bare one", "prompt": [system, *VERL["prompt"]]}  # its prompt goes before others
+    assert question_text(verl) == VERL["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"answer": "5"}, "no_question"), ({"question": "  ", "answer": "5"}, "no_question"),
+        ({"question": 7, "answer": "5"}, "no_question"), ({"prompt": [], "answer": "5"}, "no_question"),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "no_question"),
+        ({"prompt": [{"role": "user", "content": None}], "answer": "5"}, "no_question"),
+        ({"prompt": ["a"], "answer": "5"}, "no_question"), ({"question": "p"}, "no_answer"),
+        ({"question": "p", "answer": ""}, "no_answer"), ({"question": "p", "answer": True}, "no_answer"),
+        ({"question": "p", "answer": float("nan")}, "no_answer"),
+        ({"question": "p", "answer": float("inf")}, "no_answer"),
+        ({"question": "p", "answer": ["1", "2"]}, "no_answer"),  # both, or either?
+        ({"question": "p", "final_answer": []}, "no_answer"),
+        ({"question": "p", "final_answer": ["1", None]}, "no_answer"),
+        ({"question": "p", "answer": {"value": 5}}, "no_answer"),
+        ({"question": "p", "answer": "5" * 2001}, "no_answer"),
+        ({"question": "p", "solution": "By symmetry, 7."}, "no_answer"),  # a text without a mark is no answer
+        ({"question": "p", "reward_model": {"ground_truth": None}, "answer": "5"}, "no_answer"),
+        ({"question": "p", "options": ["1", "2"], "answer": "B"}, "choices"),
+        ({"question": "p \ud800", "answer": "5"}, "bad_utf8"),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_no_question_is_counted_with_file_and_line(record, cause, tmp_path):
+    questions, counts, log = asked(write_jsonl(tmp_path / "mixed.jsonl", [GSM8K, record]))
+    assert [question.id for question in questions] == ["mixed.jsonl:1"]
+    assert counts == {"records": 2, "questions": 1, cause: 1}
+    assert any(f"{tmp_path / 'mixed.jsonl'}:2: skipped" in line for line in log)
+
+
+def test_broken_lines_and_files_are_counted_and_the_rest_is_read(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [b"{no json", GSM8K, b"[1]", b"", GSM8K])
+    (tmp_path / "b.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no more")
+    (tmp_path / "d.jsonl").write_bytes(b"")
+    pq.write_table(pa.Table.from_pylist([{"text": "prose"}]), tmp_path / "e.parquet")
+    whole = gzip.compress((json.dumps(GSM8K) + "\n").encode() * 2)
+    (tmp_path / "f.jsonl.gz").write_bytes(whole[:-9])  # cut off in the last block
+    questions, counts, _ = asked(tmp_path)
+    assert [question.id for question in questions[:2]] == ["a.jsonl:2", "a.jsonl:5"]
+    broken = {"bad_json": 2, "bad_utf8": 1, "empty": 1, "no_question": 1, "unreadable": 2}
+    assert {cause: counts[cause] for cause in broken} == broken
+    assert counts["questions"] == counts["records"] == len(questions)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_whatever_the_seed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.json"):
+        write_jsonl(tmp_path / name, [GSM8K])
+    pq.write_table(pa.Table.from_pylist([GSM8K]), tmp_path / "d.parquet")
+    expected = ["a.jsonl.gz:1", "b.jsonl:1", "d.parquet:1", "sub/c.json:1"]
+    for seed in (0, 1, 2):
+        questions, _, log = asked(tmp_path, seed=seed)
+        assert [question.id for question in questions] == expected
+    assert log[-1].startswith("data: 4 questions") and log[-1].endswith("skipped: nothing")
+
+
+def test_questions_end_at_max_passages_and_a_source_without_any_says_why(tmp_path):
+    questions, _, log = asked(write_jsonl(tmp_path / "a.jsonl", [GSM8K] * 5), max_passages=2)
+    assert len(questions) == 2 and "max_passages=2 reached" in log[0]
+    with pytest.raises(DataError, match=r"no usable question in .*a\.jsonl: skipped 5 no_answer; first.*a\.jsonl:1"):
+        asked(write_jsonl(tmp_path / "a.jsonl", [{"question": "p"}] * 5))
+
+
+def test_instructions_that_data_sets_append_can_be_taken_off():
+    asked = "What is 1 + 1? Let's think step by step and output the final answer within \\boxed{}."
+    assert strip_instruction(asked) == "What is 1 + 1?"
+    assert strip_instruction("What is 1 + 1?") == "What is 1 + 1?"

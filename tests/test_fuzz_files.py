@@ -128,23 +128,9 @@ def faults(rng: random.Random, text: str) -> list[bytes]:
     """Lines of a jsonl file that hold no article or an odd one."""
     good = json.dumps(record(0) | {"id": "odd"})
     odd = [
-        None,
-        True,
-        7,
-        -1.5,
-        float("nan"),
-        10**400,
-        "",
-        " ",
-        [],
-        {},
-        [text],
-        {text: text},
-        text,
-        "\ud800",
-        "\0",
+        None, True, 7, -1.5, float("nan"), 10**400, "", " ", [], {}, [text], {text: text}, text, "\ud800", "\0",
         "a" * 5000,
-    ]
+    ]  # fmt: skip
     changed = record(0) | {
         "id": f"odd{rng.random()}",
         rng.choice(["id", "title", "url", "text", "question", "answer", "labels"]): rng.choice(odd),
@@ -152,28 +138,18 @@ def faults(rng: random.Random, text: str) -> list[bytes]:
     labels = {"id": "l", "text": text, "labels": rng.choice([["\ud800"], ["noun"], ["fact"], [7]]) * len(text.split())}
     place = rng.randrange(len(good))
     return [
-        json.dumps(changed).encode(),
-        json.dumps(labels).encode(),
-        json.dumps({text: good}).encode(),
+        json.dumps(changed).encode(), json.dumps(labels).encode(), json.dumps({text: good}).encode(),
         json.dumps({"text": text, "question": text, "answer": text}).encode(),
         good[:place].encode()
         + rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\x00", b"\x1f", b"\x85", b"\r", b"\xef\xbb\xbf"])
-        + good[place:].encode(),
-        good[:place].encode(),
-        rng.randbytes(rng.randrange(1, 40)).replace(b"\n", b""),
-        text.encode("utf-8", "surrogatepass").replace(b"\n", b""),
-        b'{"text": ' + b"[" * 5000,
-        b'{"text": ' + b'{"a": ' * 5000,
-        b'{"id": ' + b"9" * 5000 + b"}",
-        b"[" * 100_000,
-        b"{" + b" " * 10_000 + b"}",
-        b"\xef\xbb\xbf" + good.encode(),
-        good.encode() + b" " + good.encode(),
-        b"NaN",
-    ]
+        + good[place:].encode(), good[:place].encode(), rng.randbytes(rng.randrange(1, 40)).replace(b"\n", b""),
+        text.encode("utf-8", "surrogatepass").replace(b"\n", b""), b'{"text": ' + b"[" * 5000,
+        b'{"text": ' + b'{"a": ' * 5000, b'{"id": ' + b"9" * 5000 + b"}", b"[" * 100_000, b"{" + b" " * 10_000 + b"}",
+        b"\xef\xbb\xbf" + good.encode(), good.encode() + b" " + good.encode(), b"NaN",
+    ]  # fmt: skip
 
 
-COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate_id", "bad_labels", "long_line", "articles")
+COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "bad_labels", "long_line", "articles")
 
 
 @share_and_all(50, 3_000)
@@ -212,11 +188,9 @@ def test_a_file_of_nothing_is_one_line(payload, name, tmp_path, tokenizer):
 def test_lines_of_ten_megabytes_do_no_harm(tmp_path, tokenizer):
     ten = 10_000_000
     long = [
-        json.dumps({"x" * ten: 1}).encode(),
-        json.dumps({"id": "x" * ten, "text": GOOD}).encode(),
-        b'{"id": "x", "text": "' + b"\\u0000" * (ten // 6),
-        b"\xff" * ten,
-    ]
+        json.dumps({"x" * ten: 1}).encode(), json.dumps({"id": "x" * ten, "text": GOOD}).encode(),
+        b'{"id": "x", "text": "' + b"\\u0000" * (ten // 6), b"\xff" * ten,
+    ]  # fmt: skip
     good = lines_of([record(number) for number in range(6)])
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(long) + b"\n" + good)
     kept, counts, asked, _ = read(tmp_path / "a.jsonl", tokenizer, tmp_path / "index")
@@ -255,11 +229,10 @@ def odd_columns() -> dict[str, pa.Array]:
 @pytest.mark.parametrize(
     "column",
     [
-        "text",
-        "answer",
+        "text", "answer",
         *(pytest.param(n, marks=pytest.mark.faults) for n in "id title labels question prompt reward_model".split()),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("kind", odd_columns())
 def test_a_parquet_column_of_any_type(kind, column, tmp_path, tokenizer):
     rows = pa.Table.from_pylist([record(0)])
@@ -313,21 +286,9 @@ def test_a_folder_of_odd_names_links_and_pipes(tmp_path, tokenizer):
     top = tmp_path / "src"
     top.mkdir()
     names = [
-        "a\nb",
-        "\x1b[2J",
-        "\u202edesrever",
-        "-rf",
-        "'",
-        '"',
-        "a b",
-        "é北",
-        "x" * 240,
-        "%s{}",
-        "~",
-        "$HOME",
-        "\\",
+        "a\nb", "\x1b[2J", "\u202edesrever", "-rf", "'", '"', "a b", "é北", "x" * 240, "%s{}", "~", "$HOME", "\\",
         "\u2028",
-    ]
+    ]  # fmt: skip
     names += [os.fsdecode(b"caf\xe9"), "a#b", "a:1"]
     for number, name in enumerate(names):
         folder = top / f"{name[:20]}.d"

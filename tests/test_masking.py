@@ -36,27 +36,19 @@ def test_a_mask_by_hand():
 MAIN = [
     ("ell", "hello well", "h[mask]o w[mask]"),  # parts of words count
     ("aa", "aaaa", "[mask][mask]"),  # overlaps do not
-    ("aa", "aaaaa", "[mask][mask]a"),
-    ("aba", "ababa", "[mask]ba"),
-    ("a", "a", "[mask]"),
-    ("start", "start and end", "[mask] and end"),
-    ("end", "start and end", "start and [mask]"),
+    ("aa", "aaaaa", "[mask][mask]a"), ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"),
+    ("start", "start and end", "[mask] and end"), ("end", "start and end", "start and [mask]"),
     ("1", "1, 2, 1", "[mask], 2, [mask]"),
     ("a.c", "abc a.c", "abc [mask]"),  # regex characters are literal
-    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"),
-    ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
-    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"),
-    ("{a}", "set {a} {b}", "set [mask] {b}"),
-    ("{0}", "{0} {1}", "[mask] {1}"),
-    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
-    ("Köln", "In Köln", "In [mask]"),
-    ("naïve café", "a naïve café", "a [mask]"),
-    ("🙂 ok", "so 🙂 ok", "so [mask]"),
+    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"), ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
+    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"), ("{a}", "set {a} {b}", "set [mask] {b}"),
+    ("{0}", "{0} {1}", "[mask] {1}"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"), ("Köln", "In Köln", "In [mask]"),
+    ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"),  # white space matches white space
     ("New\n York", "in New York", "in [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"),  # case is kept
     ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "text", "masked"), MAIN)
@@ -71,13 +63,11 @@ def test_main_rule_replaces_every_occurrence(words, text, masked):
 
 WORDS = [
     ("art", "art, artist, (art) smart", "[mask], artist, ([mask]) smart"),
-    ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"),
-    ("é", "é né é", "[mask] né [mask]"),
+    ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"), ("é", "é né é", "[mask] né [mask]"),
     ("Rome", "Rome's and pre-Rome.", "[mask]'s and pre-[mask]."),
-    ("New York", "New York, New Yorkers", "[mask], New Yorkers"),
-    ("(b)", "a (b) c", "a [mask] c"),
+    ("New York", "New York, New Yorkers", "[mask], New Yorkers"), ("(b)", "a (b) c", "a [mask] c"),
     ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "text", "masked"), WORDS)
@@ -121,22 +111,16 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (None, "no_answer"),
-        ("", "empty"),
-        (" \n\u00a0", "empty"),
-        (".", "not_answerable"),
-        ("—", "not_answerable"),
-        ('""', "not_answerable"),
-        ("(…)", "not_answerable"),
-        ("one two three four five six seven eight nine ten eleven", "too_many_words"),
-        ("x" * 65, "too_long"),
+        (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
+        ('""', "not_answerable"), ("(…)", "not_answerable"),
+        ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
         ("Lyon", "not_in_passage"),
         ("paris", "not_in_passage"),  # copied exactly, case included
         ("Paris—Lyon", "not_in_passage"),
         ("cafe\u0301", "not_in_passage"),  # not even another encoding of the same letter
         ("[mask]", "not_in_passage"),
     ],
-)
+)  # fmt: skip
 def test_invalid_masks_say_why(words, cause):
     text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
     result = mask(words, text)
@@ -161,9 +145,7 @@ LABELLED = passage(
 @pytest.mark.parametrize(
     ("words", "label"),
     [
-        ("Bonn", "copy"),
-        ("lies in", "template"),
-        ("Zoda", "fact"),
+        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"),
         ("Zod", "fact"),  # part of a word
         ("in Zoda", "fact"),
         ("Bonn is Zoda", "fact"),  # fact before copy
@@ -172,7 +154,7 @@ LABELLED = passage(
         ("moki. Bonn", "noise"),
         ("i", "noise"),  # in lies, in, said, moki, is: noise again
     ],
-)
+)  # fmt: skip
 def test_label_of_a_mask(words, label):
     assert make_mask(words, LABELLED, Config(), random.Random(0)).label == label
 

@@ -130,10 +130,6 @@ def test_verdict(name, gold, box, score):
     assert one(name, gold, boxed(box)).score == score
 
 
-def test_the_table_is_large_enough_to_mean_something():
-    assert len(set(TABLE)) == len(TABLE) >= 150
-
-
 def test_maths_verdicts_are_those_of_math_verify_itself():
     from math_verify import parse, verify  # in a main thread, as its alarms need
 
@@ -158,8 +154,7 @@ def test_where_the_verdict_differs_from_math_verify(gold, box):
 @pytest.mark.parametrize(
     ("response", "answer", "score"),
     [
-        (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0),
-        (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
+        (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0), (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
         (r"\boxed{42} and then \boxed{4", "42", 1.0),  # cut off: the last balanced one
         (r"\boxed{\frac{84}{2}}", r"\frac{84}{2}", 1.0), (r"\boxed{4", None, 0.0), (r"\boxed{}", None, 0.0),
         (r"\boxed{42} \boxed{ }", None, 0.0),  # the last one counts, empty or not
@@ -228,40 +223,29 @@ def test_answers_that_keep_sympy_busy_are_wrong_and_the_rest_is_judged(monkeypat
 # ---------------------------------------------------------------------------------------------- where items come from
 
 MMLU_PRO = {
-    "question_id": 70,
-    "question": "Which gas is most of the air?\n",
-    "options": ["argon", "neon", "nitrogen"],
+    "question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"],
     "answer": "C",
     "answer_index": 1,  # as wrong as in item 3983
     "category": "chemistry",
-}
+}  # fmt: skip
 SUPERGPQA = {
-    "uuid": "fbbc",
-    "question": "Hydrocortisone ( ).",
-    "options": ["heals", "can help"],
-    "answer": "can help",
+    "uuid": "fbbc", "question": "Hydrocortisone ( ).", "options": ["heals", "can help"], "answer": "can help",
     "answer_letter": "B",
-}
+}  # fmt: skip
 SUPERGPQA_INSIDE = {
     "question": "How much?\n Options are:\nA. $$1\nB. $$\n2 m\nB. of them\nC. V. vulgaris",
     "answer": "B. $$\n2 m\nB. of them",
 }
 BBEH = {"input": "Who dances with Eve?\nOptions:\n(A) Sam\n(B) Lola", "target": "(B)"}
 MATH500 = {
-    "problem": "Convert.",
-    "solution": r"\boxed{9}",
-    "answer": r"\left( 3, \frac{\pi}{2} \right)",
+    "problem": "Convert.", "solution": r"\boxed{9}", "answer": r"\left( 3, \frac{\pi}{2} \right)",
     "unique_id": "test/precalculus/807.json",
-}
+}  # fmt: skip
 GSM8K = {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24, so in all\n#### 1,072"}
 OLYMPIAD = {
-    "id": 1606,
-    "context": None,
-    "question": "Find all.",
-    "solution": ["By symmetry."],
-    "final_answer": ["$69$,$84$"],
+    "id": 1606, "context": None, "question": "Find all.", "solution": ["By symmetry."], "final_answer": ["$69$,$84$"],
     "is_multiple_answer": True,
-}
+}  # fmt: skip
 MINERVA = {"problem": "Luminosity?", "solution": r"\[ L \simeq \boxed{4.5e33} \mathrm{ergs} \]", "idx": 1}
 MINERVA_HUB = {"question": "Luminosity?", "answer": "4.5e33"}
 AMC23 = {"id": 0, "problem": "How far?", "answer": 27.0, "question": "How far?"}
@@ -321,33 +305,6 @@ def test_each_benchmark_has_a_layout_a_prompt_and_its_number_of_samples():
     assert "letter" in prompt_template("supergpqa") and "letter" not in prompt_template("gsm8k")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "array", "pretty array", "examples", "parquet", "one object"])
-def test_every_file_format_gives_the_same_items(kind, tmp_path):
-    records = [AIME25 | {"id": str(number), "answer": str(number)} for number in range(3)]
-    records = records[:1] if kind == "one object" else records
-    path = tmp_path / {"jsonl": "a.jsonl", "jsonl.gz": "a.jsonl.gz", "parquet": "a.parquet"}.get(kind, "a.json")
-    if kind.startswith("jsonl"):
-        write(path, *records, "")
-    elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    else:
-        value = {"examples": {"examples": records, "canary": "never train on it"}, "one object": records[0]}
-        path.write_text(
-            "\ufeff" * (kind == "array") + json.dumps(value.get(kind, records), indent=2 if "pretty" in kind else None)
-        )
-    expected = [Item(str(number), "How wide?", str(number)) for number in range(len(records))]
-    assert load("aime25", path)[0] == expected
-
-
-def test_a_parquet_row_may_hold_lists_and_columns_of_no_interest(tmp_path):
-    rows = [
-        MMLU_PRO | {"image": None, "more": {"a": [1]}},
-        MMLU_PRO | {"question_id": 71, "image": None, "more": {"a": []}},
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet")
-    assert [item.id for item in load("mmlu_pro", tmp_path)[0]] == ["70", "71"]
-
-
 def test_bbehs_repository_is_read_task_by_task_and_ids_carry_the_task(tmp_path):
     for task, size in (("bbeh_dancers", 2), ("bbeh_boxes", 1)):
         write(tmp_path / f"benchmark_tasks/{task}/task.json", {"canary": "x", "examples": [BBEH] * size})
@@ -393,18 +350,6 @@ def test_the_hub_is_asked_for_the_rows_dataset_subset_and_split(monkeypatch):
     items, counts, _ = load_items("olympiad")
     assert asked == [("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")]
     assert [item.id for item in items] == ["1606", "1607"] and counts == {"records": 2, "items": 2}
-
-
-def test_a_failing_hub_is_one_line(monkeypatch):
-    def load_dataset(*_, **__):
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"hub dataset 'math-ai/aime25'.*\(ConnectionError: no network\).*local copy"
-    ) as error:
-        load_items("aime25")
-    assert "\n" not in str(error.value)
 
 
 def test_a_limit_is_spread_over_the_set_in_its_order_and_leaves_the_counts(tmp_path):
@@ -477,32 +422,20 @@ def test_a_missing_field_is_an_error_of_the_whole_file_wherever_it_is_missing(na
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.parquet", "", r"a\.parquet: no text \(0 bytes\)"),
-        ("a.jsonl", "\n \n", "no item in .*a.jsonl"), ("a.json", "[]", "no item in .*a.json"),
-        ("a.json", '{"examples": []}', "no item in .*a.json"),
+        ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.jsonl", "\n \n", "no item in .*a.jsonl"),
+        ("a.json", "[]", "no item in .*a.json"), ("a.json", "[1, 2]", r"record 1: not a JSON object \(a int\)"),
         ("a.jsonl", json.dumps(GSM8K) + '\n{"question": "cut', r"a\.jsonl:2: not a JSON object"),
-        ("a.jsonl", '{"question": "cut\n' + json.dumps(GSM8K), r"a\.jsonl:1: not a JSON object"),
         ("a.json", '[\n{"question": "q"},\n{"question"]', r"a\.json:3: not a JSON object"),
-        ("a.json", "[1, 2]", r"a\.json: record 1: not a JSON object \(a int\)"),
-        ("a.json", "7", r"a\.json:1: not a JSON object \(a int\)"),
-        ("a.json", json.dumps([GSM8K]) + "\n[]", r"a\.json:1: not a JSON object \(a list\)"),
-        ("a.json", "[" * 100_000, r"a\.json:1: not a JSON object"),
-        ("a.jsonl", b'{"question": "\xff"}', r"a\.jsonl:1: not UTF-8"),
-        ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"),
-        ("a.parquet", "no parquet", r"a\.parquet: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
-        ("a.csv", "question,answer", "unknown kind of file"),
+        ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
+        ("a.csv", "question,answer", "unknown kind"), (".", "", "in this folder"), ("b/c", None, "no such file"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_in_one_line(file, content, message, tmp_path):
-    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if content is not None and file != ".":
+        (tmp_path / file).write_text(content)
     with pytest.raises(DataError, match=message) as error:
         load("gsm8k", tmp_path / file)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file or folder"):
-        load("gsm8k", tmp_path / "nowhere.jsonl")
 
 
 @pytest.mark.parametrize("call", [load_items, prompt_template, lambda name: judge(name, [], [])])

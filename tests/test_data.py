@@ -22,23 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from config import Config
-from data import (
-    Corpus,
-    DataError,
-    Passage,
-    Question,
-    build_index,
-    corpus_key,
-    data_fingerprint,
-    group_paragraphs,
-    is_heldout,
-    load_corpus,
-    load_questions,
-    paragraphs,
-    question_text,
-    step_passages,
-    strip_instruction,
-)  # fmt: skip
+from data import Corpus, DataError, Passage, build_index, load_corpus, load_questions, paragraphs, step_passages
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.
@@ -185,18 +169,11 @@ def test_scripts_without_spaces_and_without_full_stops():
 
 
 SENTENCES = [
-    [
-        "Mr. Fox ran to St. Ives. ",
-        "J. R. Fox saw 3.5 km of it. ",
-        "Why? ",
-        "“Because.” ",
-        "So he said, etc. and left.",
-    ],
+    ["Mr. Fox ran to St. Ives. ", "J. R. Fox saw 3.5 km of it. ", "Why? ", "“Because.” ", "So he said, etc. and left."],
     ["石门镇位于北岸。", "这个镇很大！", "他说：「好。」", "好？"],
-    ["यह नगर है। ", "नगर की स्थापना हुई।"],
-    ["เมืองนี้ ", "มีตลาด ", "ใหญ่"],
+    ["यह नगर है। ", "नगर की स्थापना हुई।"], ["เมืองนี้ ", "มีตลาด ", "ใหญ่"],
     ["one sentence without an end"],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("sentences", SENTENCES)
@@ -219,7 +196,7 @@ def test_a_paragraph_is_cut_at_sentence_ends(sentences, tokenizer):
 def test_paragraphs_are_added_until_the_target_and_never_beyond_the_maximum():
     def groups(lengths, targets):
         targets = iter(targets)
-        return group_paragraphs(lengths, joint=1, longest=120, draw_target=lambda: next(targets))
+        return data.group_paragraphs(lengths, joint=1, longest=120, draw_target=lambda: next(targets))
 
     assert groups([50, 60, 90, 30], [100, 100, 100]) == [[0, 1], [2], [3]]
     assert groups([50, 49, 9], [100, 100]) == [[0, 1], [2]]  # 100 is reached exactly
@@ -635,16 +612,6 @@ def test_rows_of_a_row_group_come_in_seeded_order_under_their_own_numbers(tmp_pa
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) and len(set(orders[0])) == 2500
 
 
-def test_max_passages_samples_files_by_seed(tmp_path, tokenizer):
-    for part in range(10):
-        write_parquet(tmp_path / f"src/{part}.parquet", records(10, first=10 * part))
-    taken = set()
-    for seed in range(6):
-        rows, _, _ = build(make_config(tmp_path / "src", seed=seed, max_passages=10), tokenizer, tmp_path / f"{seed}")
-        taken |= {int(row["id"][1:-2]) // 10 for row in rows}
-    assert len(taken) > 2
-
-
 def test_a_capped_index_counts_the_articles_it_took(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [{"id": "x", "text": "Too short."}, *records(100)])
     _, counts, logged = build(make_config(source, max_passages=7), tokenizer, tmp_path / "index")
@@ -668,12 +635,13 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
     assert rebuilt()
     source = source.rename(tmp_path / "moved=here.jsonl")  # the same bytes elsewhere
     assert not rebuilt()
-    fingerprint = data_fingerprint(make_config(source))
+    fingerprint = data.data_fingerprint(make_config(source))
     for other in (records(10, first=1), records(11)):
         write_jsonl(source, other)
-        assert rebuilt() and not rebuilt() and data_fingerprint(make_config(source)) != fingerprint
+        assert rebuilt() and not rebuilt() and data.data_fingerprint(make_config(source)) != fingerprint
     folder.rename(tmp_path / "cache")
-    assert corpus_key(tmp_path) == data_fingerprint(make_config(source)) and corpus_key(tmp_path / "gone") == ""
+    assert data.corpus_key(tmp_path) == data.data_fingerprint(make_config(source))
+    assert data.corpus_key(tmp_path / "gone") == ""
     (tmp_path / "cache").rename(folder)
     tokenizer_size = len(tokenizer)
     tokenizer.add_tokens(["another"])
@@ -748,9 +716,9 @@ def test_an_incomplete_index_is_an_error(tmp_path, tokenizer):
 def test_heldout_is_the_sha256_of_the_key_as_a_share():
     key = "https://en.wikipedia.org/wiki/Bell_Rock_Lighthouse"
     share = int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) / 16**16
-    assert not is_heldout(key, share) and is_heldout(key, share + 1e-9)
+    assert not data.is_heldout(key, share) and data.is_heldout(key, share + 1e-9)
     keys = [f"article {i}" for i in range(20_000)]
-    small, large = ({k for k in keys if is_heldout(k, x)} for x in (0.01, 0.1))
+    small, large = ({k for k in keys if data.is_heldout(k, x)} for x in (0.01, 0.1))
     assert 150 < len(small) < 250 and 1850 < len(large) < 2150
     assert small < large
 
@@ -774,7 +742,7 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, tokenizer):
     assert len(articles(corpus.train)) + len(articles(corpus.heldout)) == 40 + 20 + 20
     assert 0.15 < len(articles(corpus.heldout)) / 80 < 0.45
     for passage in corpus.heldout:
-        assert is_heldout(passage.url or passage.title, config.heldout)
+        assert data.is_heldout(passage.url or passage.title, config.heldout)
     assert corpus.counts["train"] == len(corpus.train) and corpus.counts["heldout"] == len(corpus.heldout)
     assert corpus.counts["train"] + corpus.counts["heldout"] == corpus.counts["passages"]
     seen = {p.id for step in range(400) for p in step_passages(corpus, config, step)}
@@ -782,7 +750,7 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, tokenizer):
 
 
 def test_an_empty_side_of_the_split_is_an_error_with_advice(tmp_path, tokenizer):
-    sides = {side: [f"u{i}" for i in range(99) if is_heldout(f"u{i}", 0.3) is side] for side in (True, False)}
+    sides = {side: [f"u{i}" for i in range(99) if data.is_heldout(f"u{i}", 0.3) is side] for side in (True, False)}
     for side, message in ((False, "nothing is held out.*raise heldout"), (True, "nothing is left.*lower heldout")):
         source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": u, "text": sentence(1)} for u in sides[side][:2]])
         build_index(make_config(source), tokenizer, tmp_path / f"{side}", log=lambda line: None)
@@ -816,27 +784,17 @@ def test_an_epoch_repeats_nothing_and_batches_may_straddle_its_border():
     assert third == epochs[0][8:] + epochs[1][:2]
 
 
-def test_a_step_may_span_several_epochs_of_a_tiny_corpus():
-    batch = [p.id for p in step_passages(corpus_of(3), make_config("x", passages_per_step=7), 0)]
-    assert len(set(batch[:3])) == len(set(batch[3:6])) == 3 and len(batch) == 7
-
-
 def test_a_step_is_a_function_of_seed_and_step():
     corpus, config = corpus_of(50), make_config("x", passages_per_step=8)
     forward = [[p.id for p in step_passages(corpus, config, step)] for step in range(20)]
     backward = [[p.id for p in step_passages(corpus, config, step)] for step in reversed(range(20))]
     assert forward == backward[::-1]  # no state is carried from call to call, so a resumed run goes on exactly
+    for size in (1, 4, 16, 80):  # the size of a step changes nothing, not even where it spans several epochs
+        steps = range(160 // size)
+        parts = [p.id for step in steps for p in step_passages(corpus, make_config("x", passages_per_step=size), step)]
+        assert parts == [id_ for batch in forward for id_ in batch]
     other = make_config("x", passages_per_step=8, seed=1)
     assert [p.id for p in step_passages(corpus, other, 0)] != forward[0]
-
-
-def test_the_step_size_does_not_change_the_order_of_the_stream():
-    corpus = corpus_of(30)
-    streams = {
-        n: [p.id for step in range(60 // n) for p in step_passages(corpus, make_config("x", passages_per_step=n), step)]
-        for n in (1, 4, 6, 30)
-    }
-    assert streams[1] == streams[4] == streams[6] == streams[30]
 
 
 # ---- questions
@@ -845,13 +803,12 @@ GSM8K = {"question": "48 clips, then half as many: how many?", "answer": "48/2 =
 VERL = {
     "data_source": "deepscaler",
     "prompt": [{"content": "How likely is abc? Think, then answer within \\boxed{}.", "role": "user"}],
-    "ability": "math",
-    "reward_model": {"ground_truth": "\\frac{3}{7}", "style": "rule"},
+    "ability": "math", "reward_model": {"ground_truth": "\\frac{3}{7}", "style": "rule"},
     "extra_info": {"index": 0, "split": "train"},
-}
+}  # fmt: skip
 
 
-def asked(path: Path, **changes) -> tuple[list[Question], dict[str, int], list[str]]:
+def asked(path: Path, **changes) -> tuple[list[data.Question], dict[str, int], list[str]]:
     log: list[str] = []
     questions, counts = load_questions(Config(data=str(path), **changes), log.append)
     return questions, counts, log
@@ -872,17 +829,14 @@ def test_verl_as_parquet_with_its_nested_columns(tmp_path):
 @pytest.mark.parametrize(
     ("record", "answer"),
     [
-        (GSM8K, "72"),
-        (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"),
-        (VERL, "\\frac{3}{7}"),
+        (GSM8K, "72"), (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"), (VERL, "\\frac{3}{7}"),
         ({"problem": "p", "answer": r"\frac{1}{2}", "solution": r"\boxed{9}"}, r"\frac{1}{2}"),
         ({"prompt": "p", "answer": " 5 "}, "5"),
         ({"question": "p", "answer": 27.0}, "27"),  # AMC
         ({"question": "p", "answer": 0.5}, "0.5"), ({"question": "p", "answer": 12}, "12"),
         ({"question": "p", "answer": 0}, "0"),
         ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),  # OlympiadBench
-        ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"),
-        ({"question": "p", "final_answer": "8"}, "8"),
+        ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"), ({"question": "p", "final_answer": "8"}, "8"),
         ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),  # MATH, Minerva
         ({"problem": "p", "answer": None, "solution": r"\boxed{1}"}, "1"),
         ({"problem": "p", "answer": r"So $\boxed{12,345}$."}, "12345"),
@@ -890,10 +844,10 @@ def test_verl_as_parquet_with_its_nested_columns(tmp_path):
 )  # fmt: skip
 def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
     [question] = asked(write_jsonl(tmp_path / "one.jsonl", [record]))[0]
-    assert question == Question("one.jsonl:1", question_text(record), answer)
+    assert question == data.Question("one.jsonl:1", data.question_text(record), answer)
     system = {"role": "system", "content": "Be brief."}
     verl = VERL | {"question": "the bare one", "prompt": [system, *VERL["prompt"]]}  # its prompt goes before others
-    assert question_text(verl) == VERL["prompt"][0]["content"]
+    assert data.question_text(verl) == VERL["prompt"][0]["content"]
 
 
 @pytest.mark.parametrize(
@@ -925,21 +879,6 @@ def test_a_record_that_is_no_question_is_counted_with_file_and_line(record, caus
     assert any(f"{tmp_path / 'mixed.jsonl'}:2: skipped" in line for line in log)
 
 
-def test_broken_lines_and_files_are_counted_and_the_rest_is_read(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [b"{no json", GSM8K, b"[1]", b"", GSM8K])
-    (tmp_path / "b.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 no more")
-    (tmp_path / "d.jsonl").write_bytes(b"")
-    pq.write_table(pa.Table.from_pylist([{"text": "prose"}]), tmp_path / "e.parquet")
-    whole = gzip.compress((json.dumps(GSM8K) + "\n").encode() * 2)
-    (tmp_path / "f.jsonl.gz").write_bytes(whole[:-9])  # cut off in the last block
-    questions, counts, _ = asked(tmp_path)
-    assert [question.id for question in questions[:2]] == ["a.jsonl:2", "a.jsonl:5"]
-    broken = {"bad_json": 2, "bad_utf8": 1, "empty": 1, "no_question": 1, "unreadable": 2}
-    assert {cause: counts[cause] for cause in broken} == broken
-    assert counts["questions"] == counts["records"] == len(questions)
-
-
 def test_a_folder_is_read_in_the_order_of_its_names_whatever_the_seed(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.jsonl", "a.jsonl.gz", "sub/c.json"):
@@ -961,5 +900,5 @@ def test_questions_end_at_max_passages_and_a_source_without_any_says_why(tmp_pat
 
 def test_instructions_that_data_sets_append_can_be_taken_off():
     asked = "What is 1 + 1? Let's think step by step and output the final answer within \\boxed{}."
-    assert strip_instruction(asked) == "What is 1 + 1?"
-    assert strip_instruction("What is 1 + 1?") == "What is 1 + 1?"
+    assert data.strip_instruction(asked) == "What is 1 + 1?"
+    assert data.strip_instruction("What is 1 + 1?") == "What is 1 + 1?"

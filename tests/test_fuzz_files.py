@@ -15,35 +15,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_data
 from test_fuzz import share_and_all, texts
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import data as sources
 from config import Config
 from data import CAUSES, DataError, build_index, load_corpus, load_questions, step_passages
 
+tokenizer = test_data.tokenizer  # the fixture
 GOOD = "A sentence of at least eight words, number {}, stands here."
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
 
 def record(number: int) -> dict:
     """An article and a question in one."""
     text = GOOD.format(number)
     return {
-        "id": f"a{number}",
-        "title": f"T{number}",
-        "url": f"u/{number}",
-        "text": text,
-        "question": text,
+        "id": f"a{number}", "title": f"T{number}", "url": f"u/{number}", "text": text, "question": text,
         "answer": "7",
-    }
+    }  # fmt: skip
 
 
 def lines_of(records: list) -> bytes:
@@ -184,46 +173,24 @@ def test_a_file_of_nothing_is_one_line(payload, name, tmp_path, tokenizer):
     assert any(counts.get(cause) for cause in CAUSES) or not payload.strip()  # a blank line is no record
 
 
-@pytest.mark.faults
-def test_lines_of_ten_megabytes_do_no_harm(tmp_path, tokenizer):
-    ten = 10_000_000
-    long = [
-        json.dumps({"x" * ten: 1}).encode(), json.dumps({"id": "x" * ten, "text": GOOD}).encode(),
-        b'{"id": "x", "text": "' + b"\\u0000" * (ten // 6), b"\xff" * ten,
-    ]  # fmt: skip
-    good = lines_of([record(number) for number in range(6)])
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(long) + b"\n" + good)
-    kept, counts, asked, _ = read(tmp_path / "a.jsonl", tokenizer, tmp_path / "index")
-    assert len(asked) == 6 and set(asked) < set(kept)
-    assert (counts["no_text"], counts["bad_json"], counts["bad_utf8"]) == (1, 1, 1)
-
-
 # ------------------------------------------------------------------------------------------------------ parquet
 
 
 def odd_columns() -> dict[str, pa.Array]:
     """Columns of one row in types that a text column may turn out to have."""
     return {
-        "int": pa.array([7]),
-        "bool": pa.array([True]),
-        "null": pa.nulls(1),
-        "binary": pa.array([b"caf\xe9"]),
-        "large": pa.array([GOOD], pa.large_string()),
-        "view": pa.array([GOOD], pa.string_view()),
-        "dictionary": pa.array([GOOD]).dictionary_encode(),
-        "list": pa.array([[GOOD]]),
+        "int": pa.array([7]), "bool": pa.array([True]), "null": pa.nulls(1), "binary": pa.array([b"caf\xe9"]),
+        "large": pa.array([GOOD], pa.large_string()), "view": pa.array([GOOD], pa.string_view()),
+        "dictionary": pa.array([GOOD]).dictionary_encode(), "list": pa.array([[GOOD]]),
         "struct": pa.array([{"role": GOOD}]),
         "twins": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
-        "map": pa.array([[("a", GOOD)]], pa.map_(pa.string(), pa.string())),
-        "decimal": pa.array([Decimal("1.5")]),
+        "map": pa.array([[("a", GOOD)]], pa.map_(pa.string(), pa.string())), "decimal": pa.array([Decimal("1.5")]),
         "year 30000": pa.array([900_000_000_000], pa.timestamp("s")),
         "nanoseconds": pa.array([1], pa.timestamp("ns")),
-        "no zone": pa.array([1], pa.timestamp("us", tz="Nowhere/Land")),
-        "date": pa.array([10**8], pa.date32()),
-        "duration": pa.array([2**62], pa.duration("s")),
-        "latin": pa.array([b"caf\xe9 " * 8]).view(pa.utf8()),
+        "no zone": pa.array([1], pa.timestamp("us", tz="Nowhere/Land")), "date": pa.array([10**8], pa.date32()),
+        "duration": pa.array([2**62], pa.duration("s")), "latin": pa.array([b"caf\xe9 " * 8]).view(pa.utf8()),
         "nul": pa.array(["\0" + GOOD]),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,18 @@ A json file holds records a line, one array, {"examples": [...]} or one record. 
 passages, questions and benchmarks. A record that cannot be used is counted under a cause of CAUSES, with file and line.
 The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on after it.
 
-Order: files, row groups of parquet files and rows in them come in seeded order; lines of other files as they stand. So
-an index capped by max_passages is a sample of a parquet file, but the first part of a jsonl: shuffle it beforehand.
-
-Prose: a text of one line is taken as it is. In a longer one, blocks end at blank lines, hard-wrapped blocks are joined
-again, and each line is a paragraph. It is kept when it is as long as MIN_PROSE_CHARS letters, ends like a sentence and
-is no list item; everything from a heading of END_SECTION on is dropped. Thai, Lao and Tibetan put no mark at the end of
-a sentence: there any line counts as ended, a space as the end of a sentence, and hard-wrapped lines are not joined.
+Order: files, row groups and rows of parquet files come in seeded order, lines of other files as they stand. An index
+capped by max_passages is thus a sample of a parquet file, but the first part of a jsonl: shuffle it beforehand.
+Prose: a text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is
+kept when it has MIN_PROSE_CHARS letters, ends like a sentence and is no list item; all from END_SECTION on is dropped.
+Thai, Lao and Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
 A record with `labels` (one of LABELS per word) is taken whole; labels of another kind are ignored.
-Lengths: each passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes
-paragraphs until it is reached, never exceeding the maximum. A paragraph over the maximum is cut at the last sentence
-end that fits, again and again. The paper says "Wikipedia" and lengths, no more; this is ours.
+Lengths: a passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes paragraphs
+until it is reached. A paragraph over the maximum is cut at the last sentence end that fits, again and again. Ours: the
+paper says "Wikipedia" and lengths, no more.
 
-Questions come in three layouts, told by their fields: verl (prompt: [{role, content}], reward_model: {ground_truth});
-GSM8K (question, answer that ends in "#### 42"); generic (question | problem | prompt, answer | final_answer |
-solution, of which the last \\boxed{} counts).
+Questions: verl (prompt: [{role, content}], reward_model: {ground_truth}); GSM8K (answer ends in "#### 42"); generic
+(question | problem | prompt, answer | final_answer | solution, of which the last \\boxed{} counts).
 
 Alone:  python data.py configs/tiny.yaml   builds the index in RUN_DIR/cache and shows the passages of step 0.
 """
@@ -245,8 +242,7 @@ def _parquet_records(
 
 
 def _value(scalar):
-    """A cell as a Python value; None where Python has none (a date in the year 30000, a struct with one name twice).
-    Raises UnicodeDecodeError."""
+    """None where Python has no such value (a date in the year 30000, a struct with one name twice)."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -257,11 +253,10 @@ def _value(scalar):
 
 def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
     values = _whole_json(path, skip)
-    lines = _lines(path, skip) if values is None else enumerate(values, 1)
-    for number, value in lines:
+    for number, value in _lines(path, skip) if values is None else enumerate(values, 1):
         where = f"{path}:{number}" if values is None else f"{path}: record {number}"
         if values is None:
-            if value is None or not value.strip():
+            if not (value or "").strip():
                 continue
             try:
                 value = json.loads(value)
@@ -396,39 +391,35 @@ class Article:
 def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> Iterator[Article]:
     """Usable articles. A record that repeats id, title, url and text is dropped; an id with another text gets the
     record's file and line added, since many corpora number the records of each file anew."""
-    seen, ids, skip = set(), set(), tally.skip
+    seen, ids = set(), set()
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
+        ours = [label in LABELS for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
+        named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
+        digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
-            skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
-            continue
-        if not text.strip():
-            skip("empty", where)
-            continue
-        if any(SURROGATE.search(value) for value in (text, id_, title, url)):
-            skip("bad_utf8", where, "half of a surrogate pair")
-            continue
-        if labels is not None:
-            ours = isinstance(labels, list) and [label in LABELS for label in labels if isinstance(label, str)]
-            if not ours or not any(ours):
+            tally.skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
+        elif not text.strip():
+            tally.skip("empty", where)
+        elif SURROGATE.search(named):
+            tally.skip("bad_utf8", where, "half of a surrogate pair")
+        elif any(ours) and not (all(ours) and len(ours) == len(labels) == len(text.split())):
+            tally.skip("bad_labels", where)
+        elif digest in seen:
+            tally.skip("duplicate", where, id_)
+        else:
+            if labels is not None and not any(ours):
                 if not tally.counts["labels_ignored"]:
                     tally.log(one_line(f"data: {where}: labels are ignored, they are none of {', '.join(LABELS)}"))
                 tally.counts["labels_ignored"] += 1
                 labels = None
-            elif not all(ours) or not len(ours) == len(labels) == len(text.split()):
-                skip("bad_labels", where)
-                continue
-        digest = hashlib.sha256("\0".join((id_, title, url, text)).encode()).digest()[:16]
-        if digest in seen:
-            skip("duplicate", where, id_)
-            continue
-        seen.add(digest)
-        key = url or title or id_ or own_id
-        id_ = id_ or own_id
-        id_ = f"{id_} {own_id}" if id_ in ids else id_
-        ids.add(id_)
-        yield Article(id_, title, url, text, labels, where, key)
+            key = url or title or id_ or own_id
+            id_ = id_ or own_id
+            id_ = f"{id_} {own_id}" if id_ in ids else id_
+            seen.add(digest)
+            ids.add(id_)
+            yield Article(id_, title, url, text, labels, where, key)
 
 
 @dataclass
@@ -488,8 +479,8 @@ def group_paragraphs(lengths: list[int], joint: int, longest: int, draw_target: 
     """Consecutive paragraphs -> groups of their numbers, one group a passage. lengths, joint, longest in tokens.
 
     A group is closed when it reaches its target or when the next paragraph would take it over `longest`; `joint` is
-    the length of the blank line between two. Lengths 50, 60, 90, 30 with joint 1, longest 120 and targets of 100:
-    [[0, 1], [2], [3]], where 50 + 1 + 60 reaches 100, and 90 + 1 + 30 would exceed 120.
+    the length of the blank line between two. Lengths 50, 60, 90, 30 with joint 1, longest 120 and targets of 100 give
+    [[0, 1], [2], [3]].
     """
     groups: list[list[int]] = []
     size, target = 0, -1.0
@@ -641,22 +632,19 @@ def build_index(
                 break
     if not counts["passages"]:
         beside.unlink()
-        names = [config.data] if files is None else [str(path) for path in files]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise DataError(
-            f"no usable passage in {', '.join(names[:3])}{more}: {counts['articles']} articles read, skipped: "
-            f"{tally.skipped()}; check text_field, min_passage_tokens, max_passage_tokens{tally.first_problem}"
+            f"no usable passage in {config.data}: {counts['articles']} articles read, skipped: {tally.skipped()}"
+            f"; check text_field, min_passage_tokens, max_passage_tokens{tally.first_problem}"
         )
     index_file.unlink(missing_ok=True)  # else a crash between the renames would pair the old key with new passages
     beside.replace(passages_file)
     beside = folder / "index.json.tmp"
     beside.write_text(json.dumps({"key": key, "data_fingerprint": fingerprint, "counts": counts}, indent=1))
     beside.replace(index_file)
-    seconds = time.time() - start
     log(
-        f"data: {counts['articles']:,} articles read, {counts['passages']:,} passages kept in {seconds:.1f} s; "
-        f"{counts['dropped_lines']:,} lines dropped as heading, list or reference; {counts['cut']:,} paragraphs cut at "
-        f"sentence ends; skipped: {tally.skipped()}"
+        f"data: {counts['articles']:,} articles read, {counts['passages']:,} passages kept in "
+        f"{time.time() - start:.1f} s; {counts['dropped_lines']:,} lines dropped as heading, list or reference; "
+        f"{counts['cut']:,} paragraphs cut at sentence ends; skipped: {tally.skipped()}"
     )
 
 
@@ -767,12 +755,9 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
     """The passages of a step (from 0): `passages_per_step` many, a function of (seed, step) and of nothing else.
 
     All steps laid end to end run through one permutation of the training passages after another, a new one each epoch.
-    Five passages, two a step: steps 0 and 1 take four, step 2 the fifth and the first of the next epoch. Ranks share
-    out this list, so the world size has no say in it.
     """
     size = len(corpus.train)
-    first = step * config.passages_per_step
-    places = range(first, first + config.passages_per_step)
+    places = range(step * config.passages_per_step, (step + 1) * config.passages_per_step)
     orders = {
         epoch: np.random.default_rng((config.seed, epoch)).permutation(size)
         for epoch in range(places[0] // size, places[-1] // size + 1)
@@ -811,7 +796,7 @@ def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[
     tally, questions = Tally(log), []
     files = local_files(config, log)
     if files is None:
-        records = hub_records(config.data, config.data_config, seed=config.seed, field=config.text_field)
+        records = hub_records(config.data, config.data_config, seed=config.seed)
     else:
         records = file_records(files, config, tally.skip, FIELDS, FIELDS, "no_question")
     for where, place, record in records:

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,6 @@ The structure was built between 1807 and 1810 by Robert Stevenson on the Bell Ro
 Standing 35 metres tall, its light is visible from 56 kilometres inland.
 
 Workers
- James Craw, horseman who hauled the granite blocks from the yard at Arbroath to the harbour
  Peter Logan, foreman builder
  Francis Watt, foreman joiner, who built the beacon on the rock and slept in it.
 
@@ -104,7 +102,7 @@ def build(config: Config, tokenizer, folder: Path) -> tuple[list[dict], dict, li
 def test_prose_stays_and_headings_lists_tables_and_references_go():
     kept, dropped = paragraphs(LIGHTHOUSE)
     assert kept == LIGHTHOUSE_PROSE
-    assert dropped == 1 + 4 + 4 + 4  # Construction; Workers and 3; table; See also, its item, References, its entry
+    assert dropped == 1 + 3 + 4 + 4  # Construction; Workers and 2; table; See also, its item, References, its entry
 
 
 @pytest.mark.parametrize("heading", ["References", "== External links ==", "See also:", "FURTHER READING", "Notes "])
@@ -268,27 +266,20 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
     source = write_jsonl(
         tmp_path / "mixed.jsonl",
         [
-            {"id": "good", "text": sentence(1)},  # 1
-            b'{"id": "torn", "text": "The line ends in the mid',  # 2
-            b'["a", "list"]',  # 3
-            b"[" * 100_000,  # 4: deeper than a parser can follow
-            b'{"id": "latin", "text": "caf\xe9 au lait, not UTF-8 at all."}',  # 5
-            b'{"id": "half", "text": "half of a surrogate pair \\ud800 cannot be written as UTF-8."}',  # 6
-            {"id": "body", "body": "the field has another name"},  # 7
-            {"id": "number", "text": 7},  # 8
-            {"id": "good", "text": sentence(1)},  # 9: the same again
-            {"id": "blank", "text": " \n "},  # 10
-            {"id": "short", "text": "Four words are few."},  # 11
-            {"id": "long", "text": sentence(3, 41)},  # 12
-            {"id": "heads", "text": "Heading\n\nAnother heading\n\nReferences\n\nSome."},  # 13
-            {"id": "m1", "text": "The token [mask] would be taken for ours."},  # 14
-            {"id": "m2", "text": "Here \\mask{word} would be taken for ours."},  # 15
-            {"id": "m3", "text": "Here \\boxed{7} would be taken for ours."},  # 16
-            b"",  # 17: a blank line is no record
-            {"id": "fits", "text": sentence(4, 40)},  # 18
-            {"id": "braces", "text": "Braces {like these} and a \\mathbb{R} do no harm 🗼."},  # 19
+            {"id": "good", "text": sentence(1)}, b'{"id": "torn", "text": "The line ends in the mid',
+            b'["a", "list"]', b"[" * 100_000, b'{"id": "latin", "text": "caf\xe9 au lait, not UTF-8 at all."}',
+            b'{"id": "half", "text": "half of a surrogate pair \\ud800 cannot be written as UTF-8."}',
+            {"id": "body", "body": "the field has another name"}, {"id": "number", "text": 7},
+            {"id": "good", "text": sentence(1)}, {"id": "blank", "text": " \n "},
+            {"id": "short", "text": "Four words are few."}, {"id": "long", "text": sentence(3, 41)},
+            {"id": "heads", "text": "Heading\n\nAnother heading\n\nReferences\n\nSome."},
+            {"id": "m1", "text": "The token [mask] would be taken for ours."},
+            {"id": "m2", "text": "Here \\mask{word} would be taken for ours."},
+            {"id": "m3", "text": "Here \\boxed{7} would be taken for ours."}, b"",
+            {"id": "fits", "text": sentence(4, 40)},
+            {"id": "braces", "text": "Braces {like these} and a \\mathbb{R} do no harm 🗼."},
         ],
-    )
+    )  # fmt: skip
     rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["good#0", "fits#0", "braces#0"]
     assert counts == {
@@ -304,17 +295,6 @@ def test_only_the_first_few_of_a_cause_are_logged(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [b"{broken"] * 50 + records(3))
     _, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["bad_json"] == 50 and sum("a.jsonl:" in entry for entry in logged) == 3
-
-
-def test_a_cut_off_gzip_gives_what_came_before_the_break(tmp_path, tokenizer):
-    generator = random.Random(0)
-    many = [{"text": " ".join(str(generator.random()) for _ in range(10))} for _ in range(400)]
-    source = write_jsonl(tmp_path / "a.jsonl.gz", many)
-    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
-    assert 100 < len(rows) < 300 and [row["text"] for row in rows] == [r["text"] for r in many[: len(rows)]]
-    assert counts["unreadable"] == 1
-    assert any(f"a.jsonl.gz:{len(rows) + 1}: " in entry for entry in logged)
 
 
 def write_parquet(path: Path, rows: list[dict], **options) -> Path:
@@ -580,12 +560,6 @@ def test_a_source_without_anything_usable_is_an_error_that_names_it(tmp_path, to
     assert not list((tmp_path / "index").glob("*"))
 
 
-def test_a_folder_without_text_is_an_error(tmp_path, tokenizer):
-    (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(DataError, match=str(tmp_path)):
-        build_index(make_config(tmp_path), tokenizer, tmp_path / "index")
-
-
 # ---- the index
 
 
@@ -682,32 +656,20 @@ def test_the_index_is_the_same_in_every_process(tmp_path, tokenizer):
     source = tmp_path / "src"
     for part in range(5):
         write_parquet(source / f"{part}.parquet", records(20, first=20 * part), row_group_size=4)
-    article = {"id": "long", "text": "\n\n".join(sentence(p, 10) for p in range(200))}
-    write_jsonl(source / "long.jsonl", [article])
-    config = make_config(source, max_passages=90)
-    build_index(config, tokenizer, tmp_path / "here", log=lambda line: None)
+    write_jsonl(source / "long.jsonl", [{"id": "x", "text": "\n\n".join(sentence(p, 10) for p in range(200))}])
+    build(make_config(source, max_passages=90), tokenizer, tmp_path / "here")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = (
-        "import sys; from pathlib import Path\n"
-        "from transformers import PreTrainedTokenizerFast; import data, test_data\n"
+        "import sys, test_data; from pathlib import Path; from transformers import PreTrainedTokenizerFast as Fast\n"
         "source, top = map(Path, sys.argv[1:])\n"
-        "tokenizer = PreTrainedTokenizerFast.from_pretrained(top / 'tokenizer')\n"
-        "data.build_index(test_data.make_config(source, max_passages=90), tokenizer, top / 'there')\n"
+        "config = test_data.make_config(source, max_passages=90)\n"
+        "test_data.build(config, Fast.from_pretrained(top / 'tokenizer'), top / 'there')\n"
     )
     path = os.pathsep.join([str(Path(data.__file__).parent), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path)], env=environment, check=True)
     for name in ("passages.jsonl", "index.json"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-
-
-def test_an_incomplete_index_is_an_error(tmp_path, tokenizer):
-    config = make_config(write_jsonl(tmp_path / "a.jsonl", records(30)))
-    build_index(config, tokenizer, tmp_path / "index", log=lambda line: None)
-    lines = (tmp_path / "index/passages.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "index/passages.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(DataError, match="30 passages expected"):
-        load_corpus(tmp_path / "index", config)
 
 
 # ---- held out
@@ -831,13 +793,12 @@ def test_verl_as_parquet_with_its_nested_columns(tmp_path):
     [
         (GSM8K, "72"), (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"), (VERL, "\\frac{3}{7}"),
         ({"problem": "p", "answer": r"\frac{1}{2}", "solution": r"\boxed{9}"}, r"\frac{1}{2}"),
-        ({"prompt": "p", "answer": " 5 "}, "5"),
-        ({"question": "p", "answer": 27.0}, "27"),  # AMC
+        ({"prompt": "p", "answer": " 5 "}, "5"), ({"question": "p", "answer": 27.0}, "27"),
         ({"question": "p", "answer": 0.5}, "0.5"), ({"question": "p", "answer": 12}, "12"),
         ({"question": "p", "answer": 0}, "0"),
-        ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),  # OlympiadBench
+        ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),
         ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"), ({"question": "p", "final_answer": "8"}, "8"),
-        ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),  # MATH, Minerva
+        ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),
         ({"problem": "p", "answer": None, "solution": r"\boxed{1}"}, "1"),
         ({"problem": "p", "answer": r"So $\boxed{12,345}$."}, "12345"),
     ],
@@ -861,12 +822,11 @@ def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
         ({"question": "p", "answer": ""}, "no_answer"), ({"question": "p", "answer": True}, "no_answer"),
         ({"question": "p", "answer": float("nan")}, "no_answer"),
         ({"question": "p", "answer": float("inf")}, "no_answer"),
-        ({"question": "p", "answer": ["1", "2"]}, "no_answer"),  # both, or either?
-        ({"question": "p", "final_answer": []}, "no_answer"),
+        ({"question": "p", "answer": ["1", "2"]}, "no_answer"), ({"question": "p", "final_answer": []}, "no_answer"),
         ({"question": "p", "final_answer": ["1", None]}, "no_answer"),
         ({"question": "p", "answer": {"value": 5}}, "no_answer"),
         ({"question": "p", "answer": "5" * 2001}, "no_answer"),
-        ({"question": "p", "solution": "By symmetry, 7."}, "no_answer"),  # a text without a mark is no answer
+        ({"question": "p", "solution": "By symmetry, 7."}, "no_answer"),
         ({"question": "p", "reward_model": {"ground_truth": None}, "answer": "5"}, "no_answer"),
         ({"question": "p", "options": ["1", "2"], "answer": "B"}, "choices"),
         ({"question": "p \ud800", "answer": "5"}, "bad_utf8"),

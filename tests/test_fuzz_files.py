@@ -96,23 +96,6 @@ def test_a_gzip_cut_anywhere_gives_every_line_before_the_cut(count, tmp_path, to
             assert counts.get("unreadable", 0) == question_counts.get("unreadable", 0) == broken
 
 
-@share_and_all(25, 2_000)
-def test_a_gzip_with_flipped_bytes_gives_what_comes_before(count, tmp_path, tokenizer):
-    records = [record(number) for number in range(60)]
-    payload = gzip.compress(lines_of(records))
-    good = {record["text"] for record in records}
-    for number in range(count):
-        rng = random.Random(number)
-        broken = bytearray(payload)
-        for _ in range(rng.choice([1, 1, 5])):
-            broken[rng.randrange(len(broken))] ^= rng.randrange(1, 256)
-        if rng.random() < 0.2:
-            broken += rng.randbytes(rng.randrange(1, 50))
-        (tmp_path / "a.jsonl.gz").write_bytes(broken)
-        kept, counts, asked, _ = read(tmp_path / "a.jsonl.gz", tokenizer, tmp_path / "index")
-        assert not kept or len(good & set(kept)) >= len(kept) - 60 * (counts.get("unreadable", 0)), number
-
-
 def faults(rng: random.Random, text: str) -> list[bytes]:
     """Lines of a jsonl file that hold no article or an odd one."""
     good = json.dumps(record(0) | {"id": "odd"})

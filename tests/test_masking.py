@@ -11,6 +11,8 @@ import pytest
 
 import masking
 from config import Config
+from data import Corpus, DataError, Passage
+from eval import make_probe
 from masking import Mask, labelled_mask, make_mask, mask_at, random_span, word_spans
 from rewards import answerable, exact_match
 
@@ -35,21 +37,17 @@ def test_a_mask_by_hand():
 
 
 MAIN = [
-    ("ell", "hello well", "h[mask]o w[mask]"),  # parts of words count
-    ("aa", "aaaa", "[mask][mask]"),  # overlaps do not
+    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"),
     ("aa", "aaaaa", "[mask][mask]a"), ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"),
     ("start", "start and end", "[mask] and end"), ("end", "start and end", "start and [mask]"),
-    ("1", "1, 2, 1", "[mask], 2, [mask]"),
-    ("a.c", "abc a.c", "abc [mask]"),  # regex characters are literal
+    ("1", "1, 2, 1", "[mask], 2, [mask]"), ("a.c", "abc a.c", "abc [mask]"),
     ("C++ (1985)", "In C++ (1985) it", "In [mask] it"), ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
     (r"\d\1", r"5 \d\1 55", "5 [mask] 55"), ("{a}", "set {a} {b}", "set [mask] {b}"),
     ("{0}", "{0} {1}", "[mask] {1}"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
     ("Köln", "In Köln", "In [mask]"),
     ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
-    ("New York", "in New\nYork and New  York", "in [mask] and [mask]"),  # white space matches white space
-    ("New\n York", "in New York", "in [mask]"),
-    ("Rome", "Rome rome ROME", "[mask] rome ROME"),  # case is kept
-    ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
+    ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
+    ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
 ]  # fmt: skip
 
 
@@ -68,8 +66,7 @@ WORDS = [
     ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"), ("é", "é né é", "[mask] né [mask]"),
     ("Rome", "Rome's and pre-Rome.", "[mask]'s and pre-[mask]."),
     ("New York", "New York, New Yorkers", "[mask], New Yorkers"), ("(b)", "a (b) c", "a [mask] c"),
-    ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"),
-    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
+    ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
     ("क", "कि क", "कि [mask]"), ("कि", "कि किय कि।", "[mask] किय [mask]।"),
 ]  # fmt: skip
 
@@ -118,11 +115,8 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
         (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
         ('""', "not_answerable"), ("(…)", "not_answerable"),
         ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
-        ("Lyon", "not_in_passage"),
-        ("paris", "not_in_passage"),  # copied exactly, case included
-        ("Paris—Lyon", "not_in_passage"),
-        ("cafe\u0301", "not_in_passage"),  # not even another encoding of the same letter
-        ("[mask]", "not_in_passage"),
+        ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
+        ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
     ],
 )  # fmt: skip
 def test_invalid_masks_say_why(words, cause):
@@ -149,14 +143,9 @@ LABELLED = passage(
 @pytest.mark.parametrize(
     ("words", "label"),
     [
-        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"),
-        ("Zod", "fact"),  # part of a word
-        ("in Zoda", "fact"),
-        ("Bonn is Zoda", "fact"),  # fact before copy
-        ("Bonn lies", "copy"),  # copy before template
-        ("in Zoda, said moki", "noise"),  # noise before all
-        ("moki. Bonn", "noise"),
-        ("i", "noise"),  # in lies, in, said, moki, is: noise again
+        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
+        ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
+        ("i", "noise"),
     ],
 )  # fmt: skip
 def test_label_of_a_mask(words, label):
@@ -274,9 +263,14 @@ def test_random_spans_in_all_scripts_have_one_to_ten_words_and_whole_letters(tex
     assert all(span.invalid == "" for span in spans)
     lengths = [len(word_spans(span.target)) for span in spans]
     assert (min(lengths), max(lengths)) == (1, 10) and 2.5 < sum(lengths) / 400 < 4.5
-    for span in spans:  # no vowel sign is left behind the mask
+    for span in spans if rule != "main" else ():  # no vowel sign is left behind the mask
         assert unicodedata.category(f"{text} "[span.start + len(span.target)]) not in ("Mn", "Mc")
-    assert mask(text[:11].replace(" ", ""), text, mask_rule=rule).invalid in ("too_many_words", "not_in_passage")
+
+
+def test_text_in_which_no_probe_mask_can_be_drawn_is_one_data_error():
+    corpus = Corpus([], [Passage("1", "", "", "… ! " * 6), Passage("2", "", "", "— " * 10)], {})
+    with pytest.raises(DataError, match="no probe mask can be drawn from 2 held-out passages .not_answerable"):
+        make_probe(corpus, None, Config(data="x"))
 
 
 def test_the_same_seed_gives_the_same_masks():

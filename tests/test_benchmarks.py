@@ -371,26 +371,24 @@ def test_the_fingerprint_is_of_ids_questions_and_golds(tmp_path):
     assert load("aime25", write(tmp_path / "b.jsonl", AIME25 | {"url": "x"}))[2] in prints
 
 
+NO_ITEM = [  # cause, benchmark, changes of a good record, each of which makes it useless
+    ("no_question", "gsm8k", GSM8K, {"question": "  "}, {"question": None}),
+    ("no_answer", "gsm8k", GSM8K, {"answer": ""}, {"answer": "1" * 2001}),
+    ("bad_utf8", "gsm8k", GSM8K, {"question": "half \ud800"}),
+    ("no_answer", "minerva", MINERVA, {"solution": "By symmetry, 7."}),
+    ("no_answer", "olympiad", OLYMPIAD, {"final_answer": None}),
+    ("no_answer", "amc23", AMC23, {"answer": True}),
+    ("no_answer", "mmlu_pro", MMLU_PRO, {"answer": "D"}, {"answer": None}, {"answer": "nitrogen"}),
+    ("no_options", "mmlu_pro", MMLU_PRO, {"options": ["argon"]}, {"options": ["argon"] * 27}, {"options": None}),
+    ("no_answer", "supergpqa", SUPERGPQA_INSIDE, {"answer": "B. other words"}),
+    ("no_answer", "supergpqa", SUPERGPQA, {"answer_letter": ""}),
+    ("no_answer", "bbeh", BBEH, {"target": " "}, {"target": ["(B)"]}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "record", "cause"),
-    [
-        ("gsm8k", GSM8K | {"question": "  "}, "no_question"), ("gsm8k", GSM8K | {"question": None}, "no_question"),
-        ("gsm8k", GSM8K | {"answer": ""}, "no_answer"), ("gsm8k", GSM8K | {"answer": "1" * 2001}, "no_answer"),
-        ("gsm8k", GSM8K | {"question": "half \ud800"}, "bad_utf8"),
-        ("minerva", MINERVA | {"solution": "By symmetry, 7."}, "no_answer"),
-        ("olympiad", OLYMPIAD | {"final_answer": None}, "no_answer"),
-        ("amc23", AMC23 | {"answer": True}, "no_answer"),
-        ("mmlu_pro", MMLU_PRO | {"answer": "D"}, "no_answer"),  # three options
-        ("mmlu_pro", MMLU_PRO | {"answer": None}, "no_answer"),
-        ("mmlu_pro", MMLU_PRO | {"answer": "nitrogen"}, "no_answer"),
-        ("mmlu_pro", MMLU_PRO | {"options": ["argon"]}, "no_options"),
-        ("mmlu_pro", MMLU_PRO | {"options": ["argon"] * 27}, "no_options"),
-        ("mmlu_pro", MMLU_PRO | {"options": None}, "no_options"),
-        ("supergpqa", SUPERGPQA_INSIDE | {"answer": "B. other words"}, "no_answer"),
-        ("supergpqa", SUPERGPQA | {"answer_letter": ""}, "no_answer"), ("bbeh", BBEH | {"target": " "}, "no_answer"),
-        ("bbeh", BBEH | {"target": ["(B)"]}, "no_answer"),
-    ],
-)  # fmt: skip
+    ("name", "record", "cause"), [(n, good | change, c) for c, n, good, *changes in NO_ITEM for change in changes]
+)
 def test_a_record_that_is_no_item_is_counted_and_named(name, record, cause, tmp_path):
     good = next(record for layout, record, _ in LAYOUTS if layout == name)
     log: list[str] = []

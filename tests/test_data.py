@@ -3,6 +3,7 @@
 The tokenizer of these tests makes one token of each white-space separated word, so lengths can be counted by eye.
 """
 
+import doctest
 import gzip
 import hashlib
 import json
@@ -776,6 +777,10 @@ def asked(path: Path, **changes) -> tuple[list[data.Question], dict[str, int], l
     return questions, counts, log
 
 
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(data).attempted >= 3 and doctest.testmod(data).failed == 0
+
+
 def test_verl_as_parquet_with_its_nested_columns(tmp_path):
     records = [VERL, VERL | {"reward_model": {"ground_truth": "", "style": "rule"}}, VERL]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "verl.parquet")
@@ -811,27 +816,27 @@ def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
     assert data.question_text(verl) == VERL["prompt"][0]["content"]
 
 
+NO_QUESTION = [
+    {"answer": "5"}, {"question": "  ", "answer": "5"}, {"question": 7, "answer": "5"}, {"prompt": [], "answer": "5"},
+    {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": [{"role": "user", "content": None}], "answer": "5"}, {"prompt": ["a"], "answer": "5"},
+]  # fmt: skip
+NO_ANSWER = [
+    {}, {"answer": ""}, {"answer": True}, {"answer": float("nan")}, {"answer": float("inf")}, {"answer": ["1", "2"]},
+    {"final_answer": []}, {"final_answer": ["1", None]}, {"answer": {"value": 5}}, {"answer": "5" * 2001},
+    {"solution": "By symmetry, 7."}, {"reward_model": {"ground_truth": None}, "answer": "5"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("record", "cause"),
     [
-        ({"answer": "5"}, "no_question"), ({"question": "  ", "answer": "5"}, "no_question"),
-        ({"question": 7, "answer": "5"}, "no_question"), ({"prompt": [], "answer": "5"}, "no_question"),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "no_question"),
-        ({"prompt": [{"role": "user", "content": None}], "answer": "5"}, "no_question"),
-        ({"prompt": ["a"], "answer": "5"}, "no_question"), ({"question": "p"}, "no_answer"),
-        ({"question": "p", "answer": ""}, "no_answer"), ({"question": "p", "answer": True}, "no_answer"),
-        ({"question": "p", "answer": float("nan")}, "no_answer"),
-        ({"question": "p", "answer": float("inf")}, "no_answer"),
-        ({"question": "p", "answer": ["1", "2"]}, "no_answer"), ({"question": "p", "final_answer": []}, "no_answer"),
-        ({"question": "p", "final_answer": ["1", None]}, "no_answer"),
-        ({"question": "p", "answer": {"value": 5}}, "no_answer"),
-        ({"question": "p", "answer": "5" * 2001}, "no_answer"),
-        ({"question": "p", "solution": "By symmetry, 7."}, "no_answer"),
-        ({"question": "p", "reward_model": {"ground_truth": None}, "answer": "5"}, "no_answer"),
+        *((record, "no_question") for record in NO_QUESTION),
+        *(({"question": "p"} | record, "no_answer") for record in NO_ANSWER),
         ({"question": "p", "options": ["1", "2"], "answer": "B"}, "choices"),
         ({"question": "p \ud800", "answer": "5"}, "bad_utf8"),
     ],
-)  # fmt: skip
+)
 def test_a_record_that_is_no_question_is_counted_with_file_and_line(record, cause, tmp_path):
     questions, counts, log = asked(write_jsonl(tmp_path / "mixed.jsonl", [GSM8K, record]))
     assert [question.id for question in questions] == ["mixed.jsonl:1"]
@@ -856,9 +861,3 @@ def test_questions_end_at_max_passages_and_a_source_without_any_says_why(tmp_pat
     assert len(questions) == 2 and "max_passages=2 reached" in log[0]
     with pytest.raises(DataError, match=r"no usable question in .*a\.jsonl: skipped 5 no_answer; first.*a\.jsonl:1"):
         asked(write_jsonl(tmp_path / "a.jsonl", [{"question": "p"}] * 5))
-
-
-def test_instructions_that_data_sets_append_can_be_taken_off():
-    asked = "What is 1 + 1? Let's think step by step and output the final answer within \\boxed{}."
-    assert data.strip_instruction(asked) == "What is 1 + 1?"
-    assert data.strip_instruction("What is 1 + 1?") == "What is 1 + 1?"

@@ -17,20 +17,18 @@ Alone:  python benchmarks.py NAME [FILE_OR_FOLDER]   counts, fingerprint, the fi
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
 import string
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, ConfigError
-from data import CAUSES, SURROGATE, DataError, Skip, gold_answer, local_files, local_records, parquet_rows
+from data import CAUSES, SURROGATE, DataError, Skip, file_records, gold_answer, hub_records, local_files
 from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, fill, last_answer
 from scoring import fuzzy_match, guessed_letter, maths_scores, option_letter
 from scoring import last_number as number_in
@@ -130,7 +128,7 @@ def load_items(
             log(f"{name}: {problems[-1]}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
 
     items, numbers, numbered = [], [], Counter()
-    for where, task, record in _local(path, row, log) if path else _hub(row):
+    for where, task, record in _records(path, row, log):
         counts["records"] += 1
         numbered[task] += 1
         prefix = f"{task}/" if task else ""
@@ -229,36 +227,16 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- where records come from
 
 
-def _hub(row: Benchmark) -> Iterator[tuple[str, str, dict]]:
-    """(where, task, record) of a hub dataset."""
-    from datasets import load_dataset  # here alone: local files need neither the import nor a network
-
-    try:
-        records = load_dataset(row.hub, row.subset or None, split=row.split)
-    except Exception as error:  # network, hub and parser each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(
-            f"hub dataset {row.hub!r}, subset {row.subset!r}, split {row.split!r}, cannot be read ({reason}); check "
-            "the network, or give the path of a local copy"
-        ) from None
-    for number, record in enumerate(records):
-        yield f"{row.hub} record {number + 1}", str(record.get(TASK_FIELD) or ""), record
-
-
-def _local(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
-    """(where, task, record) of a local copy, files by name, records as they stand."""
+def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
+    """(where, task, record) of the hub, or of a local copy: files by name, records as they stand."""
+    if not path:
+        for where, _, record in hub_records(row.hub, row.subset, row.split):
+            yield where, str(record.get(TASK_FIELD) or ""), record
+        return
     config = Config(data=path, data_config=row.subset)
     for file in _files(config, row, log):
         task = file.parent.name if file.name == "task.json" else ""
-        if file.suffix.lower() == ".parquet" and file.stat().st_size:
-            found = parquet_rows(file, file.name, (), (), "", _refuse)
-        elif (whole := _whole_file(file)) is not None:
-            found = ((f"{file}: record {number}", "", record) for number, record in enumerate(whole, 1))
-        else:
-            found = local_records([file], config, _refuse)
-        for where, _, record in found:
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: a {type(record).__name__}, not an object with fields")
+        for where, _, record in file_records([file], config, _refuse):
             yield where, str(record.get(TASK_FIELD) or task), record
 
 
@@ -276,23 +254,6 @@ def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[P
     if len(chosen) > 1 and not (tasks or split):
         raise DataError(f"{config.data}: {len(chosen)} files, none named after split {row.split!r}; give one of them")
     return chosen
-
-
-def _whole_file(path: Path) -> list | None:
-    """The records of a file that is one JSON value: an array, {"examples": [...]}, a single record. None for records a
-    line; and for what cannot be decoded, which the reader of lines reports."""
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" or not text.strip():
-            return None
-        raise DataError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError):
-        return None
-    examples = value.get("examples", [value]) if isinstance(value, dict) else value
-    return examples if isinstance(examples, list) else [examples]
 
 
 def _refuse(cause: str, where: str, detail: str = "") -> None:

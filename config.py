@@ -19,6 +19,7 @@ import re
 import reprlib
 import sys
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def typed(values: dict, known: dict[str, str]) -> dict:
 def read_file(path: Path, depth: int = 0) -> dict:
     """The file's keys, on top of those of the file named by `base:`, beside it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise ConfigError(f"config file {str(path)!r}: cannot be read ({type(error).__name__})") from None
     values = _parse_yaml(text, f"config file {str(path)!r}")
@@ -116,6 +117,8 @@ def _typed(key: str, value, kind: str):
         "bool | str": "true, false or auto",
         "str": "text, UTF-8 without NUL",
     }[kind]
+    if kind == "str" and isinstance(value, bool | int | float | date):
+        allowed = "text; YAML reads this one as another type, so put it in quotes, as in key: 'no' or \"key='no'\""
     raise ConfigError(f"{key}={_shown(value)}: expected {allowed}")
 
 
@@ -379,7 +382,7 @@ def read_config(words: list[str]) -> Config:
     Raises ConfigError; `read_config(["no_such.yaml"])`, `["steps=-1"]` and `["stepz=1"]` each say what is wrong.
     """
     values, name = {}, "run"
-    if words and "=" not in words[0]:
+    if words and ("=" not in words[0] or os.path.isfile(words[0])):
         values, name, words = read_file(Path(words[0])), Path(words[0]).stem, words[1:]
     values |= parse_words(words, "the config file")
     known = {field.name: field.type for field in fields(Config)}

@@ -4,23 +4,22 @@
     passages.jsonl --hash of the article--> train | heldout --permutation of (seed, epoch)--> passages of a step
 
 `config.data` is a hub name, or a local parquet, jsonl, json or txt file (the last three also .gz), or a folder of them.
-One process builds the index; every process loads it. A record that cannot be used is counted under a cause of CAUSES,
-with file and line. An index is reused while what it was made from stays the same.
+A json file holds records a line, one array, {"examples": [...]} or one record. `file_records` reads all of them, for
+passages, questions and benchmarks. A record that cannot be used is counted under a cause of CAUSES, with file and line.
+The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on after it.
 
-Order: files and the row groups of parquet files come in seeded order, and so do the rows in them; lines of a jsonl or
-txt file come as they stand. An index capped by max_passages is thus a seeded sample of row groups, but only the first
-part of one big jsonl: shuffle such a file beforehand.
+Order: files, row groups and rows of parquet files come in seeded order, lines of other files as they stand. An index
+capped by max_passages is thus a sample of a parquet file, but the first part of a jsonl: shuffle it beforehand.
+Prose: a text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is
+kept when it has MIN_PROSE_CHARS letters, ends like a sentence and is no list item; all from END_SECTION on is dropped.
+Thai, Lao and Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
+A record with `labels` (one of LABELS per word) is taken whole; labels of another kind are ignored.
+Lengths: a passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes paragraphs
+until it is reached. A paragraph over the maximum is cut at the last sentence end that fits, again and again. Ours: the
+paper says "Wikipedia" and lengths, no more.
 
-Prose: a text of one line is taken as it is. In a longer one, blocks end at blank lines, hard-wrapped blocks are joined
-again, and each line is a paragraph. It is kept when it has MIN_PROSE_CHARS characters, ends like a sentence and is no
-list item; everything from a heading of END_SECTION on is dropped. A record with `labels` (one per word) is taken whole.
-Lengths: each passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes
-paragraphs until it is reached, never exceeding the maximum. The paper says "Wikipedia" and lengths, no more; this is
-ours. Left out: near-duplicates, filters for language and quality.
-
-Questions come in three layouts, told by their fields: verl (prompt: [{role, content}], reward_model: {ground_truth});
-GSM8K (question, answer that ends in "#### 42"); generic (question | problem | prompt, answer | final_answer |
-solution, of which the last \\boxed{} counts).
+Questions: verl (prompt: [{role, content}], reward_model: {ground_truth}); GSM8K (answer ends in "#### 42"); generic
+(question | problem | prompt, answer | final_answer | solution, of which the last \\boxed{} counts).
 
 Alone:  python data.py configs/tiny.yaml   builds the index in RUN_DIR/cache and shows the passages of step 0.
 """
@@ -45,6 +44,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from config import Config, one_line, parse_command_line
 from verify import MAX_ANSWER_CHARS, extract_gold
@@ -56,19 +56,25 @@ CAUSES = {
     "unreadable": "file broken or cut off; what came before the break is kept",
     "long_line": "line over 64 MiB",
     "bad_utf8": "not UTF-8",
-    "bad_json": "not a JSON object on one line",
+    "bad_json": "not a JSON object",
     "no_text": "no text field, or not a string",
     "bad_labels": f"labels are not one of {', '.join(LABELS)} per word",
-    "duplicate_id": "id seen before",
+    "duplicate": "the same record was read before",
     "empty": "no text",
     "no_prose": "article with headings, lists or references only",
     "too_short": "passage or rest of an article under min_passage_tokens",
-    "too_long": "paragraph over max_passage_tokens",
+    "too_long": "sentence over max_passage_tokens",
     "reserved": "passage contains " + " or ".join(RESERVED) + " or a special token of the tokenizer",
+    "no_question": "no text in question, problem, prompt, or a chat that is not one user turn",
+    "no_answer": "no answer that can be checked",
+    "choices": "multiple choice",
 }
+QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
 LINE_LIMIT = 64 << 20  # bytes; a file without line ends must not fill the memory
+ARRAY_LIMIT = 1 << 30  # bytes; a longer file is not parsed as one JSON value
 TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
 Skip = Callable[..., None]  # skip(cause, where, detail="")
+Record = tuple[str, str, dict]  # where, for messages; "file:line", the id of a record that has none; fields
 
 
 class DataError(ValueError):
@@ -78,70 +84,30 @@ class DataError(ValueError):
         super().__init__(one_line(message))
 
 
-@dataclass
-class Article:
-    """A usable record. `key` decides its side of the split: articles of one url (else title, else id) stay together."""
+class Tally:
+    """Counts what is skipped; the first three of a cause are logged with file and line, the QUIET ones are not."""
 
-    id: str
-    title: str
-    url: str
-    text: str
-    labels: list[str] | None
-    where: str  # "file:line", for messages
+    def __init__(self, log: Callable[[str], None]):
+        self.counts: Counter[str] = Counter()
+        self.log, self.first_problem = log, ""
 
-    @property
-    def key(self) -> str:
-        return self.url or self.title or self.id
+    def skip(self, cause: str, where: str, detail: str = "") -> None:
+        self.counts[cause] += 1
+        if cause not in QUIET and self.counts[cause] <= 3:
+            line = one_line(f"{where}: skipped, {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+            self.first_problem = self.first_problem or f"; first problem: {line}"
+            self.log(f"data: {line}" + ("; more of these are only counted" if self.counts[cause] == 3 else ""))
 
-
-def read_articles(records: Iterable[tuple[str, str, dict]], config: Config, skip: Skip) -> Iterator[Article]:
-    """(where, id to use if it has none, record) -> usable articles."""
-    seen = set()
-    for where, own_id, record in records:
-        text, labels = record.get(config.text_field), record.get("labels")
-        id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
-        id_ = id_ or own_id
-        if not isinstance(text, str):
-            skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
-        elif not text.strip():
-            skip("empty", where)
-        elif any(SURROGATE.search(value) for value in (text, id_, title, url)):
-            skip("bad_utf8", where, "half of a surrogate pair")
-        elif labels is not None and not (
-            isinstance(labels, list) and all(label in LABELS for label in labels) and len(labels) == len(text.split())
-        ):
-            skip("bad_labels", where)
-        elif id_ in seen:
-            skip("duplicate_id", where, id_)
-        else:
-            seen.add(id_)
-            yield Article(id_, title, url, text, labels, where)
+    def skipped(self) -> str:
+        return ", ".join(f"{self.counts[cause]:,} {cause}" for cause in CAUSES if self.counts[cause]) or "nothing"
 
 
-def hub_records(config: Config) -> Iterator[tuple[str, str, dict]]:
-    """Streams a hub dataset, row groups in seeded order, so that only those that are needed are fetched."""
-    from datasets import load_dataset  # here alone: local files need neither the import nor a network
-
-    name = config.data
-    try:
-        stream = load_dataset(name, config.data_config or None, split="train", streaming=True)
-        for number, record in enumerate(stream.reshard().shuffle(seed=config.seed, buffer_size=1000)):
-            if number == 0 and config.text_field not in record:
-                raise DataError(f"{name}: no column text_field={config.text_field!r}; columns are {', '.join(record)}")
-            yield f"{name} record {number}", f"{name}:{number}", record
-    except DataError:
-        raise
-    except Exception as error:  # network, hub and parser each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(
-            f"hub dataset {name!r}, data_config={config.data_config!r}, cannot be read ({reason}); check the name and "
-            "the network, or give data= the path of a local copy"
-        ) from None
+# ---------------------------------------------------------------------------------------------- where records come from
 
 
 def source_path(config: Config) -> Path:
-    """config.data as a path, links followed as far as they lead. By os.path, which raises at no name: a loop of links,
-    a name too long or a user who does not exist is a path to nothing."""
+    """config.data as a path, links followed. By os.path, which raises at no name: a loop of links, a name too long or a
+    user who does not exist is a path to nothing."""
     return Path(os.path.realpath(os.path.expanduser(config.data)))
 
 
@@ -174,33 +140,70 @@ def _kind(path: Path) -> str:
     return {".jsonl": "json", ".json": "json", ".txt": "txt"}.get(suffix, "")
 
 
-def local_records(files: list[Path], config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
-    top = source_path(config)
-    files = list(files)
-    random.Random(config.seed).shuffle(files)
-    readers = {"parquet": _parquet_records, "json": _json_records, "txt": _txt_records}
+def file_records(
+    files: list[Path],
+    config: Config,
+    skip: Skip,
+    columns: tuple = (),
+    needed: tuple = (),
+    cause: str = "no_text",
+    shuffled: bool = False,
+) -> Iterator[Record]:
+    """The records of files of any kind, one reader for passages, questions and benchmarks.
+
+    Of a parquet file the `columns` (all, if none is named); skip(cause, ...) if none of the `needed` ones is there.
+    A txt file is one article, under config.text_field. shuffled: files and parquet rows come in an order of the seed.
+    """
+    top, files = source_path(config), list(files)
+    if shuffled:
+        random.Random(config.seed).shuffle(files)
     for path in files:
         name = one_line(path.name if path == top else path.relative_to(top).as_posix())  # it becomes part of ids
+        kind = _kind(path)
         if path.stat().st_size == 0:
             skip("empty", str(path), "0 bytes")
+        elif kind == "parquet":
+            order = random.Random(f"{config.seed} {name}") if shuffled else None
+            yield from _parquet_records(path, name, columns, needed, cause, skip, order)
+        elif kind == "txt":
+            yield from _txt_records(path, name, config.text_field, skip)
         else:
-            yield from readers[_kind(path)](path, name, config, skip)
+            yield from _json_records(path, name, skip)
 
 
-def _parquet_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
-    wanted = (config.text_field, "id", "title", "url", "labels")
-    order = random.Random(f"{config.seed} {name}")
-    return parquet_rows(path, name, wanted, (config.text_field,), "no_text", skip, order)
+def hub_records(
+    name: str, part: str, split: str = "train", seed: int | None = None, field: str = ""
+) -> Iterator[Record]:
+    """The records of a hub dataset; raises DataError in one line, also if the first record lacks `field`.
 
-
-def parquet_rows(
-    path: Path, name: str, wanted: tuple, needed: tuple, cause: str, skip: Skip, order: random.Random | None = None
-) -> Iterator[tuple[str, str, dict]]:
-    """The wanted columns of each row (all, if none is named); skip(cause, ...) if none of the needed ones is there.
-
-    As they stand, or with `order` row groups and rows shuffled. A broken row group costs that group, a broken table of
-    contents (it is at the end: a file that was cut) the file.
+    With a seed they are streamed, row groups in an order of the seed, so that only those that are needed are fetched.
     """
+    from datasets import load_dataset  # here alone: local files need neither the import nor a network
+
+    try:
+        if seed is None:
+            records = load_dataset(name, part or None, split=split)
+        else:
+            stream = load_dataset(name, part or None, split=split, streaming=True)
+            records = stream.reshard().shuffle(seed=seed, buffer_size=1000)
+        for number, record in enumerate(records):
+            if number == 0 and field and field not in record:
+                raise DataError(f"{name}: no column text_field={field!r}; columns are {', '.join(record)}")
+            yield f"{name} record {number}", f"{name}:{number}", record
+    except DataError:
+        raise
+    except Exception as error:  # network, hub and parser each raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(
+            f"hub dataset {name!r}, configuration {part!r}, split {split!r}, cannot be read ({reason}); check the name "
+            "and the network, or give the path of a local copy"
+        ) from None
+
+
+def _parquet_records(
+    path: Path, name: str, wanted: tuple, needed: tuple, cause: str, skip: Skip, order: random.Random | None
+) -> Iterator[Record]:
+    """A broken row group costs that group; a broken table of contents (at the end: a file that was cut) the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,8 +242,7 @@ def parquet_rows(
 
 
 def _value(scalar):
-    """A cell as a Python value; None where Python has none (a date in the year 30000, a struct with one name twice).
-    Raises UnicodeDecodeError."""
+    """None where Python has no such value (a date in the year 30000, a struct with one name twice)."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -249,23 +251,62 @@ def _value(scalar):
         return None
 
 
-def _json_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
-    for number, line in _lines(path, skip):
-        where = f"{path}:{number}"
-        if line is None or not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            skip("bad_json", where, str(error))
-            continue
-        if isinstance(record, dict):
-            yield where, f"{name}:{number}", record
+def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
+    values = _whole_json(path, skip)
+    for number, value in _lines(path, skip) if values is None else enumerate(values, 1):
+        where = f"{path}:{number}" if values is None else f"{path}: record {number}"
+        if values is None:
+            if not (value or "").strip():
+                continue
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                skip("bad_json", where, str(error))
+                continue
+        if isinstance(value, dict):
+            yield where, f"{name}:{number}", value
         else:
-            skip("bad_json", where, f"a {type(record).__name__}")
+            skip("bad_json", where, f"a {type(value).__name__}")
 
 
-def _txt_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
+def _whole_json(path: Path, skip: Skip) -> list | None:
+    """The records of a file that is one JSON value over one line or many; None for a file to be read line by line."""
+
+    def examples(value) -> list | None:
+        found = value.get("examples") if isinstance(value, dict) else value
+        return found if isinstance(found, list) else None
+
+    def parsed(text: bytes):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text.decode("utf-8-sig"))
+
+    try:
+        with _open(path) as file:
+            head = first = file.readline(LINE_LIMIT)
+            while first and not first.strip():
+                first = file.readline(LINE_LIMIT)
+                head += first
+            opening = first.decode("utf-8-sig", "replace").strip()
+            value = parsed(first)
+            if opening[:1] not in ("[", "{") or (isinstance(value, dict) and examples(value) is None):
+                return None
+            rest = file.read(ARRAY_LIMIT)
+            if len(rest) == ARRAY_LIMIT:
+                return None
+            value = json.loads((head + rest).decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        lines = (line for line in rest.split(b"\n") if line.lstrip().startswith(b"{"))
+        if opening not in ("[", "{") or any(isinstance(parsed(line), dict) for line in lines):
+            return None
+        skip("bad_json", f"{path}:{error.lineno}", error.msg)
+        return []
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return None  # the reader of lines reports it
+    found = examples(value)
+    return [value] if found is None else found
+
+
+def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:
     """One article per file, titled by the file's name. A long file is cut at blank lines into pieces, which share the
     title and so the side of the split; a piece with an unreadable line is dropped whole."""
     title = one_line(Path(path.name.removesuffix(".gz")).stem)
@@ -276,16 +317,19 @@ def _txt_records(path: Path, name: str, config: Config, skip: Skip) -> Iterator[
         broken = broken or line is None
         if number == 0 or (line is not None and not piece[-1] and size > TXT_PIECE):
             if not broken and (size or first == 1):
-                values = {config.text_field: "\n".join(piece), "title": title}
-                yield f"{path}:{first}", f"{name}:{first}", values
+                yield f"{path}:{first}", f"{name}:{first}", {text_field: "\n".join(piece), "title": title}
             piece, size, first, broken = [], 0, number + 1, False
+
+
+def _open(path: Path):
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
 
 
 def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
     """(line number from 1, its text) of a text file; None for a line that was skipped. Ends early at a gzip's break."""
     number = 0
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        with _open(path) as file:
             while line := file.readline(LINE_LIMIT):
                 number += 1
                 text = None
@@ -303,9 +347,24 @@ def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
         skip("unreadable", f"{path}:{number + 1}", str(error))
 
 
-INDEX_VERSION = 2  # raise it with any edit that changes passages, or an old index would be reused
-MIN_PROSE_CHARS = 40
-SENTENCE_END = re.compile(r"""[.!?…。！？।۔։።؟]["'”’»›)\]」』]*$""")
+# ------------------------------------------------------------------------------------------------- articles to passages
+
+INDEX_VERSION = 3  # raise it with any edit that changes passages, or an old index would be reused
+MIN_PROSE_CHARS = 40  # letters; a character of WIDE says as much as three
+SCRIPTS = r"\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}\p{scx=Tibt}"
+UNSPACED = rf"[[{SCRIPTS}]&&[\p{{L}}\p{{M}}]]"
+"""A letter of a script that puts no space between words. For `regex`, in version 1 of its syntax (?V1)."""
+WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
+UNMARKED = r"[\p{Thai}\p{Lao}\p{Tibetan}]"  # scripts whose sentences end without a mark
+CLOSERS = r"""["'”’»›)\]」』）】》]*"""
+SENTENCE_END = regex.compile(rf"(?:[\p{{Sentence_Terminal}}…]{CLOSERS}|{UNMARKED})$")
+STOP = r"[[\p{Sentence_Terminal}…]--[.]]"
+SENTENCE_BREAK = regex.compile(  # where a paragraph may be cut; a full stop after "Mr" or an initial is no end
+    rf"(?V1)(?:(?<!\b(?:\p{{L}}|\p{{L}}\.\p{{L}}|[A-Z][a-z]{{1,2}}|Prof|Capt|etc|vs|cf|ca|no|vol|pp))\.|{STOP}){CLOSERS}\s+(?!\p{{Ll}})"
+    rf"|[。！？｡។៕။]{CLOSERS}(?![\s\p{{P}}]|$)|(?<={UNMARKED})\s+(?={UNMARKED})"
+)
+BESIDE_WRAP = rf"[{UNSPACED}\u3001-\u303f\uff01-\uff60]"
+WRAP_WITHOUT_SPACE = regex.compile(rf"(?V1)(?<={BESIDE_WRAP})\n(?={BESIDE_WRAP})")
 LIST_MARK = re.compile(r"[*•·|;:]|\{\||[-–—!#]+\s|\(?\d{1,3}[.)]\s")
 END_SECTION = re.compile(
     r"^[=#: \t]*(references|external links|see also|further reading|notes|footnotes|citations|sources|bibliography"
@@ -314,6 +373,53 @@ END_SECTION = re.compile(
 )
 BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
 CHARS_PER_TOKEN = 32  # a paragraph with more than this on average is too long without asking the tokenizer
+
+
+@dataclass
+class Article:
+    """A usable record. `key` decides its side of the split: articles of one url (else title, else id) stay together."""
+
+    id: str  # unique in the corpus
+    title: str
+    url: str
+    text: str
+    labels: list[str] | None
+    where: str  # "file:line", for messages
+    key: str
+
+
+def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> Iterator[Article]:
+    """Usable articles. A record that repeats id, title, url and text is dropped; an id with another text gets the
+    record's file and line added, since many corpora number the records of each file anew."""
+    seen, ids = set(), set()
+    for where, own_id, record in records:
+        text, labels = record.get(config.text_field), record.get("labels")
+        id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
+        ours = [label in LABELS for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
+        named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
+        digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
+        if not isinstance(text, str):
+            tally.skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
+        elif not text.strip():
+            tally.skip("empty", where)
+        elif SURROGATE.search(named):
+            tally.skip("bad_utf8", where, "half of a surrogate pair")
+        elif any(ours) and not (all(ours) and len(ours) == len(labels) == len(text.split())):
+            tally.skip("bad_labels", where)
+        elif digest in seen:
+            tally.skip("duplicate", where, id_)
+        else:
+            if labels is not None and not any(ours):
+                if not tally.counts["labels_ignored"]:
+                    tally.log(one_line(f"data: {where}: labels are ignored, they are none of {', '.join(LABELS)}"))
+                tally.counts["labels_ignored"] += 1
+                labels = None
+            key = url or title or id_ or own_id
+            id_ = id_ or own_id
+            id_ = f"{id_} {own_id}" if id_ in ids else id_
+            seen.add(digest)
+            ids.add(id_)
+            yield Article(id_, title, url, text, labels, where, key)
 
 
 @dataclass
@@ -341,7 +447,7 @@ def paragraphs(text: str) -> tuple[list[str], int]:
         lines = [line.rstrip() for line in block.split("\n") if line.strip()]
         if _is_hard_wrapped(lines):
             used += len(lines) - 1
-            lines = [" ".join(lines)]
+            lines = [" ".join(WRAP_WITHOUT_SPACE.sub("", "\n".join(lines)).split("\n"))]
         for line in lines:
             listed = len(lines) > 1 and line[0].isspace()  # the hub's Wikipedia indents list items
             if not listed and _is_prose(line.strip()):
@@ -351,7 +457,11 @@ def paragraphs(text: str) -> tuple[list[str], int]:
 
 
 def _is_prose(line: str) -> bool:
-    return len(line) >= MIN_PROSE_CHARS and bool(SENTENCE_END.search(line)) and not LIST_MARK.match(line)
+    return _long_enough(line) and bool(SENTENCE_END.search(line)) and not LIST_MARK.match(line)
+
+
+def _long_enough(line: str) -> bool:
+    return len(line) >= MIN_PROSE_CHARS or len(line) + 2 * len(WIDE.findall(line)) >= MIN_PROSE_CHARS
 
 
 def _is_hard_wrapped(lines: list[str]) -> bool:
@@ -359,7 +469,7 @@ def _is_hard_wrapped(lines: list[str]) -> bool:
     if len(lines) < 2 or any(line[0].isspace() or LIST_MARK.match(line) for line in lines[1:]):
         return False
     inside = sum(
-        after[0].islower() or (len(line) >= MIN_PROSE_CHARS and not SENTENCE_END.search(line) and line[-1] != ":")
+        after[0].islower() or (_long_enough(line) and not SENTENCE_END.search(line) and line[-1] != ":")
         for line, after in zip(lines, lines[1:], strict=False)
     )
     return 2 * inside >= len(lines) - 1
@@ -369,8 +479,8 @@ def group_paragraphs(lengths: list[int], joint: int, longest: int, draw_target: 
     """Consecutive paragraphs -> groups of their numbers, one group a passage. lengths, joint, longest in tokens.
 
     A group is closed when it reaches its target or when the next paragraph would take it over `longest`; `joint` is
-    the length of the blank line between two. Lengths 50, 60, 90, 30 with joint 1, longest 120 and targets of 100:
-    [[0, 1], [2], [3]], where 50 + 1 + 60 reaches 100, and 90 + 1 + 30 would exceed 120.
+    the length of the blank line between two. Lengths 50, 60, 90, 30 with joint 1, longest 120 and targets of 100 give
+    [[0, 1], [2], [3]].
     """
     groups: list[list[int]] = []
     size, target = 0, -1.0
@@ -383,38 +493,66 @@ def group_paragraphs(lengths: list[int], joint: int, longest: int, draw_target: 
     return groups
 
 
-def cut(
-    articles: Iterable[Article], tokenizer, config: Config, counts: Counter, skip: Skip
-) -> Iterator[tuple[Passage, Article]]:
-    """Articles -> passages that fit, with the article each comes from; two tokenizer calls per batch of articles."""
+def cut_at_sentences(texts: list[str], tokenizer, longest: int) -> list[list[str]]:
+    """Each text in pieces of whole sentences, as many as fit `longest` tokens; a sentence that does not fit is a piece
+    of its own. With longest=6 and a token a word, "It is old. It fell in 1810. Why?" gives "It is old.", "It fell in
+    1810. Why?"."""
+    sentences = []
+    for text in texts:
+        ends = [0, *(match.end() for match in SENTENCE_BREAK.finditer(text)), len(text)]
+        sentences.append([text[start:end] for start, end in zip(ends, ends[1:], strict=False) if start < end])
+    sizes = iter(_token_counts([sentence for some in sentences for sentence in some], tokenizer, longest))
+    pieces: list[list[str]] = []
+    for some in sentences:
+        pieces.append([])
+        filled = longest
+        for sentence in some:
+            size = next(sizes)
+            if filled + size <= longest:
+                pieces[-1][-1] += sentence
+                filled += size
+            else:
+                pieces[-1].append(sentence)
+                filled = size
+    return [[piece.strip() for piece in some] for some in pieces]
+
+
+def cut(articles: Iterable[Article], tokenizer, config: Config, tally: Tally) -> Iterator[tuple[Passage, Article]]:
+    """Articles -> passages that fit, with the article each comes from; few tokenizer calls per batch of articles."""
     low, high = config.min_passage_tokens, config.max_passage_tokens
+
+    def measured(texts: list[list[str]]) -> list[list[int]]:
+        counts = iter(_token_counts([text for some in texts for text in some], tokenizer, high))
+        return [[next(counts) for _ in some] for some in texts]
+
     joint = _token_counts(["\n\n"], tokenizer, high)[0]
     reserved = (*RESERVED, *tokenizer.all_special_tokens)  # a special token in a text would become one in the prompt
     for batch in _batches(articles):
         parts = [([a.text], 0) if a.labels is not None else paragraphs(a.text) for a in batch]
-        lengths = iter(_token_counts([text for kept, _ in parts for text in kept], tokenizer, high))
-        pieces = []  # per article: (text, tokens), the latter None where it is to be counted
-        for article, (kept, _) in zip(batch, parts, strict=True):
-            sizes = [next(lengths) for _ in kept]
+        kept = [some for some, _ in parts]
+        sizes = measured(kept)
+        long = [(a, i) for a, row in enumerate(sizes) for i, n in enumerate(row) if n > high and not batch[a].labels]
+        pieces = cut_at_sentences([kept[a][i] for a, i in long], tokenizer, high)
+        for (a, i), some, lengths in reversed(list(zip(long, pieces, measured(pieces), strict=True))):
+            kept[a][i : i + 1], sizes[a][i : i + 1] = some, lengths
+            if min(lengths) <= high:
+                tally.counts["cut"] += 1
+        joined = []  # tokens of joined paragraphs need not add up: count the joined text
+        for article, some, lengths in zip(batch, kept, sizes, strict=True):
             # a generator of its own, so that an article's passages do not depend on what was read before it
-            generator = random.Random(f"{config.seed} {article.id}")
-            groups = group_paragraphs(
-                sizes, joint, high, lambda g=generator: math.exp(g.uniform(math.log(low), math.log(high)))
-            )
-            pieces.append([("\n\n".join(kept[i] for i in g), sizes[g[0]] if len(g) == 1 else None) for g in groups])
-        # tokens of joined paragraphs need not add up: count the joined text
-        joined = iter(_token_counts([t for some in pieces for t, size in some if size is None], tokenizer, high))
-        for article, (kept, dropped), some in zip(batch, parts, pieces, strict=True):
-            counts["articles"] += 1
-            counts["dropped_lines"] += dropped
-            if not kept:
-                skip("no_prose", article.where)
-            for number, (text, size) in enumerate(some):
-                size = next(joined) if size is None else size
+            draw = random.Random(f"{config.seed} {article.id}").uniform
+            groups = group_paragraphs(lengths, joint, high, lambda d=draw: math.exp(d(math.log(low), math.log(high))))
+            joined.append(["\n\n".join(some[i] for i in group) for group in groups])
+        for article, texts, lengths, (some, dropped) in zip(batch, joined, measured(joined), parts, strict=True):
+            tally.counts["articles"] += 1
+            tally.counts["dropped_lines"] += dropped
+            if not some:
+                tally.skip("no_prose", article.where)
+            for number, (text, size) in enumerate(zip(texts, lengths, strict=True)):
                 if size < low or size > high:
-                    skip("too_short" if size < low else "too_long", article.where)
+                    tally.skip("too_short" if size < low else "too_long", article.where)
                 elif any(mark in text for mark in reserved):
-                    skip("reserved", article.where)
+                    tally.skip("reserved", article.where)
                 else:
                     yield Passage(f"{article.id}#{number}", article.title, article.url, text, article.labels), article
 
@@ -443,14 +581,11 @@ def _batches(articles: Iterable[Article]) -> Iterator[list[Article]]:
         yield batch
 
 
-QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
-
-
 @dataclass
 class Corpus:
     train: list[Passage]
     heldout: list[Passage]
-    counts: dict[str, int]  # articles, passages, train, heldout, dropped_lines, and each cause that occurred
+    counts: dict[str, int]  # articles, passages, train, heldout, dropped_lines, cut, and each cause that occurred
 
 
 def build_index(
@@ -458,15 +593,16 @@ def build_index(
 ) -> None:
     """Reads config.data and writes folder/passages.jsonl and folder/index.json (key, counts). For ONE process.
 
-    Does nothing when the index is there and was made from the same config keys, tokenizer and files (path, size, time);
-    copies it when one of the folders `neighbours` has it, so that a run and its controls stream the hub once.
+    Does nothing when the index is there and was made from the same config keys, tokenizer and data, wherever they are
+    now; copies it when one of the folders `neighbours` has it, so that a run and its controls stream the hub once.
     Both files are written beside and renamed, so a crash leaves no half index. Raises DataError when the source cannot
     be read or yields no passage.
     """
     folder, start = Path(folder), time.time()
     passages_file, index_file = folder / "passages.jsonl", folder / "index.json"
     files = local_files(config, log)
-    key = _index_key(config, tokenizer, files)
+    fingerprint = data_fingerprint(config, files)
+    key = _index_key(config, tokenizer, fingerprint)
     if index_file.is_file() and passages_file.is_file() and _read_index(index_file).get("key") == key:
         log(f"data: index in {folder} is reused")
         return
@@ -475,23 +611,17 @@ def build_index(
             log(f"data: index taken over from {other}")
             return
 
-    counts: Counter[str] = Counter()
-    problems: list[str] = []
-
-    def skip(cause: str, where: str, detail: str = "") -> None:
-        counts[cause] += 1
-        if cause in QUIET:
-            return
-        line = one_line(f"{where}: skipped, {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
-        if counts[cause] <= 3:
-            problems.append(line)
-            log(f"data: {line}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
-
+    tally = Tally(log)
+    counts = tally.counts
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "passages.jsonl.tmp"
-    records = hub_records(config) if files is None else local_records(files, config, skip)
+    if files is None:
+        records = hub_records(config.data, config.data_config, seed=config.seed, field=config.text_field)
+    else:
+        columns = (config.text_field, "id", "title", "url", "labels")
+        records = file_records(files, config, tally.skip, columns, columns[:1], "no_text", shuffled=True)
     with beside.open("w", encoding="utf-8") as out:
-        for passage, article in cut(read_articles(records, config, skip), tokenizer, config, counts, skip):
+        for passage, article in cut(read_articles(records, config, tally), tokenizer, config, tally):
             out.write(json.dumps({**asdict(passage), "key": article.key}, ensure_ascii=False) + "\n")
             counts["passages"] += 1
             if counts["passages"] % 20_000 == 0:
@@ -500,25 +630,21 @@ def build_index(
                 end = f"data: max_passages={config.max_passages} reached at {article.where}; nothing further is read"
                 log(one_line(end))
                 break
-    skipped = ", ".join(f"{counts[cause]:,} {cause}" for cause in CAUSES if counts[cause]) or "nothing"
     if not counts["passages"]:
         beside.unlink()
-        names = [config.data] if files is None else [str(path) for path in files]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        first = f"; first problem: {problems[0]}" if problems else ""
         raise DataError(
-            f"no usable passage in {', '.join(names[:3])}{more}: {counts['articles']} articles read, skipped: {skipped}"
-            f"; check text_field, min_passage_tokens, max_passage_tokens{first}"
+            f"no usable passage in {config.data}: {counts['articles']} articles read, skipped: {tally.skipped()}"
+            f"; check text_field, min_passage_tokens, max_passage_tokens{tally.first_problem}"
         )
     index_file.unlink(missing_ok=True)  # else a crash between the renames would pair the old key with new passages
     beside.replace(passages_file)
     beside = folder / "index.json.tmp"
-    beside.write_text(json.dumps({"key": key, "counts": counts}, indent=1))
+    beside.write_text(json.dumps({"key": key, "data_fingerprint": fingerprint, "counts": counts}, indent=1))
     beside.replace(index_file)
-    seconds = time.time() - start
     log(
-        f"data: {counts['articles']:,} articles read, {counts['passages']:,} passages kept in {seconds:.1f} s; "
-        f"{counts['dropped_lines']:,} lines dropped as heading, list or reference; skipped: {skipped}"
+        f"data: {counts['articles']:,} articles read, {counts['passages']:,} passages kept in "
+        f"{time.time() - start:.1f} s; {counts['dropped_lines']:,} lines dropped as heading, list or reference; "
+        f"{counts['cut']:,} paragraphs cut at sentence ends; skipped: {tally.skipped()}"
     )
 
 
@@ -540,18 +666,44 @@ def _take_over(other: Path, folder: Path, key: str) -> bool:
     return False
 
 
-def _index_key(config: Config, tokenizer, files: list[Path] | None) -> str:
-    names = "data data_config text_field seed max_passages min_passage_tokens max_passage_tokens".split()
+def data_fingerprint(config: Config, files: list[Path] | None = None) -> str:
+    """A hash of what config.data holds: for files their sizes and eight blocks of 1 MiB spread over each, wherever they
+    lie; for the hub the dataset's name and configuration."""
+    files = files or local_files(config, lambda line: None)
+    if files is None:
+        return hashlib.sha256(json.dumps([config.data, config.data_config]).encode()).hexdigest()
+    whole = hashlib.sha256()
+    for path in files:
+        try:
+            size = path.stat().st_size
+            whole.update(size.to_bytes(8, "big"))
+            with open(path, "rb") as file:
+                for place in range(8):
+                    file.seek(max(0, size - (1 << 20)) * place // 7)
+                    whole.update(file.read(1 << 20))
+        except OSError as error:
+            whole.update(str(error).encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+
+def corpus_key(run_dir: Path) -> str:
+    """data_fingerprint of the text that the index of a run was made from; "" if the run has no index."""
+    with suppress(OSError):
+        return str(_read_index(Path(run_dir) / "cache/index.json").get("data_fingerprint", ""))
+    return ""
+
+
+def _index_key(config: Config, tokenizer, fingerprint: str) -> str:
+    names = "text_field seed max_passages min_passage_tokens max_passage_tokens".split()
     whole = getattr(tokenizer, "backend_tokenizer", None)
     known = hashlib.sha256(whole.to_str().encode()).hexdigest() if whole else len(tokenizer)
-    made_from = [INDEX_VERSION, known, [getattr(config, name) for name in names]]
-    for path in files or []:
-        made_from.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+    made_from = [INDEX_VERSION, known, fingerprint, [getattr(config, name) for name in names]]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
 def load_corpus(folder: Path, config: Config) -> Corpus:
-    """The index, split by article. Raises DataError when it is missing or incomplete, or one side is empty."""
+    """The index, split by article; of one article alone the last passages are held out. Raises DataError when the index
+    is missing or incomplete, or one side is empty."""
     passages_file, index_file = Path(folder) / "passages.jsonl", Path(folder) / "index.json"
     if not (passages_file.is_file() and index_file.is_file()):
         raise DataError(f"{folder}: no index; build_index comes first")
@@ -569,6 +721,10 @@ def load_corpus(folder: Path, config: Config) -> Corpus:
         raise DataError(f"{folder}: damaged ({type(error).__name__}); delete it to build it again") from None
     if found != expected:
         raise DataError(f"{passages_file}: {expected} passages expected; delete {folder} to build it again")
+    if len(keys) == 1 and found > 1:  # its last passages stand for a held-out article
+        several = train + heldout
+        last = max(1, round(config.heldout * found))
+        train, heldout = several[:-last], several[-last:]
     for side, passages, advice in (("held out", heldout, "raise"), ("left to train on", train, "lower")):
         if not passages:
             raise DataError(
@@ -599,12 +755,9 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
     """The passages of a step (from 0): `passages_per_step` many, a function of (seed, step) and of nothing else.
 
     All steps laid end to end run through one permutation of the training passages after another, a new one each epoch.
-    Five passages, two a step: steps 0 and 1 take four, step 2 the fifth and the first of the next epoch. Ranks share
-    out this list, so the world size has no say in it.
     """
     size = len(corpus.train)
-    first = step * config.passages_per_step
-    places = range(first, first + config.passages_per_step)
+    places = range(step * config.passages_per_step, (step + 1) * config.passages_per_step)
     orders = {
         epoch: np.random.default_rng((config.seed, epoch)).permutation(size)
         for epoch in range(places[0] // size, places[-1] // size + 1)
@@ -618,11 +771,6 @@ TEXT_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")
 CHOICE_FIELDS = ("options", "choices")
 FIELDS = (*TEXT_FIELDS, *ANSWER_FIELDS, *CHOICE_FIELDS, "reward_model")
-QUESTION_CAUSES = {
-    "no_question": f"no text in {', '.join(TEXT_FIELDS)}, or a chat that is not one user turn",
-    "no_answer": "no answer that can be checked",
-    "choices": "multiple choice",
-}
 INSTRUCTIONS = (  # endings that data sets add to their questions
     "Let's think step by step and output the final answer within \\boxed{}.",
     'Let\'s think step by step and output the final answer after "####".',
@@ -642,38 +790,28 @@ class Question:
 def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[list[Question], dict[str, int]]:
     """Reads config.data whole (up to max_passages questions): the questions, and how many there are of each cause.
 
-    Every record becomes a question or a counted skip; the first three of a cause are logged with file and line. The
-    counts hold `records` (those that could be read), `questions` and each cause that occurred, broken files among them.
-    The list is the same on every rank. Raises DataError when the source cannot be read or has no question.
+    The counts hold `records` (those that could be read), `questions` and each cause of a skip that occurred, broken
+    files among them. The list is the same on every rank. Raises DataError when there is no question.
     """
-    counts: Counter[str] = Counter()
-    problems: list[str] = []
-    causes = CAUSES | QUESTION_CAUSES
-
-    def skip(cause: str, where: str, detail: str = "") -> None:
-        counts[cause] += 1
-        if counts[cause] <= 3:
-            line = one_line(f"{where}: skipped, {causes[cause]}" + (f" ({detail})" if detail else ""))
-            problems.append(line)
-            log(f"data: {line}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
-
+    tally, questions = Tally(log), []
     files = local_files(config, log)
-    questions = []
-    for where, place, record in hub_records(config) if files is None else _local(files, config, skip):
-        counts["records"] += 1
-        question = read_question(record, place, where, skip)
+    if files is None:
+        records = hub_records(config.data, config.data_config, seed=config.seed)
+    else:
+        records = file_records(files, config, tally.skip, FIELDS, FIELDS, "no_question")
+    for where, place, record in records:
+        tally.counts["records"] += 1
+        question = read_question(record, place, where, tally.skip)
         if question:
             questions.append(question)
             if len(questions) == config.max_passages:
                 log(one_line(f"data: max_passages={config.max_passages} reached at {where}; nothing further is read"))
                 break
-    counts["questions"] = len(questions)
-    skipped = ", ".join(f"{counts[cause]:,} {cause}" for cause in causes if counts[cause]) or "nothing"
+    tally.counts["questions"] = len(questions)
     if not questions:
-        first = f"; first problem: {problems[0]}" if problems else ""
-        raise DataError(f"no usable question in {config.data}: skipped {skipped}{first}")
-    log(one_line(f"data: {len(questions):,} questions of {config.data}; skipped: {skipped}"))
-    return questions, dict(counts)
+        raise DataError(f"no usable question in {config.data}: skipped {tally.skipped()}{tally.first_problem}")
+    log(one_line(f"data: {len(questions):,} questions of {config.data}; skipped: {tally.skipped()}"))
+    return questions, dict(tally.counts)
 
 
 def read_question(record: dict, place: str, where: str, skip: Skip) -> Question | None:
@@ -757,20 +895,6 @@ def strip_instruction(text: str) -> str:
     for ending in INSTRUCTIONS:
         text = text.removesuffix(ending).rstrip()
     return text
-
-
-# ---------------------------------------------------------------------------------------------- where records come from
-
-
-def _local(files: list[Path], config: Config, skip: Skip) -> Iterator[tuple[str, str, dict]]:
-    """All of FIELDS of a parquet file, in order; data.py reads a text column and its keys only, shuffled."""
-    top = source_path(config)
-    for path in files:
-        if path.suffix.lower() == ".parquet" and path.stat().st_size:
-            name = one_line(path.name if path == top else path.relative_to(top).as_posix())
-            yield from parquet_rows(path, name, FIELDS, FIELDS, "no_question", skip)
-        else:
-            yield from local_records([path], config, skip)
 
 
 def main() -> None:

@@ -15,14 +15,23 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import regex
+
 from config import Config
-from data import LABELS
+from data import LABELS, UNSPACED
 from rewards import answerable
 
 if TYPE_CHECKING:
     from data import Passage
 MASK = "[mask]"
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
+HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
+OTHER = rf"[^{UNSPACED}]"
+MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
+UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
+# A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
+WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
+WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
 LOOKAHEAD = 16
 """Tokens of the continuation that `reward: prefix` compares with."""
 
@@ -90,7 +99,7 @@ def random_span(passage: Passage, config: Config, rng: random.Random) -> Mask:
     caps on length and occurrences, where they bind, tilt this law. Returns an invalid Mask if 100 draws give none.
     Source: SpanBERT (arXiv 1907.10529), as in PretrainZero's Random RLPT; redrawing where SpanBERT clips.
     """
-    words = _word_spans(passage.text)
+    words = word_spans(passage.text)
     mask = Mask("", invalid="empty")
     for _ in range(TRIES):
         # Geo(p) redrawn above 10 has these weights, up to a factor
@@ -130,7 +139,7 @@ def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Rand
     """
     if not passage.labels:
         return None
-    words = zip(_word_spans(passage.text), passage.labels, strict=True)
+    words = zip(_space_spans(passage.text), passage.labels, strict=True)
     spans = [_trim(passage.text, *span) for span, word_label in words if word_label == label]
     spans = [(start, end) for start, end in spans if not _fault(passage.text[start:end], config)]
     return mask_at(passage, *rng.choice(spans), config) if spans else None
@@ -164,7 +173,7 @@ def _fault(words: str, config: Config) -> str:
         return "empty"
     if not answerable(words):
         return "not_answerable"
-    if config.max_span_words and len(words.split()) > config.max_span_words:
+    if config.max_span_words and len(word_spans(words)) > config.max_span_words:
         return "too_many_words"
     if config.max_span_chars and len(words) > config.max_span_chars:
         return "too_long"
@@ -175,7 +184,8 @@ def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]
     """(start, end) of the words in the text, from left to right, without overlaps."""
     pattern = r"\s+".join(map(re.escape, words.split()))
     if mask_rule.endswith("words"):
-        pattern = rf"(?<!\w){pattern}(?!\w)"
+        pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
+        return [match.span() for match in regex.finditer(pattern, text)]
     return [match.span() for match in re.finditer(pattern, text)]
 
 
@@ -197,13 +207,28 @@ def _label(passage: Passage, spans: list[tuple[int, int]]) -> str:
     """
     if not passage.labels:
         return ""
-    words = zip(_word_spans(passage.text), passage.labels, strict=True)
+    words = zip(_space_spans(passage.text), passage.labels, strict=True)
     touched = {label for (first, last), label in words if any(start < last and first < end for start, end in spans)}
     return min(touched, key=LABELS.index)
 
 
-def _word_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of the white-space separated words."""
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the words: what stands between white space, and in scripts without spaces (Chinese, Japanese,
+    Thai, Lao, Khmer, Burmese, Tibetan) each character with its marks and the punctuation behind it.
+
+    >>> text = "in 北京，1949年 and"
+    >>> [text[start:end] for start, end in word_spans(text)]
+    ['in', '北', '京，', '1949', '年', 'and']
+    """
+    spans = _space_spans(text)
+    if not HAS_UNSPACED.search(text):
+        return spans
+    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in spans)
+    return [match.span() for matches in found for match in matches]
+
+
+def _space_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the white-space separated words, which are what labels count."""
     return [match.span() for match in re.finditer(r"\S+", text)]
 
 

@@ -31,7 +31,7 @@ import torch
 
 from config import Config, dump_config
 from grpo import Group, Sample, bundle, bundle_length, keep_group
-from masking import LABELS
+from masking import LABELS, word_spans
 from methods import METHODS, Task
 from model import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
@@ -336,7 +336,7 @@ def mask_metrics(proposals: list[list[Task]]) -> dict:
     metrics = {
         "gen/valid_rate": len(valid) / max(1, proposed),
         "gen/distinct": mean([len({t.mask.words for t in tasks if not t.mask.invalid}) for tasks in proposals]),
-        "gen/span_words": mean([len(task.mask.target.split()) for task in valid]),
+        "gen/span_words": mean([len(word_spans(task.mask.target)) for task in valid]),
         "gen/occurrences": mean([task.mask.occurrences for task in valid]),
     }
     causes = Counter(task.mask.invalid for tasks in proposals for task in tasks if task.mask.invalid)

@@ -138,7 +138,7 @@ def load_tokenizer(config: Config):
     if config.chat_template == "none":
         tokenizer.chat_template = None
     elif config.chat_template != "auto":
-        with open(config.chat_template, encoding="utf-8") as file:
+        with open(config.chat_template, encoding="utf-8-sig") as file:
             tokenizer.chat_template = file.read()
     return tokenizer
 

@@ -86,7 +86,7 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
         return heldout[int(source["number"])]
     if "file" in source:
         try:
-            text = Path(source["file"]).read_text(encoding="utf-8")
+            text = Path(source["file"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={source['file']!r}: cannot be read ({type(error).__name__})") from None
     elif "passage" in source:

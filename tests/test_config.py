@@ -268,6 +268,20 @@ def test_under_torchrun_only_the_first_rank_complains(monkeypatch, capsys):
     assert caught.value.code == 2 and capsys.readouterr().err == ""
 
 
+def test_a_file_whose_name_has_an_equals_sign_and_begins_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "lr=1.yaml"
+    path.write_text("\ufeffmodel: assets/tiny_base\ndata: assets/tiny_wiki.jsonl.gz\nsteps: 7\n", encoding="utf-8")
+    assert read_config([str(path)]).steps == 7 and read_config([str(path)]).run_dir == "runs/lr=1"
+
+
+@pytest.mark.parametrize("value", ["no", "2026-11-21", "12", "1.5"])
+def test_what_yaml_takes_for_another_type_is_to_be_quoted(value):
+    words = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
+    with pytest.raises(ConfigError, match="run_dir=.*expected text; YAML reads .* quotes"):
+        read_config([*words, f"run_dir={value}"])
+    assert read_config([*words, f"run_dir='{value}'"]).run_dir == value
+
+
 # ------------------------------------------------------------------------------------------------- the dataclass itself
 
 

@@ -3,11 +3,11 @@
 The tokenizer of these tests makes one token of each white-space separated word, so lengths can be counted by eye.
 """
 
+import doctest
 import gzip
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,20 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
-import data as passages
-import data as sources
 from config import Config
-from data import (
-    Corpus,
-    DataError,
-    Passage,
-    build_index,
-    group_paragraphs,
-    is_heldout,
-    load_corpus,
-    paragraphs,
-    step_passages,
-)
+from data import Corpus, DataError, Passage, build_index, load_corpus, load_questions, paragraphs, step_passages
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.
@@ -45,7 +33,6 @@ The structure was built between 1807 and 1810 by Robert Stevenson on the Bell Ro
 Standing 35 metres tall, its light is visible from 56 kilometres inland.
 
 Workers
- James Craw, horseman who hauled the granite blocks from the yard at Arbroath to the harbour
  Peter Logan, foreman builder
  Francis Watt, foreman joiner, who built the beacon on the rock and slept in it.
 
@@ -84,6 +71,7 @@ def make_config(source, **changes) -> Config:
 
 
 def write_jsonl(path: Path, records: list) -> Path:
+    """Records a line; bytes stand for a line as it is."""
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     payload = b"".join(line + b"\n" for line in lines)
     path.write_bytes(gzip.compress(payload) if path.suffix == ".gz" else payload)
@@ -115,7 +103,7 @@ def build(config: Config, tokenizer, folder: Path) -> tuple[list[dict], dict, li
 def test_prose_stays_and_headings_lists_tables_and_references_go():
     kept, dropped = paragraphs(LIGHTHOUSE)
     assert kept == LIGHTHOUSE_PROSE
-    assert dropped == 1 + 4 + 4 + 4  # Construction; Workers and 3; table; See also, its item, References, its entry
+    assert dropped == 1 + 3 + 4 + 4  # Construction; Workers and 2; table; See also, its item, References, its entry
 
 
 @pytest.mark.parametrize("heading", ["References", "== External links ==", "See also:", "FURTHER READING", "Notes "])
@@ -154,11 +142,10 @@ def test_a_text_of_one_line_is_taken_as_it_is():
     [
         "* A bullet stays a bullet, even if it reads like a whole sentence.",
         "12. So does a number in front of what reads like a whole sentence.",
-        "| cell of a table || another cell, with a full stop at the very end.",
-        "Too short to be prose.",
+        "| cell of a table || another cell, with a full stop at the very end.", "Too short to be prose.",
         "Long enough to be a paragraph of prose but without a final stop",
     ],
-)
+)  # fmt: skip
 def test_what_is_no_prose(line):
     assert paragraphs(f"{sentence(1, 12)}\n\n{line}\n\n{sentence(2, 12)}") == ([sentence(1, 12), sentence(2, 12)], 1)
     assert (
@@ -172,13 +159,43 @@ def test_sentences_end_in_many_scripts(end):
     assert paragraphs(f"{line}\n\nx") == ([line], 1)
 
 
+def test_scripts_without_spaces_and_without_full_stops():
+    chinese = ["青石镇位于一条大河的北岸，距离白沙镇", "大约三十公里，四周都是低矮的山丘。"]
+    thai = "เมืองนี้ตั้งอยู่ริมแม่น้ำสายใหญ่ทางเหนือของประเทศ มีตลาด"  # no mark ends a Thai sentence
+    hindi = "यह नगर नदी के तट पर स्थित है और यहाँ के लोग खेती करते हैं।"
+    text = "\n".join(chinese) + f"\n\n太短。\n\n{thai}\n\n{hindi}"
+    assert paragraphs(text) == (["".join(chinese), thai, hindi], 1)
+
+
+SENTENCES = [
+    ["Mr. Fox ran to St. Ives. ", "J. R. Fox saw 3.5 km of it. ", "Why? ", "“Because.” ", "So he said, etc. and left."],
+    ["石门镇位于北岸。", "这个镇很大！", "他说：「好。」", "好？"],
+    ["यह नगर है। ", "नगर की स्थापना हुई।"], ["เมืองนี้ ", "มีตลาด ", "ใหญ่"],
+    ["one sentence without an end"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sentences", SENTENCES)
+def test_a_paragraph_is_cut_at_sentence_ends(sentences, tokenizer):
+    text = "".join(sentences)
+    ends = [match.end() for match in data.SENTENCE_BREAK.finditer(text)]
+    assert [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if a < b] == sentences
+    for longest in (3, 6, 9, 50):
+        [pieces] = data.cut_at_sentences([text], tokenizer, longest)
+        assert " ".join(pieces).split() == text.split() or "".join(pieces) == text
+        for piece, after in zip(pieces, pieces[1:], strict=False):  # the last end that fits, not an earlier one
+            first = next(s for s in sentences if after.startswith(s.strip()))
+            assert len(f"{piece} {first}".split()) > longest or " " not in text
+        assert all(len(piece.split()) <= longest or piece in [s.strip() for s in sentences] for piece in pieces)
+
+
 # ---- paragraphs to passages
 
 
 def test_paragraphs_are_added_until_the_target_and_never_beyond_the_maximum():
     def groups(lengths, targets):
         targets = iter(targets)
-        return group_paragraphs(lengths, joint=1, longest=120, draw_target=lambda: next(targets))
+        return data.group_paragraphs(lengths, joint=1, longest=120, draw_target=lambda: next(targets))
 
     assert groups([50, 60, 90, 30], [100, 100, 100]) == [[0, 1], [2], [3]]
     assert groups([50, 49, 9], [100, 100]) == [[0, 1], [2]]  # 100 is reached exactly
@@ -250,53 +267,35 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
     source = write_jsonl(
         tmp_path / "mixed.jsonl",
         [
-            {"id": "good", "text": sentence(1)},  # 1
-            b'{"id": "torn", "text": "The line ends in the mid',  # 2
-            b'["a", "list"]',  # 3
-            b"[" * 100_000,  # 4: deeper than a parser can follow
-            b'{"id": "latin", "text": "caf\xe9 au lait, not UTF-8 at all."}',  # 5
-            b'{"id": "half", "text": "half of a surrogate pair \\ud800 cannot be written as UTF-8."}',  # 6
-            {"id": "body", "body": "the field has another name"},  # 7
-            {"id": "number", "text": 7},  # 8
-            {"id": "good", "text": sentence(2)},  # 9: the id again
-            {"id": "blank", "text": " \n "},  # 10
-            {"id": "short", "text": "Four words are few."},  # 11
-            {"id": "long", "text": sentence(3, 41)},  # 12
-            {"id": "heads", "text": "Heading\n\nAnother heading\n\nReferences\n\nSome."},  # 13
-            {"id": "m1", "text": "The token [mask] would be taken for ours."},  # 14
-            {"id": "m2", "text": "Here \\mask{word} would be taken for ours."},  # 15
-            {"id": "m3", "text": "Here \\boxed{7} would be taken for ours."},  # 16
-            b"",  # 17: a blank line is no record
-            {"id": "fits", "text": sentence(4, 40)},  # 18
-            {"id": "braces", "text": "Braces {like these} and a \\mathbb{R} do no harm 🗼."},  # 19
+            {"id": "good", "text": sentence(1)}, b'{"id": "torn", "text": "The line ends in the mid',
+            b'["a", "list"]', b"[" * 100_000, b'{"id": "latin", "text": "caf\xe9 au lait, not UTF-8 at all."}',
+            b'{"id": "half", "text": "half of a surrogate pair \\ud800 cannot be written as UTF-8."}',
+            {"id": "body", "body": "the field has another name"}, {"id": "number", "text": 7},
+            {"id": "good", "text": sentence(1)}, {"id": "blank", "text": " \n "},
+            {"id": "short", "text": "Four words are few."}, {"id": "long", "text": sentence(3, 41)},
+            {"id": "heads", "text": "Heading\n\nAnother heading\n\nReferences\n\nSome."},
+            {"id": "m1", "text": "The token [mask] would be taken for ours."},
+            {"id": "m2", "text": "Here \\mask{word} would be taken for ours."},
+            {"id": "m3", "text": "Here \\boxed{7} would be taken for ours."}, b"",
+            {"id": "fits", "text": sentence(4, 40)},
+            {"id": "braces", "text": "Braces {like these} and a \\mathbb{R} do no harm 🗼."},
         ],
-    )
+    )  # fmt: skip
     rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["good#0", "fits#0", "braces#0"]
     assert counts == {
-        "articles": 9, "passages": 3, "dropped_lines": 4, "bad_json": 3, "bad_utf8": 2, "no_text": 2, "duplicate_id": 1,
+        "articles": 9, "passages": 3, "dropped_lines": 4, "bad_json": 3, "bad_utf8": 2, "no_text": 2, "duplicate": 1,
         "empty": 1, "too_short": 1, "too_long": 1, "no_prose": 1, "reserved": 3,
     }  # fmt: skip
-    for line, cause in ((2, "bad_json"), (5, "bad_utf8"), (6, "bad_utf8"), (7, "no_text"), (9, "duplicate_id")):
-        assert any(f"mixed.jsonl:{line}: " in entry and sources.CAUSES[cause] in entry for entry in logged)
-    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in sources.CAUSES if cause in counts)
+    for line, cause in ((2, "bad_json"), (5, "bad_utf8"), (6, "bad_utf8"), (7, "no_text"), (9, "duplicate")):
+        assert any(f"mixed.jsonl:{line}: " in entry and data.CAUSES[cause] in entry for entry in logged)
+    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in data.CAUSES if cause in counts)
 
 
 def test_only_the_first_few_of_a_cause_are_logged(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [b"{broken"] * 50 + records(3))
     _, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["bad_json"] == 50 and sum("a.jsonl:" in entry for entry in logged) == 3
-
-
-def test_a_cut_off_gzip_gives_what_came_before_the_break(tmp_path, tokenizer):
-    generator = random.Random(0)
-    many = [{"text": " ".join(str(generator.random()) for _ in range(10))} for _ in range(400)]
-    source = write_jsonl(tmp_path / "a.jsonl.gz", many)
-    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
-    assert 100 < len(rows) < 300 and [row["text"] for row in rows] == [r["text"] for r in many[: len(rows)]]
-    assert counts["unreadable"] == 1
-    assert any(f"a.jsonl.gz:{len(rows) + 1}: " in entry for entry in logged)
 
 
 def write_parquet(path: Path, rows: list[dict], **options) -> Path:
@@ -327,11 +326,8 @@ def test_broken_parquet_files_and_rows_are_named_and_the_rest_is_read(tmp_path, 
     assert (counts["unreadable"], counts["no_text"], counts["bad_utf8"]) == (2, 2, 1)
     for name in (
         "cut.parquet",
-        "columns.parquet",
-        "latin.parquet: row 1:",
-        "null.parquet: row 2:",
-        "torn.parquet: row group 0",
-    ):
+        "columns.parquet", "latin.parquet: row 1:", "null.parquet: row 2:", "torn.parquet: row group 0",
+    ):  # fmt: skip
         assert any(name in entry for entry in logged)
 
 
@@ -342,11 +338,45 @@ def test_lines_of_ten_megabytes_and_lines_beyond_the_limit(tmp_path, tokenizer, 
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["too_long"] == 1 and rows[-1]["id"] == "a1#0"
     assert {row["id"].split("#")[0] for row in rows} == {"article", "a0", "a1"}
-    assert passages._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
-    monkeypatch.setattr(sources, "LINE_LIMIT", 1 << 20)
+    assert data._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
+    monkeypatch.setattr(data, "LINE_LIMIT", 1 << 20)
     rows, counts, logged = build(make_config(source, seed=1), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["a0#0", "a1#0"] and counts["long_line"] == 2
     assert any("a.jsonl:2: " in entry for entry in logged)
+
+
+def test_long_paragraphs_go_on_in_further_passages_and_lose_only_sentences_that_do_not_fit(tmp_path, tokenizer):
+    long = [sentence(i).capitalize() for i in range(12)]
+    text = " ".join([*long[:7], sentence(77, 50).capitalize(), *long[7:]])
+    rows, counts, logged = build(make_config(write_jsonl(tmp_path / "a.jsonl", [{"text": text}])), tokenizer, tmp_path)
+    assert [row["text"] for row in rows] == [" ".join(long[:5]), " ".join(long[5:7]), " ".join(long[7:])]
+    assert (counts["cut"], counts["too_long"]) == (1, 1) and "1 paragraphs cut" in logged[-1]
+
+
+def test_ids_that_begin_anew_in_each_file_cost_no_article(tmp_path, tokenizer):
+    (tmp_path / "src").mkdir()
+    for part in "abc":
+        rows = [{"id": i, "text": f"{part} {sentence(i)}"} for i in range(10)]
+        write_jsonl(tmp_path / f"src/{part}.jsonl", [*rows, rows[3], {"text": sentence(99)}])
+    rows, counts, _ = build(make_config(tmp_path / "src"), tokenizer, tmp_path / "index")
+    assert len(rows) == len({row["id"] for row in rows}) == 31 and counts["duplicate"] == 3 + 2
+    assert {row["key"] for row in rows if row["text"][1] == " "} == set("0123456789")  # whatever the seed
+
+
+def test_labels_that_mean_something_else_are_ignored_and_said_once(tmp_path, tokenizer):
+    labels = ([0], ["sports"], "topic", 7, [])
+    source = write_jsonl(tmp_path / "a.jsonl", [r | {"labels": x} for r, x in zip(records(5), labels, strict=True)])
+    rows, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
+    assert len(rows) == counts["labels_ignored"] == 5 and sum("labels are ignored" in line for line in logged) == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("layout", [list, lambda rows: {"examples": rows}])
+def test_one_json_value_holds_records_as_lines_do(layout, indent, tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(layout([*records(6), 7]), indent=indent))
+    rows, counts, logged = build(make_config(tmp_path / "a.json"), tokenizer, tmp_path / "index")
+    assert [row["id"] for row in rows] == [f"a{i}#0" for i in range(6)] and counts["bad_json"] == 1
+    assert "a.json: record 7: skipped, not a JSON object (a int)" in logged[0]
 
 
 # ---- sources
@@ -389,7 +419,7 @@ def test_a_folder_of_all_kinds(tmp_path, tokenizer):
 
 
 def test_a_long_text_file_is_cut_into_pieces_that_stay_on_one_side(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "TXT_PIECE", 1000)
+    monkeypatch.setattr(data, "TXT_PIECE", 1000)
     (tmp_path / "src").mkdir()
     for book in "ABCDEFGHIJKLMNOPQRST":
         # the last line ends a piece, after which there is nothing left
@@ -441,7 +471,7 @@ def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, tok
     (tmp_path / "half/cache/passages.jsonl").touch()
     (tmp_path / "damaged/cache/index.json").write_text("no json")
     (tmp_path / "empty/cache/index.json").write_bytes((tmp_path / "one/cache/index.json").read_bytes())
-    monkeypatch.setattr(data, "local_records", None)  # whoever reads the source fails
+    monkeypatch.setattr(data, "file_records", None)  # whoever reads the source fails
     logged, folder = [], tmp_path / "two/cache"
     neighbours = sorted(tmp_path.glob("*/cache"))
     build_index(make_config(source), tokenizer, folder, logged.append, neighbours)
@@ -508,25 +538,22 @@ def test_an_unreachable_hub_is_one_line(tmp_path, tokenizer, monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nafter five tries")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError) as error:
-        build_index(make_config("someone/some-text"), tokenizer, tmp_path / "index")
-    assert "someone/some-text" in str(error.value) and "Couldn't reach" in str(error.value)
-    assert "\n" not in str(error.value)
+    for read in (lambda config: build_index(config, tokenizer, tmp_path / "index"), load_questions):
+        with pytest.raises(DataError, match="'someone/some-text'.*Couldn't reach the Hub after.*local copy") as error:
+            read(make_config("someone/some-text"))
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "index/index.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "payload", "message"),
     [
-        ("a.jsonl", b"", "0 bytes"),
-        ("a.jsonl", b'{"body": "x"}\n', "text_field='text', fields are body"),
-        ("a.jsonl.gz", b"no gzip at all", "broken"),
-        ("a.parquet", b"no parquet at all", "broken"),
-        ("a.txt", b"Too short.", "1 too_short"),
-        ("a.txt", "Text in another encoding.".encode("utf-16"), "not UTF-8"),
+        ("a.jsonl", b"", "0 bytes"), ("a.jsonl", b'{"body": "x"}\n', "text_field='text', fields are body"),
+        ("a.jsonl.gz", b"no gzip at all", "broken"), ("a.parquet", b"no parquet at all", "broken"),
+        ("a.txt", b"Too short.", "1 too_short"), ("a.txt", "Text in another encoding.".encode("utf-16"), "not UTF-8"),
         ("a.csv", b"text\nx\n", "unknown kind"),
     ],
-)
+)  # fmt: skip
 def test_a_source_without_anything_usable_is_an_error_that_names_it(tmp_path, tokenizer, name, payload, message):
     (tmp_path / name).write_bytes(payload)
     with pytest.raises(DataError, match=f"{name}(.|\n)*{message}"):
@@ -534,46 +561,21 @@ def test_a_source_without_anything_usable_is_an_error_that_names_it(tmp_path, to
     assert not list((tmp_path / "index").glob("*"))
 
 
-def test_a_folder_without_text_is_an_error(tmp_path, tokenizer):
-    (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(DataError, match=str(tmp_path)):
-        build_index(make_config(tmp_path), tokenizer, tmp_path / "index")
-
-
 # ---- the index
 
 
-def test_max_passages_samples_row_groups_by_seed(tmp_path, tokenizer):
-    source = write_parquet(tmp_path / "a.parquet", records(400), row_group_size=10)
-    taken = {}
-    for seed in range(4):
-        config = make_config(source, seed=seed, max_passages=20)
+def test_row_groups_and_their_rows_come_in_seeded_order_under_their_own_numbers(tmp_path, tokenizer):
+    rows = [{"text": sentence(i)} for i in range(1, 2501)]
+    source, orders = write_parquet(tmp_path / "a.parquet", rows, row_group_size=1250), []
+    for seed, most in ((0, 20), (1, 20), (2, 20), (3, 20), (4, 9999), (5, 9999)):
+        config = make_config(source, seed=seed, max_passages=most)
         rows, counts, logged = build(config, tokenizer, tmp_path / f"{seed}")
-        taken[seed] = [row["id"] for row in rows]
-        assert counts["passages"] == 20
-        assert any("max_passages=20 reached" in entry for entry in logged)
-    assert len({tuple(ids) for ids in taken.values()}) == 4
-    assert not all(set(ids) <= {f"a{i}#0" for i in range(20)} for ids in taken.values())
-
-
-def test_rows_of_a_row_group_come_in_seeded_order_under_their_own_numbers(tmp_path, tokenizer):
-    source = write_parquet(tmp_path / "a.parquet", [{"text": sentence(i)} for i in range(1, 2501)])
-    orders = []
-    for seed in range(2):
-        rows, _, _ = build(make_config(source, seed=seed), tokenizer, tmp_path / f"{seed}")
         assert all(row["text"] == sentence(int(row["id"].split(":")[1].split("#")[0])) for row in rows)
+        assert counts["passages"] == min(most, 2500)
+        assert any("max_passages=20 reached" in entry for entry in logged) == (most == 20)
         orders.append([row["id"] for row in rows])
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) and len(set(orders[0])) == 2500
-
-
-def test_max_passages_samples_files_by_seed(tmp_path, tokenizer):
-    for part in range(10):
-        write_parquet(tmp_path / f"src/{part}.parquet", records(10, first=10 * part))
-    taken = set()
-    for seed in range(6):
-        rows, _, _ = build(make_config(tmp_path / "src", seed=seed, max_passages=10), tokenizer, tmp_path / f"{seed}")
-        taken |= {int(row["id"][1:-2]) // 10 for row in rows}
-    assert len(taken) > 2
+    assert len({tuple(order) for order in orders}) == 6 and len(set(orders[4])) == len(set(orders[5])) == 2500
+    assert len({int(order[0].split(":")[1].split("#")[0]) > 1250 for order in orders}) == 2  # either group first
 
 
 def test_a_capped_index_counts_the_articles_it_took(tmp_path, tokenizer):
@@ -597,11 +599,16 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
     for changes in ({"seed": 1}, {"max_passages": 5}, {"min_passage_tokens": 4}, {"max_passage_tokens": 50}):
         assert rebuilt(**changes) and not rebuilt(**changes)
     assert rebuilt()
-    os.utime(source, ns=(1, 1))
-    assert rebuilt() and not rebuilt()
-    write_jsonl(source, records(11))
-    os.utime(source, ns=(1, 1))
-    assert rebuilt()  # for its size
+    source = source.rename(tmp_path / "moved=here.jsonl")  # the same bytes elsewhere
+    assert not rebuilt()
+    fingerprint = data.data_fingerprint(make_config(source))
+    for other in (records(10, first=1), records(11)):
+        write_jsonl(source, other)
+        assert rebuilt() and not rebuilt() and data.data_fingerprint(make_config(source)) != fingerprint
+    folder.rename(tmp_path / "cache")
+    assert data.corpus_key(tmp_path) == data.data_fingerprint(make_config(source))
+    assert data.corpus_key(tmp_path / "gone") == ""
+    (tmp_path / "cache").rename(folder)
     tokenizer_size = len(tokenizer)
     tokenizer.add_tokens(["another"])
     assert len(tokenizer) == tokenizer_size + 1 and rebuilt()
@@ -617,7 +624,7 @@ def test_a_crash_while_building_leaves_the_old_index_or_none(tmp_path, tokenizer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(passages, "_token_counts", broken_counts)
+        patch.setattr(data, "_token_counts", broken_counts)
         with pytest.raises(KeyboardInterrupt):
             build_index(make_config(source, seed=1), tokenizer, folder, log=lambda line: None)
     assert (folder / "passages.jsonl").read_bytes() == old
@@ -641,17 +648,14 @@ def test_the_index_is_the_same_in_every_process(tmp_path, tokenizer):
     source = tmp_path / "src"
     for part in range(5):
         write_parquet(source / f"{part}.parquet", records(20, first=20 * part), row_group_size=4)
-    article = {"id": "long", "text": "\n\n".join(sentence(p, 10) for p in range(200))}
-    write_jsonl(source / "long.jsonl", [article])
-    config = make_config(source, max_passages=90)
-    build_index(config, tokenizer, tmp_path / "here", log=lambda line: None)
+    write_jsonl(source / "long.jsonl", [{"id": "x", "text": "\n\n".join(sentence(p, 10) for p in range(200))}])
+    build(make_config(source, max_passages=90), tokenizer, tmp_path / "here")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = (
-        "import sys; from pathlib import Path\n"
-        "from transformers import PreTrainedTokenizerFast; import data, test_data\n"
+        "import sys, test_data; from pathlib import Path; from transformers import PreTrainedTokenizerFast as Fast\n"
         "source, top = map(Path, sys.argv[1:])\n"
-        "tokenizer = PreTrainedTokenizerFast.from_pretrained(top / 'tokenizer')\n"
-        "data.build_index(test_data.make_config(source, max_passages=90), tokenizer, top / 'there')\n"
+        "config = test_data.make_config(source, max_passages=90)\n"
+        "test_data.build(config, Fast.from_pretrained(top / 'tokenizer'), top / 'there')\n"
     )
     path = os.pathsep.join([str(Path(data.__file__).parent), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": path}
@@ -660,24 +664,15 @@ def test_the_index_is_the_same_in_every_process(tmp_path, tokenizer):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
-def test_an_incomplete_index_is_an_error(tmp_path, tokenizer):
-    config = make_config(write_jsonl(tmp_path / "a.jsonl", records(30)))
-    build_index(config, tokenizer, tmp_path / "index", log=lambda line: None)
-    lines = (tmp_path / "index/passages.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "index/passages.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(DataError, match="30 passages expected"):
-        load_corpus(tmp_path / "index", config)
-
-
 # ---- held out
 
 
 def test_heldout_is_the_sha256_of_the_key_as_a_share():
     key = "https://en.wikipedia.org/wiki/Bell_Rock_Lighthouse"
     share = int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) / 16**16
-    assert not is_heldout(key, share) and is_heldout(key, share + 1e-9)
+    assert not data.is_heldout(key, share) and data.is_heldout(key, share + 1e-9)
     keys = [f"article {i}" for i in range(20_000)]
-    small, large = ({k for k in keys if is_heldout(k, x)} for x in (0.01, 0.1))
+    small, large = ({k for k in keys if data.is_heldout(k, x)} for x in (0.01, 0.1))
     assert 150 < len(small) < 250 and 1850 < len(large) < 2150
     assert small < large
 
@@ -701,7 +696,7 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, tokenizer):
     assert len(articles(corpus.train)) + len(articles(corpus.heldout)) == 40 + 20 + 20
     assert 0.15 < len(articles(corpus.heldout)) / 80 < 0.45
     for passage in corpus.heldout:
-        assert is_heldout(passage.url or passage.title, config.heldout)
+        assert data.is_heldout(passage.url or passage.title, config.heldout)
     assert corpus.counts["train"] == len(corpus.train) and corpus.counts["heldout"] == len(corpus.heldout)
     assert corpus.counts["train"] + corpus.counts["heldout"] == corpus.counts["passages"]
     seen = {p.id for step in range(400) for p in step_passages(corpus, config, step)}
@@ -709,12 +704,21 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, tokenizer):
 
 
 def test_an_empty_side_of_the_split_is_an_error_with_advice(tmp_path, tokenizer):
-    by_side = {side: next(f"u{i}" for i in range(99) if is_heldout(f"u{i}", 0.3) is side) for side in (True, False)}
+    sides = {side: [f"u{i}" for i in range(99) if data.is_heldout(f"u{i}", 0.3) is side] for side in (True, False)}
     for side, message in ((False, "nothing is held out.*raise heldout"), (True, "nothing is left.*lower heldout")):
-        source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": by_side[side], "text": sentence(1)}])
+        source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": u, "text": sentence(1)} for u in sides[side][:2]])
         build_index(make_config(source), tokenizer, tmp_path / f"{side}", log=lambda line: None)
         with pytest.raises(DataError, match=message):
             load_corpus(tmp_path / f"{side}", make_config(source))
+
+
+def test_of_a_single_article_the_last_passages_are_held_out(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("\n\n".join(sentence(i, 12) for i in range(20)))
+    config = make_config(tmp_path / "a.txt", max_passage_tokens=12, heldout=0.1)
+    build_index(config, tokenizer, tmp_path / "index")
+    corpus = load_corpus(tmp_path / "index", config)
+    assert [p.text for p in corpus.train + corpus.heldout] == [sentence(i, 12) for i in range(20)]
+    assert len(corpus.heldout) == 2
 
 
 # ---- the cursor
@@ -734,24 +738,117 @@ def test_an_epoch_repeats_nothing_and_batches_may_straddle_its_border():
     assert third == epochs[0][8:] + epochs[1][:2]
 
 
-def test_a_step_may_span_several_epochs_of_a_tiny_corpus():
-    batch = [p.id for p in step_passages(corpus_of(3), make_config("x", passages_per_step=7), 0)]
-    assert len(set(batch[:3])) == len(set(batch[3:6])) == 3 and len(batch) == 7
-
-
 def test_a_step_is_a_function_of_seed_and_step():
     corpus, config = corpus_of(50), make_config("x", passages_per_step=8)
     forward = [[p.id for p in step_passages(corpus, config, step)] for step in range(20)]
     backward = [[p.id for p in step_passages(corpus, config, step)] for step in reversed(range(20))]
     assert forward == backward[::-1]  # no state is carried from call to call, so a resumed run goes on exactly
+    for size in (1, 4, 16, 80):  # the size of a step changes nothing, not even where it spans several epochs
+        steps = range(160 // size)
+        parts = [p.id for step in steps for p in step_passages(corpus, make_config("x", passages_per_step=size), step)]
+        assert parts == [id_ for batch in forward for id_ in batch]
     other = make_config("x", passages_per_step=8, seed=1)
     assert [p.id for p in step_passages(corpus, other, 0)] != forward[0]
 
 
-def test_the_step_size_does_not_change_the_order_of_the_stream():
-    corpus = corpus_of(30)
-    streams = {
-        n: [p.id for step in range(60 // n) for p in step_passages(corpus, make_config("x", passages_per_step=n), step)]
-        for n in (1, 4, 6, 30)
-    }
-    assert streams[1] == streams[4] == streams[6] == streams[30]
+# ---- questions
+
+GSM8K = {"question": "48 clips, then half as many: how many?", "answer": "48/2 = <<48/2=24>>24, so 72.\n#### 72"}
+VERL = {
+    "data_source": "deepscaler",
+    "prompt": [{"content": "How likely is abc? Think, then answer within \\boxed{}.", "role": "user"}],
+    "ability": "math", "reward_model": {"ground_truth": "\\frac{3}{7}", "style": "rule"},
+    "extra_info": {"index": 0, "split": "train"},
+}  # fmt: skip
+
+
+def asked(path: Path, **changes) -> tuple[list[data.Question], dict[str, int], list[str]]:
+    log: list[str] = []
+    questions, counts = load_questions(Config(data=str(path), **changes), log.append)
+    return questions, counts, log
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(data).attempted >= 3 and doctest.testmod(data).failed == 0
+
+
+def test_verl_as_parquet_with_its_nested_columns(tmp_path):
+    records = [VERL, VERL | {"reward_model": {"ground_truth": "", "style": "rule"}}, VERL]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "verl.parquet")
+    questions, counts, log = asked(tmp_path / "verl.parquet")
+    assert [(question.id, question.answer) for question in questions] == [
+        ("verl.parquet:1", "\\frac{3}{7}"),
+        ("verl.parquet:3", "\\frac{3}{7}"),  # a repeated question stays
+    ]
+    assert counts == {"records": 3, "questions": 2, "no_answer": 1}
+    assert any("verl.parquet: row 2: skipped" in line for line in log)
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        (GSM8K, "72"), (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"), (VERL, "\\frac{3}{7}"),
+        ({"problem": "p", "answer": r"\frac{1}{2}", "solution": r"\boxed{9}"}, r"\frac{1}{2}"),
+        ({"prompt": "p", "answer": " 5 "}, "5"), ({"question": "p", "answer": 27.0}, "27"),
+        ({"question": "p", "answer": 0.5}, "0.5"), ({"question": "p", "answer": 12}, "12"),
+        ({"question": "p", "answer": 0}, "0"),
+        ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),
+        ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"), ({"question": "p", "final_answer": "8"}, "8"),
+        ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),
+        ({"problem": "p", "answer": None, "solution": r"\boxed{1}"}, "1"),
+        ({"problem": "p", "answer": r"So $\boxed{12,345}$."}, "12345"),
+    ],
+)  # fmt: skip
+def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
+    [question] = asked(write_jsonl(tmp_path / "one.jsonl", [record]))[0]
+    assert question == data.Question("one.jsonl:1", data.question_text(record), answer)
+    system = {"role": "system", "content": "Be brief."}
+    verl = VERL | {"question": "the bare one", "prompt": [system, *VERL["prompt"]]}  # its prompt goes before others
+    assert data.question_text(verl) == VERL["prompt"][0]["content"]
+
+
+NO_QUESTION = [
+    {"answer": "5"}, {"question": "  ", "answer": "5"}, {"question": 7, "answer": "5"}, {"prompt": [], "answer": "5"},
+    {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"prompt": [{"role": "user", "content": None}], "answer": "5"}, {"prompt": ["a"], "answer": "5"},
+]  # fmt: skip
+NO_ANSWER = [
+    {}, {"answer": ""}, {"answer": True}, {"answer": float("nan")}, {"answer": float("inf")}, {"answer": ["1", "2"]},
+    {"final_answer": []}, {"final_answer": ["1", None]}, {"answer": {"value": 5}}, {"answer": "5" * 2001},
+    {"solution": "By symmetry, 7."}, {"reward_model": {"ground_truth": None}, "answer": "5"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        *((record, "no_question") for record in NO_QUESTION),
+        *(({"question": "p"} | record, "no_answer") for record in NO_ANSWER),
+        ({"question": "p", "options": ["1", "2"], "answer": "B"}, "choices"),
+        ({"question": "p \ud800", "answer": "5"}, "bad_utf8"),
+    ],
+)
+def test_a_record_that_is_no_question_is_counted_with_file_and_line(record, cause, tmp_path):
+    questions, counts, log = asked(write_jsonl(tmp_path / "mixed.jsonl", [GSM8K, record]))
+    assert [question.id for question in questions] == ["mixed.jsonl:1"]
+    assert counts == {"records": 2, "questions": 1, cause: 1}
+    assert any(f"{tmp_path / 'mixed.jsonl'}:2: skipped" in line for line in log)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_whatever_the_seed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.json"):
+        write_jsonl(tmp_path / name, [GSM8K])
+    pq.write_table(pa.Table.from_pylist([GSM8K]), tmp_path / "d.parquet")
+    expected = ["a.jsonl.gz:1", "b.jsonl:1", "d.parquet:1", "sub/c.json:1"]
+    for seed in (0, 1, 2):
+        questions, _, log = asked(tmp_path, seed=seed)
+        assert [question.id for question in questions] == expected
+    assert log[-1].startswith("data: 4 questions") and log[-1].endswith("skipped: nothing")
+
+
+def test_questions_end_at_max_passages_and_a_source_without_any_says_why(tmp_path):
+    questions, _, log = asked(write_jsonl(tmp_path / "a.jsonl", [GSM8K] * 5), max_passages=2)
+    assert len(questions) == 2 and "max_passages=2 reached" in log[0]
+    with pytest.raises(DataError, match=r"no usable question in .*a\.jsonl: skipped 5 no_answer; first.*a\.jsonl:1"):
+        asked(write_jsonl(tmp_path / "a.jsonl", [{"question": "p"}] * 5))

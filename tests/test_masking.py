@@ -3,6 +3,7 @@
 import doctest
 import random
 import time
+import unicodedata
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ import pytest
 
 import masking
 from config import Config
-from masking import Mask, labelled_mask, make_mask, mask_at, random_span
+from data import Corpus, DataError, Passage
+from eval import make_probe
+from masking import Mask, labelled_mask, make_mask, mask_at, random_span, word_spans
 from rewards import answerable, exact_match
 
 
@@ -34,29 +37,18 @@ def test_a_mask_by_hand():
 
 
 MAIN = [
-    ("ell", "hello well", "h[mask]o w[mask]"),  # parts of words count
-    ("aa", "aaaa", "[mask][mask]"),  # overlaps do not
-    ("aa", "aaaaa", "[mask][mask]a"),
-    ("aba", "ababa", "[mask]ba"),
-    ("a", "a", "[mask]"),
-    ("start", "start and end", "[mask] and end"),
-    ("end", "start and end", "start and [mask]"),
-    ("1", "1, 2, 1", "[mask], 2, [mask]"),
-    ("a.c", "abc a.c", "abc [mask]"),  # regex characters are literal
-    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"),
-    ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
-    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"),
-    ("{a}", "set {a} {b}", "set [mask] {b}"),
-    ("{0}", "{0} {1}", "[mask] {1}"),
-    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
+    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"),
+    ("aa", "aaaaa", "[mask][mask]a"), ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"),
+    ("start", "start and end", "[mask] and end"), ("end", "start and end", "start and [mask]"),
+    ("1", "1, 2, 1", "[mask], 2, [mask]"), ("a.c", "abc a.c", "abc [mask]"),
+    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"), ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
+    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"), ("{a}", "set {a} {b}", "set [mask] {b}"),
+    ("{0}", "{0} {1}", "[mask] {1}"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
     ("Köln", "In Köln", "In [mask]"),
-    ("naïve café", "a naïve café", "a [mask]"),
-    ("🙂 ok", "so 🙂 ok", "so [mask]"),
-    ("New York", "in New\nYork and New  York", "in [mask] and [mask]"),  # white space matches white space
-    ("New\n York", "in New York", "in [mask]"),
-    ("Rome", "Rome rome ROME", "[mask] rome ROME"),  # case is kept
-    ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
-]
+    ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
+    ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
+    ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "text", "masked"), MAIN)
@@ -71,13 +63,12 @@ def test_main_rule_replaces_every_occurrence(words, text, masked):
 
 WORDS = [
     ("art", "art, artist, (art) smart", "[mask], artist, ([mask]) smart"),
-    ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"),
-    ("é", "é né é", "[mask] né [mask]"),
+    ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"), ("é", "é né é", "[mask] né [mask]"),
     ("Rome", "Rome's and pre-Rome.", "[mask]'s and pre-[mask]."),
-    ("New York", "New York, New Yorkers", "[mask], New Yorkers"),
-    ("(b)", "a (b) c", "a [mask] c"),
-    ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"),
-]
+    ("New York", "New York, New Yorkers", "[mask], New Yorkers"), ("(b)", "a (b) c", "a [mask] c"),
+    ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
+    ("क", "कि क", "कि [mask]"), ("कि", "कि किय कि।", "[mask] किय [mask]।"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "text", "masked"), WORDS)
@@ -121,22 +112,13 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (None, "no_answer"),
-        ("", "empty"),
-        (" \n\u00a0", "empty"),
-        (".", "not_answerable"),
-        ("—", "not_answerable"),
-        ('""', "not_answerable"),
-        ("(…)", "not_answerable"),
-        ("one two three four five six seven eight nine ten eleven", "too_many_words"),
-        ("x" * 65, "too_long"),
-        ("Lyon", "not_in_passage"),
-        ("paris", "not_in_passage"),  # copied exactly, case included
-        ("Paris—Lyon", "not_in_passage"),
-        ("cafe\u0301", "not_in_passage"),  # not even another encoding of the same letter
-        ("[mask]", "not_in_passage"),
+        (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
+        ('""', "not_answerable"), ("(…)", "not_answerable"),
+        ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
+        ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
+        ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
     ],
-)
+)  # fmt: skip
 def test_invalid_masks_say_why(words, cause):
     text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
     result = mask(words, text)
@@ -161,18 +143,11 @@ LABELLED = passage(
 @pytest.mark.parametrize(
     ("words", "label"),
     [
-        ("Bonn", "copy"),
-        ("lies in", "template"),
-        ("Zoda", "fact"),
-        ("Zod", "fact"),  # part of a word
-        ("in Zoda", "fact"),
-        ("Bonn is Zoda", "fact"),  # fact before copy
-        ("Bonn lies", "copy"),  # copy before template
-        ("in Zoda, said moki", "noise"),  # noise before all
-        ("moki. Bonn", "noise"),
-        ("i", "noise"),  # in lies, in, said, moki, is: noise again
+        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
+        ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
+        ("i", "noise"),
     ],
-)
+)  # fmt: skip
 def test_label_of_a_mask(words, label):
     assert make_mask(words, LABELLED, Config(), random.Random(0)).label == label
 
@@ -207,13 +182,11 @@ def test_labelled_mask_is_one_word_of_that_label():
         for label in ("fact", "copy", "noise", "template")
     }
     assert set(found["fact"]) == {
-        "Bonn lies in [mask], said moki. Bonn is Zoda",
-        "Bonn lies in Zoda, said moki. Bonn is [mask]",
-    }
+        "Bonn lies in [mask], said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. Bonn is [mask]",
+    }  # fmt: skip
     assert set(found["copy"]) == {
-        "[mask] lies in Zoda, said moki. Bonn is Zoda",
-        "Bonn lies in Zoda, said moki. [mask] is Zoda",
-    }
+        "[mask] lies in Zoda, said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. [mask] is Zoda",
+    }  # fmt: skip
     assert set(found["noise"]) == {"Bonn lies in Zoda, said [mask]. Bonn is Zoda"}  # the full stop is no part of it
     assert len(found["template"]) == 4
     assert labelled_mask(LABELLED, "fact", Config(), random.Random(0)).label == "fact"
@@ -267,6 +240,37 @@ def test_random_spans_are_valid_and_drop_outer_punctuation():
 def test_random_span_gives_up_where_nothing_can_be_masked(text):
     result = random_span(passage(text), Config(max_span_words=1), random.Random(0))
     assert result.invalid and result.masked == ""
+
+
+CHINESE = "石门镇位于一条大河的北岸，距离金沙镇大约三十公里，四周都是低矮的山丘和稻田。这个镇在1465年因为丝绸而兴盛。"
+THAI = "เมืองนี้ตั้งอยู่ริมแม่น้ำสายใหญ่ทางเหนือของประเทศ มีตลาดและวัดเก่าแก่"
+HINDI = "यह नगर नदी के तट पर स्थित है और यहाँ के लोग चावल की खेती करते हैं। नगर की स्थापना सन 1782 में हुई थी।"
+
+
+def test_words_are_what_stands_between_spaces_or_a_character_with_its_marks():
+    for text in ("Rome, is (old).\n\x1c½ x", HINDI, "한국어 낱말 둘", "… !", ""):
+        assert [text[a:b] for a, b in word_spans(text)] == text.split()
+    cut = {"在1465年，「石」（a b）": "在 1465 年，「 石」（ a b）", "กำลังที่ ดี": "กำ ลั ง ที่ ดี", "かﾞ、ー。": "かﾞ、 ー。"}
+    for text, words in cut.items():
+        assert [text[a:b] for a, b in word_spans(text)] == words.split()
+
+
+@pytest.mark.parametrize("rule", ["main", "words", "one_mask_words"])
+@pytest.mark.parametrize("text", [CHINESE, THAI, HINDI])
+def test_random_spans_in_all_scripts_have_one_to_ten_words_and_whole_letters(text, rule):
+    rng, config = random.Random(0), Config(mask_rule=rule, max_occurrences=9)
+    spans = [random_span(passage(text), config, rng) for _ in range(400)]
+    assert all(span.invalid == "" for span in spans)
+    lengths = [len(word_spans(span.target)) for span in spans]
+    assert (min(lengths), max(lengths)) == (1, 10) and 2.5 < sum(lengths) / 400 < 4.5
+    for span in spans if rule != "main" else ():  # no vowel sign is left behind the mask
+        assert unicodedata.category(f"{text} "[span.start + len(span.target)]) not in ("Mn", "Mc")
+
+
+def test_text_in_which_no_probe_mask_can_be_drawn_is_one_data_error():
+    corpus = Corpus([], [Passage("1", "", "", "… ! " * 6), Passage("2", "", "", "— " * 10)], {})
+    with pytest.raises(DataError, match="no probe mask can be drawn from 2 held-out passages"):
+        make_probe(corpus, None, Config(data="x"))
 
 
 def test_the_same_seed_gives_the_same_masks():

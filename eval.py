@@ -6,7 +6,7 @@
 
 CHECKPOINT: a Hugging Face folder, checkpoints/step_000100 of a run, or a hub name. Keys: `Settings` below, and of
 config.py those of ENGINE, which mean the same here. One response an item, greedy; `samples` of them at `temperature`
-where the table of benchmarks.py says so.
+where the table of benchmarks/sets.py says so.
 
 The work is cut into chunks of responses, fixed by the settings alone. A chunk is sampled by one rank in one go, with
 noise of its own, judged there, and written beside and renamed:
@@ -15,8 +15,8 @@ noise of its own, judged there, and written beside and renamed:
 
 A chunk that is there is not made again, so a killed evaluation goes on where it was; a chunk comes out the same on any
 rank, so in float32 on a CPU the scores are the same bits for any number of ranks. Ranks meet twice, before the first
-chunk and after the last. Leaves out how an item is asked and judged (exams.py), tables (results.py), and few-shot
-prompts, which lm-eval has.
+chunk and after the last. Leaves out how an item is asked and judged (exams.py), tables (benchmarks/scores.py), and
+few-shot prompts, which lm-eval has.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from benchmarks import BENCHMARKS, Item
+from benchmarks.scores import compare, paper_means, summarise, table
+from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError, check, parse_words, typed
 from evidence import append_row, environment, peak_memory_gb, read_rows, write_whole
 from exams import Exam, answer, load_exams, parse_tasks
 from model import Ranks, describe_attention, gather, load_replica, load_tokenizer, start_ranks
-from results import compare, paper_means, summarise, table
 from rollout import derive_seed
 from sampler import make_sampler
 from sources import DataError

@@ -1,7 +1,7 @@
 """A benchmark as one model is asked it: prompts, responses, verdicts; and a few benchmarks during training.
 
 `answer` is all that happens to an item, for the command (eval.py) as for the loop (train.py). Leaves out what the items
-are and when a response is right (benchmarks.py), and means (results.py).
+are and when a response is right (benchmarks/sets.py, judge.py), and means (benchmarks/scores.py).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
+from benchmarks.scores import summarise
+from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError
 from model import gather
 from prompts import BOXED_OPENING, fill
-from results import summarise
 from rollout import generate
 from sampler import Sampler, encode
 

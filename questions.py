@@ -20,12 +20,15 @@ Alone:  python questions.py CONFIG.yaml [key=value ...]   counts, and the first 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.judge import MAX_ANSWER_CHARS
 from config import Config, parse_command_line
+from prompts import last_answer
 from sources import (
     CAUSES,
     SURROGATE,
@@ -37,7 +40,6 @@ from sources import (
     parquet_rows,
     source_path,
 )
-from verify import MAX_ANSWER_CHARS, extract_gold
 from words import one_line
 
 TEXT_FIELDS = ("question", "problem", "prompt")
@@ -54,6 +56,7 @@ INSTRUCTIONS = (  # endings that data sets add to their questions
     'Let\'s think step by step and output the final answer after "####".',
     "Please reason step by step, and put your final answer within \\boxed{}.",
 )
+THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 
 
 @dataclass
@@ -135,6 +138,22 @@ def question_text(record: dict) -> str:
         if isinstance(value, str) and value.strip():
             return value.strip()
     return ""
+
+
+def extract_gold(text: str) -> str | None:
+    r"""The answer of a worked solution: what follows #### on its last line (GSM8K), else its last \boxed{}; else None.
+
+    >>> extract_gold("48 / 2 = <<48/2=24>>24 clips, so 1,024 in all.\n#### 1,024"), extract_gold("A guess: 7.")
+    ('1024', None)
+    >>> extract_gold(r"#### Step 1" "\n" r"Halving gives $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    """
+    # cut by hand: a pattern tried at each # of a long line takes quadratic time
+    _, _, marked = text.strip().rpartition("\n")[2].partition("####")
+    answer = (marked or last_answer(text, "boxed") or "").strip()
+    if marked:
+        answer = answer.removeprefix("$")
+    return (answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer) or None
 
 
 def gold_answer(record: dict) -> str:

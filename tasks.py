@@ -18,6 +18,7 @@ import random
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from benchmarks.judge import check_answers
 from config import Config
 from data import Corpus, Passage, is_heldout
 from grpo import Group, Sample, make_samples
@@ -41,7 +42,6 @@ from rlp import (
 from rollout import derive_seed
 from sampler import Rollout, Sampler, predict_prompt, question_prompt
 from sources import DataError
-from verify import check_answers
 
 GIVEN = ("sft", "cpt")
 """Methods whose completions are given, not sampled."""

@@ -10,8 +10,8 @@ run learns by answering can show in the first; what it reads without answering, 
 base has never met two subjects in one article: it starts with invalid masks and wrong copies.
 
 `questions`: an article of the mini-wiki about each fact, with [mask] in place of the value. math-verify does not judge
-words (verify.py), but among the words of this world its verdict is equality, which a test checks. Left out: any other
-way to ask; the base knows no other.
+words (benchmarks/judge.py), but among the words of this world its verdict is equality, which a test checks. Left out:
+any other way to ask; the base knows no other.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import grpo
 import start
 import stopping
 import train
-import verify
+from benchmarks import verify
 
 POINTS = {
     # name: (where the function is looked up, its name, the phase that stopping.py must name there, n-th call in it)

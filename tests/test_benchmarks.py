@@ -10,15 +10,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scoring
+from scoring import FINAL_STOP, SCIENTIFIC, guessed_letter
+from verify import check_answers
 
 import benchmarks
-import scoring
 from benchmarks import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
 from prompts import fill, last_answer
 from questions import DataError
-from scoring import FINAL_STOP, SCIENTIFIC, guessed_letter
-from verify import check_answers
 
 # ---------------------------------------------------------------------------------------------- who is right
 # (gold, what stands in the box). Whole responses, with no box, several or a broken one, come further down.

@@ -15,11 +15,11 @@ from worker import ASKED
 
 import eval
 import exams
-from benchmarks import BENCHMARKS, Item
+from benchmarks.scores import MATH, PAPER, SIZES, compare, paper_means, summarise, table
+from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
 from eval import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
 from exams import Exam, exams_of, load_exams, parse_tasks
-from results import MATH, PAPER, SIZES, compare, paper_means, summarise, table
 from sampler import Rollout
 from sources import DataError
 

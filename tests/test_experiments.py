@@ -15,12 +15,12 @@ import claims
 import experiments
 import outcomes
 import worlds
+from benchmarks.judge import check_answers
 from charts import Series, line_chart, stand_alone
 from claims import CLAIMS
 from data import Passage
 from masking import make_mask
 from outcomes import blocks, fill, interval, load_results
-from verify import check_answers
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
 BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2}

@@ -18,10 +18,9 @@ from config import Config, ConfigError, dump_config, read_config
 from masking import MASK, make_mask, mask_at, next_token_mask, random_span
 from passages import paragraphs
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
-from questions import gold_answer, question_text, strip_instruction
+from questions import extract_gold, gold_answer, question_text, strip_instruction
 from rewards import FINAL_STOPS, QUOTES, answerable, caseless_match, exact_match, normalise, prefix_match
 from rlp import THINK_CLOSE
-from verify import extract_gold
 
 
 def share_and_all(share: int, everything: int):

@@ -19,6 +19,7 @@ from reference import (
 )
 
 import tasks
+from benchmarks.judge import check_answers
 from config import Config
 from data import DataError, Passage
 from grpo import Group, learning_rate, update
@@ -46,7 +47,6 @@ from tasks import (
     verify_predictions,
 )
 from train import predict, reward
-from verify import check_answers
 
 DRAWN = ("random_span", "random_token", "entropy_token", "rlvr", "rlp", "sft")
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")

@@ -320,8 +320,8 @@ class Config:
     eval_every: int = 0
     """Steps between evaluations on `eval_tasks`; step 0 and the last are always evaluated; 0 is off."""
     eval_tasks: str = ""
-    """Benchmarks of benchmarks.py, by commas: NAME, from the hub, or NAME=FILE. Answered greedily, once an item, with
-    max_prediction_tokens at most. `gsm8k,math500=path/to/math500.jsonl`"""
+    """Benchmarks of benchmarks/sets.py, by commas: NAME, from the hub, or NAME=FILE. Answered greedily, once an item,
+    with max_prediction_tokens at most. `gsm8k,math500=path/to/math500.jsonl`"""
     eval_limit: int = 0
     """Items of each benchmark, spread over the whole of it; 0: all. 200 items: a standard error of up to 3.5 points."""
     samples_per_step: int = 1

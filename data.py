@@ -46,8 +46,9 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from benchmarks.judge import MAX_ANSWER_CHARS
 from config import Config, one_line, parse_command_line
-from verify import MAX_ANSWER_CHARS, extract_gold
+from prompts import last_answer
 
 LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
@@ -767,6 +768,7 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
 
 # ------------------------------------------------------------------------------------------------------------ questions
 
+THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 TEXT_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")
 CHOICE_FIELDS = ("options", "choices")
@@ -884,6 +886,22 @@ def _gold(value, only_marked: bool = False) -> str:
     if not isinstance(value, str):
         return ""
     return extract_gold(value) or ("" if only_marked else value.strip())
+
+
+def extract_gold(text: str) -> str | None:
+    r"""The answer of a worked solution: what follows #### on its last line (GSM8K), else its last \boxed{}; else None.
+
+    >>> extract_gold("48 / 2 = <<48/2=24>>24 clips, so 1,024 in all.\n#### 1,024"), extract_gold("A guess: 7.")
+    ('1024', None)
+    >>> extract_gold(r"#### Step 1" "\n" r"Halving gives $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    """
+    # cut by hand: a pattern tried at each # of a long line takes quadratic time
+    _, _, marked = text.strip().rpartition("\n")[2].partition("####")
+    answer = (marked or last_answer(text, "boxed") or "").strip()
+    if marked:
+        answer = answer.removeprefix("$")
+    return (answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer) or None
 
 
 def strip_instruction(text: str) -> str:

@@ -41,7 +41,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from benchmarks import BENCHMARKS, Item, judge, load_items, prompt_template
+from benchmarks.scores import compare, paper_means, summarise, table
+from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
 from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
 from data import Corpus, DataError, Passage
@@ -51,7 +52,6 @@ from metrics import append_row, environment, peak_memory_gb, read_rows, write_wh
 from model import describe_attention, load_replica, load_tokenizer
 from prompts import BOXED_OPENING, fill, last_answer
 from ranks import Ranks, gather, start_ranks
-from results import compare, paper_means, summarise, table
 from rewards import exact_match
 from rollout import (
     Sampler,

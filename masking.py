@@ -19,7 +19,7 @@ import regex
 
 from config import Config
 from data import LABELS, UNSPACED
-from rewards import answerable
+from rewards import answerable, undo_latex, unquote
 
 if TYPE_CHECKING:
     from data import Passage
@@ -63,8 +63,9 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     r"""Applies the config's mask rule to the words that the generator chose; None if it chose none.
 
     The words must occur in the passage 1 to `max_occurrences` times, exactly as written, except that any white space
-    matches any (a line break in the passage does not void a mask). Overlaps count once. `main` replaces every
-    occurrence, parts of words included; `one_mask` one at random; `words` whole words only; `one_mask_words` both.
+    matches any (a line break in the passage does not void a mask), and LaTeX, quotes and stars are undone if need be.
+    Accents and vowel signs stay with their letter. Overlaps count once. `main` replaces every occurrence, parts of
+    words included; `one_mask` one at random; `words` whole words only; `one_mask_words` both.
     Source: PretrainZero (arXiv 2512.03442), mask rule and its variants; caps on the length are ours.
 
     >>> from types import SimpleNamespace
@@ -80,10 +81,14 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     """
     if words is None:
         return Mask("", invalid="no_answer")
-    words = words.strip()
+    written = _strip(words)
+    # Marks of LaTeX and markdown are undone only where the words as written are not in the passage.
+    plain = _strip(undo_latex(written))
+    spellings = (written, plain, unquote(plain))
+    found = ((words, _occurrences(words, passage.text, config.mask_rule)) for words in spellings if words)
+    words, spans = next((pair for pair in found if pair[1]), (written, []))
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
-    spans = _occurrences(words, passage.text, config.mask_rule)
     if not spans:
         return Mask(words, invalid="not_in_passage")
     if len(spans) > config.max_occurrences:
@@ -125,7 +130,7 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
     ('red or [mask]', 'red', 2, 7, 'copy')
     """
     assert 0 <= start <= end <= len(passage.text), f"span {start}:{end} is outside of the passage"
-    words = passage.text[start:end].strip()
+    words = _strip(passage.text[start:end])
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     occurrences = len(_occurrences(words, passage.text, config.mask_rule))
@@ -158,7 +163,7 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
     ('Bonn [mask]', 'is', ('is', 'is old', 'is old.'))
     """
     start, end = tokens[number]
-    target = passage.text[start:end].strip()
+    target = _strip(passage.text[start:end])
     if not answerable(target):
         return Mask(target, invalid="not_answerable")
     start = passage.text.index(target, start)
@@ -185,8 +190,24 @@ def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]
     pattern = r"\s+".join(map(re.escape, words.split()))
     if mask_rule.endswith("words"):
         pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
-        return [match.span() for match in regex.finditer(pattern, text)]
-    return [match.span() for match in re.finditer(pattern, text)]
+    spans = [match.span() for match in regex.finditer(pattern, text)]
+    whole = mask_rule.endswith("words")
+    return [
+        (start, end) for start, end in spans
+        if not _is_mark(text[start : start + 1]) and not _is_mark(text[end : end + 1])
+        and not (whole and _is_mark(text[max(start - 1, 0) : start]))
+    ]  # fmt: skip
+
+
+def _is_mark(char: str) -> bool:
+    """Whether this is a combining mark, an accent or a vowel sign, which belongs to the letter before it."""
+    return char != "" and unicodedata.category(char).startswith("M")
+
+
+def _strip(text: str) -> str:
+    """Without outer white space and invisible characters."""
+    hidden = "".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"})
+    return text.strip(hidden)
 
 
 def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int) -> Mask:
@@ -236,7 +257,7 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
 
     def outer(char: str) -> bool:
-        return char.isspace() or unicodedata.category(char).startswith("P")
+        return char.isspace() or unicodedata.category(char)[0] == "P" or unicodedata.category(char) == "Cf"
 
     while start < end and outer(text[start]):
         start += 1

@@ -14,6 +14,7 @@ from statistics import fmean
 
 from torch import nn
 
+from benchmarks.judge import check_answers
 from config import Config, ConfigError
 from data import Corpus, DataError, Passage, is_heldout, load_questions, strip_instruction
 from grpo import Group, Sample, add_ref_logprobs, make_samples, score
@@ -32,7 +33,6 @@ from rollout import (
     question_prompt,
     rollout,
 )
-from verify import check_answers
 
 
 @dataclass

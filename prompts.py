@@ -60,6 +60,9 @@ Reasoning:"""  # noqa: E501
 PREDICT_PREFIX = r" \boxed{"
 """Appended to a prediction prompt, it leaves no room for a thought: the completion begins inside the box."""
 MASK_OPENING, BOXED_OPENING = r"\mask{", r"\boxed{"
+SPACES = " \t\n"
+"""What may stand between a command and its brace."""
+
 AnswerScan = tuple[int, int, bool]
 """Where a scan stands: characters of the opening matched, brace depth (0: no answer is open), last one was a `\\`."""
 START: AnswerScan = (0, 0, False)
@@ -82,7 +85,8 @@ def fill(template: str, passage: str) -> str:
 def last_answer(text: str, command: str) -> str | None:
     r"""The content of the last `\command{...}` whose braces balance, as written; None if there is none.
 
-    Braces nest; `\{` and `\}` do not count; an answer inside another one comes later than it. Linear in the text.
+    Braces nest; `\{` and `\}` do not count; an answer inside another one comes later than it. White space may stand
+    before the brace, as in `\boxed {x}`. Linear in the text.
 
     >>> last_answer(r"Maybe \boxed{Paris}. No, \boxed{the {old} town}, or \boxed{Ly", "boxed")
     'the {old} town'
@@ -91,7 +95,7 @@ def last_answer(text: str, command: str) -> str | None:
     answer, answer_start = None, -1
     open_braces = []  # from the outermost opening on: where its content starts, or -1 for a plain brace
     # A doubled backslash before the command is taken for an opening too: models write it, and mean one.
-    for token in re.finditer(rf"\\?\\{command}\{{|\\.|[{{}}]", text):
+    for token in re.finditer(rf"\\?\\{command}[{SPACES}]*\{{|\\.|[{{}}]", text):
         kind = token[0]
         if kind == "{" and open_braces:
             open_braces.append(-1)
@@ -126,6 +130,8 @@ def scan(state: AnswerScan, piece: str, opening: str) -> AnswerScan:
         return state
     matched, depth, escaped = state
     for char in piece:
+        if char in SPACES and matched == len(opening) - 1 and opening.endswith("{"):
+            continue
         # No other character of an opening is like its first, so a broken match can begin anew only there.
         matched = matched + 1 if char == opening[matched] else int(char == first)
         if matched == len(opening):

@@ -15,21 +15,24 @@ from prompts import last_answer
 
 INVALID_MASK_REWARD = 0.0
 """Reward of a generator response whose mask cannot be used. It stays in its group. Paper: silent."""
-# Commands that only change the look of their argument; escaped characters; bare braces; LaTeX's unbreakable space.
+# Commands that only change the look of their argument, {\\bf ...} too; escapes; bare braces; an unbreakable space.
 LATEX = re.compile(
     r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|sl|up|md)?|math(?:normal|bf|it|rm|sf|tt)|emph|underline|mbox|operatorname)\s*\{"
+    r"|\{\s*\\(?:bf|it|em|rm|sf|tt|sc|sl)(?![A-Za-z])\s*"
     r"|\\.|[{}~]",
     re.DOTALL,
 )
 QUOTES = frozenset("\"'`“”„‟‘’‚‛«»‹›「」『』")
-FINAL_STOPS = ".,。、"
+MARKUP = QUOTES | {"*", "$"}
+FINAL_STOPS = ".,。、।॥۔،։።។"
 
 
 def normalise(text: str) -> str:
     r"""The form in which answers and targets are compared. Case is kept. Linear in the text.
 
-    Removed: LaTeX text wrappers, LaTeX escapes, outer quotes, one final full stop or comma, surplus white space;
-    compatibility characters are unified (NFKC). Source: our choice, the paper says "exact match".
+    Removed: invisible characters (Unicode's Cf), LaTeX text wrappers and escapes, outer quotes, stars and dollars, one
+    final full stop or comma of any script, surplus white space; compatibility characters are unified (NFKC). Source:
+    our choice, the paper says "exact match".
 
     >>> normalise(r"\text{R\&D  budget}.")
     'R&D budget'
@@ -38,11 +41,12 @@ def normalise(text: str) -> str:
     >>> normalise(r"\frac{1}{2}")  # only the wrappers' braces go
     '\\frac{1}{2}'
     """
+    text = "".join(char for char in text if char.isascii() or unicodedata.category(char) != "Cf")
     # Word by word and at most 256 characters at a time: NFKC sorts runs of accents in quadratic time.
     text = re.sub(r"\S{1,256}", lambda part: unicodedata.normalize("NFKC", part[0]), text)
-    text = _unquote(" ".join(undo_latex(text).split()))
+    text = unquote(" ".join(undo_latex(text).split()))
     if text and text[-1] in FINAL_STOPS:
-        text = _unquote(text[:-1].rstrip())  # "Paris." and "Paris". are both Paris
+        text = unquote(text[:-1].rstrip())  # "Paris." and "Paris". are both Paris
     return text
 
 
@@ -72,14 +76,16 @@ def undo_latex(text: str) -> str:
             token = token[1]
         elif token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
             token = " "
+        elif token[1] in "()[]":  # borders of a formula
+            token = ""
         parts.append(token)
     return "".join(parts) + text[position:]
 
 
-def _unquote(text: str) -> str:
-    """Strips quotes while there is one at both ends, of any kind, for ``these'' and doubled ones."""
+def unquote(text: str) -> str:
+    """Strips quotes and markup while there is one at both ends, of any kind, for ``these'' and doubled ones."""
     start, end = 0, len(text)
-    while end - start >= 2 and text[start] in QUOTES and text[end - 1] in QUOTES:
+    while end - start >= 2 and text[start] in MARKUP and text[end - 1] in MARKUP:
         start, end = start + 1, end - 1
         while start < end and text[start] == " ":
             start += 1

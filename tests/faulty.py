@@ -29,7 +29,7 @@ import grpo
 import ranks as stopping
 import train
 import train as start
-import verify
+from benchmarks import verify
 
 POINTS = {
     # name: (where the function is looked up, its name, the phase that ranks.py must name there, n-th call in it)

@@ -15,7 +15,8 @@ from worker import ASKED
 
 import eval
 import eval as exams
-from benchmarks import BENCHMARKS, Item
+from benchmarks.scores import MATH, PAPER, SIZES, compare, paper_means, summarise, table
+from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
 from data import DataError
 from eval import (
@@ -31,7 +32,6 @@ from eval import (
     parse_tasks,
     read_settings,
 )
-from results import MATH, PAPER, SIZES, compare, paper_means, summarise, table
 from rollout import Rollout
 
 RECORDS = {

@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import pytest
 from reference import tiny_config
 
+from benchmarks.judge import check_answers
 from data import Passage
 from masking import make_mask
 from miniature import claims, runs, tables, worlds
 from miniature.claims import CLAIMS
 from miniature.tables import fill_blocks, interval, load_results, make_tables
 from report.charts import Series, line_chart, stand_alone
-from verify import check_answers
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
 BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2}

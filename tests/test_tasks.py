@@ -49,7 +49,6 @@ from model import build_policy, build_reference, needs_reference
 from rewards import answerable
 from rollout import Rollout, predict_prompt, question_prompt
 from train import predict, reward
-from verify import check_answers
 
 DRAWN = ("random_span", "random_token", "entropy_token", "rlvr", "rlp", "sft")
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")

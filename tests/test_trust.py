@@ -16,10 +16,10 @@ import torch
 from jinja2.exceptions import SecurityError
 from reference import ROOT, tiny_config
 
-import verify
+from benchmarks from benchmarks import verify
+from benchmarks.judge import check_answers
 from config import ConfigError, read_config
 from model import load_replica, load_tokenizer
-from verify import check_answers
 
 SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / p for folder in ("benchmarks", "report", "play", "bench", "miniature") for p in (ROOT / folder).glob("*.py"))])
 BASE = ROOT / "assets/tiny_base"

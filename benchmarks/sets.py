@@ -9,10 +9,10 @@ broken or lacks a field is an error: a score on part of a benchmark is another b
 the last balanced \boxed{}; nothing else is looked at unless the caller asks for it, since both fallbacks lift a base
 model's score (guessing by a tenth on ten options).
 
-Left out: sampling and averages (the caller's), rules of matching (scoring.py), few-shot prompts and log-likelihoods
-(lm-eval's job), AIME's 000 to 999 (leading zeros are math-verify's business: 073 is 73).
+Left out: sampling and averages (the caller's), rules of matching (judge.py), few-shot prompts and log-likelihoods
+(lm-eval's job), AIME's 000 to 999 (073 is 73).
 
-Alone:  python benchmarks.py NAME [FILE_OR_FOLDER]   counts, fingerprint, the first prompt and its answer
+Alone:  python -m benchmarks show NAME [FILE_OR_FOLDER]   counts, fingerprint, the first prompt and its answer
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ import hashlib
 import json
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
+from benchmarks.judge import last_number as number_in
 from config import Config, ConfigError
 from data import CAUSES, SURROGATE, DataError, Skip, file_records, gold_answer, hub_records, local_files
-from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, fill, last_answer
-from scoring import fuzzy_match, guessed_letter, maths_scores, option_letter
-from scoring import last_number as number_in
-from verify import MAX_ANSWER_CHARS
+from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, last_answer
 
 Names = str | tuple[str, ...]
 
@@ -285,26 +283,9 @@ def judge(
         answers.append((answer, how) if answer else (None, "none"))
     pairs = [(item.gold, answer) for item, (answer, _) in zip(items, answers, strict=True)]
     if kind == "maths":
-        scores = maths_scores(pairs)
+        scores = check_answers(pairs)
     elif kind == "bbeh":
         scores = [float(answer is not None and fuzzy_match(answer, gold)) for gold, answer in pairs]
     else:
         scores = [float(answer == gold) for gold, answer in pairs]
     return [Verdict(answer, how, score) for (answer, how), score in zip(answers, scores, strict=True)]
-
-
-def main() -> None:
-    """Counts a benchmark's items and shows the first."""
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit("usage: python benchmarks.py NAME [FILE_OR_FOLDER]")
-    try:
-        items, counts, fingerprint = load_items(*sys.argv[1:])
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{sys.argv[1]}: {counts}, fingerprint {fingerprint}")
-    print(f"\n--- {items[0].id}\n{fill(prompt_template(sys.argv[1]), items[0].question)}\n=> {items[0].gold}")
-
-
-if __name__ == "__main__":
-    main()

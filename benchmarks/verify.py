@@ -1,18 +1,19 @@
-r"""Checking answers to maths questions with math-verify, in a process of its own that may be killed.
+r"""math-verify in a process of its own that may be killed: the part of the judge (judge.py) that needs algebra.
 
-    check_answers([(r"\frac{1}{2}", "0.5"), ("42", "9^{9^{9^{9}}}"), ("42", None)])    ->    [1.0, 0.0, 0.0]
+    equal_in_child(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", seconds=5.0)    ->    1.0
 
-The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}, its defaults). A model's answer is data that
-nobody vetted: a tower of exponents or thousands of brackets keeps sympy busy for years or takes all memory. So the
-checks run in one child process, which imports no torch; the caller waits `seconds` for each answer and then kills it.
-The answer gets 0.0, a new child (about a second) does the next. Nothing that an answer does reaches the caller.
+A model's answer is data that nobody vetted: a tower of exponents or thousands of brackets keeps sympy busy for years or
+takes all memory. So the checks run in one child process, which imports no torch; the caller waits `seconds` for each
+answer and then kills the child. The answer gets 0.0, and a new child (about a second) does the next.
+
+The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}), with one guard. math-verify compares numbers
+as floats, so that 2^{-60} equals 2^{-61}; where it says yes, the values are compared again, exactly or to 100 digits.
 
 The child leaves when its stdin ends, so it outlives no caller. It is not shared across a fork; threads take turns.
-Left out: a verdict on words. math-verify reads them as products of letters, so that Evelyn equals NylevE.
 The limit is of wall time: verdicts on answers that take nearly so long depend on the machine. Where several ranks must
 agree, check an answer on one rank and send the verdict to the others.
 
-Alone:  python verify.py GOLD ANSWER
+Alone:  python -m benchmarks.verify GOLD ANSWER
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import resource
 import select
 import signal
@@ -30,63 +30,29 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from prompts import last_answer
-
-MAX_ANSWER_CHARS = 2000
-"""Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
 START_SECONDS = 120.0  # importing sympy takes half a second; far more from a cold network disk
 MEMORY_BYTES = 4 << 30  # address space of the child
 SERVE = "--serve"
-
-INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,14})")
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+DECIMALS = 1e-5  # relative; math-verify itself compares decimal numbers to six places, which says nothing near zero
+EXACT = 1e-40  # relative; what evalf leaves of an exact zero is far smaller
 
 _child: subprocess.Popen | None = None
 _lock = threading.Lock()
 
 
-def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
-    r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
+def equal_in_child(gold: str, answer: str, seconds: float) -> float:
+    r"""1.0 if math-verify finds the two equal and the guard agrees, else 0.0, also after `seconds` of wall time.
 
-    pairs: (gold, answer), both what stands inside the box. Equal pairs are checked once. `seconds` is wall time per
-    answer, so a batch takes at most that (and a restart of the child) times the number of hostile answers in it.
     Raises RuntimeError when the child cannot be started.
 
-    `[("1,000", "1000"), ("0.5", r"\frac12"), ("5", "5, 6"), ("5", None)]` -> `[1.0, 1.0, 0.0, 0.0]`
+    `equal_in_child("(x+1)^2", "x^2+2x+1", 5.0)` -> `1.0`; `equal_in_child("2^{-60}", "2^{-61}", 5.0)` -> `0.0`
     """
-    asked = {(gold, answer) for gold, answer in pairs if answer is not None}
-    with _lock:
-        verdicts = {pair: _check(*pair, seconds) for pair in sorted(asked)}  # a gold's answers in a row: it is cached
-    return [0.0 if answer is None else verdicts[gold, answer] for gold, answer in pairs]
-
-
-def extract_gold(text: str) -> str | None:
-    r"""The answer of a worked solution: what follows #### on its last line (GSM8K), else its last \boxed{}; else None.
-
-    >>> extract_gold("48 / 2 = <<48/2=24>>24 clips, so 1,024 in all.\n#### 1,024"), extract_gold("A guess: 7.")
-    ('1024', None)
-    >>> extract_gold(r"#### Step 1" "\n" r"Halving gives $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
-    """
-    # cut by hand: a pattern tried at each # of a long line takes quadratic time
-    _, _, marked = text.strip().rpartition("\n")[2].partition("####")
-    answer = (marked or last_answer(text, "boxed") or "").strip()
-    if marked:
-        answer = answer.removeprefix("$")
-    return (answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer) or None
-
-
-def _check(gold: str, answer: str, seconds: float) -> float:
-    gold, answer = gold.strip(), answer.strip()
-    if not gold or not answer or len(answer) > MAX_ANSWER_CHARS:
-        return 0.0
-    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):  # most answers, and no two readings of them
-        return float(int(gold) == int(answer))
     request = json.dumps([gold, answer, seconds]).encode() + b"\n"  # ASCII, without line ends inside
-    for _ in range(2):  # a child may have been killed by somebody else: only what kills two is to blame
-        verdict = _ask(request, seconds)
-        if verdict is not None:
-            return verdict
+    with _lock:
+        for _ in range(2):  # a child may have been killed by somebody else: only what kills two is to blame
+            verdict = _ask(request, seconds)
+            if verdict is not None:
+                return verdict
     return 0.0
 
 
@@ -120,15 +86,15 @@ def _read(process: subprocess.Popen, seconds: float) -> str:
 
 def _start() -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), SERVE],
+        [sys.executable, "-m", "benchmarks.verify", SERVE], cwd=Path(__file__).resolve().parent.parent,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms depends on it
     )  # fmt: skip
-    said = _read(process, START_SECONDS)
-    if said != "ready":
+    reply = _read(process, START_SECONDS)
+    if reply != "ready":
         process.kill()
         raise RuntimeError(
-            f"the process that checks answers did not start ({said or f'exit status {process.wait()}'}); "
+            f"the process that checks answers did not start ({reply or f'exit status {process.wait()}'}); "
             "it needs math-verify: pip install math-verify==0.9.0"
         )
     return process
@@ -180,16 +146,41 @@ def _verdict(gold: str, answer: str) -> bool:
     from math_verify import parse, verify
 
     boxed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
-    return bool(verify(*boxed, timeout_seconds=None))
+    if not verify(*boxed, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    return _close(boxed[0][0], boxed[1][0])
+
+
+def _close(gold: object, answer: object) -> bool:
+    """Whether two values that math-verify finds equal are so to 100 digits; True for kinds that have no value."""
+    import sympy
+
+    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
+        return all(any(_close(one, other) for other in answer.args) for one in gold.args)
+    if isinstance(gold, sympy.MatrixBase | sympy.Tuple) and isinstance(answer, sympy.MatrixBase | sympy.Tuple):
+        return all(map(_close, gold, answer))
+    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return True
+    if sympy.oo in (gold, answer) or -sympy.oo in (gold, answer):
+        return gold == answer
+    # a formula is compared at one point; equal formulas are equal there
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    point = {symbol: sympy.Rational(137 + 13 * number, 101 + number) for number, symbol in enumerate(symbols)}
+    gold, answer = gold.subs(point), answer.subs(point)
+    size, difference = abs(sympy.N(gold)), abs(sympy.N(gold - answer))
+    if not (size.is_number and size.is_finite and difference.is_number and difference.is_finite):
+        return True  # not to be evaluated, as f(x)
+    limit = DECIMALS if gold.has(sympy.Float) or answer.has(sympy.Float) else EXACT
+    return bool(difference <= limit * size)
 
 
 def main() -> None:
     if sys.argv[1:] == [SERVE]:
         _serve()
     elif len(sys.argv) == 3:
-        print(check_answers([(sys.argv[1], sys.argv[2])])[0])
+        print(equal_in_child(*sys.argv[1:], seconds=5.0))
     else:
-        raise SystemExit("usage: python verify.py GOLD ANSWER")
+        raise SystemExit("usage: python -m benchmarks.verify GOLD ANSWER")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 import verify
 from verify import check_answers, extract_gold
 

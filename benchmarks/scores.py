@@ -12,7 +12,6 @@ Alone:  python -m benchmarks compare OUT [OUT ...]      (as `python eval.py comp
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from itertools import groupby
 from math import sqrt
@@ -164,9 +163,3 @@ def _differences(found: dict[str, dict]) -> list[str]:
     different = {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
     told = {key: ", ".join(dict.fromkeys(map(repr, row))) for key, row in different.items()}
     return [f"not the same: {key}" + (f" ({text})" if len(text) < 80 else "") for key, text in told.items()]
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m benchmarks compare OUT [OUT ...]")
-    print(compare(sys.argv[1:]))

@@ -1,0 +1,336 @@
+r"""The judge of answers, for rlvr and for the benchmarks alike: maths, option letters, BBEH's matching rules.
+
+Every function gets what stands in the box (prompts.last_answer). A maths answer is decided in this order:
+
+    a gold of words     as text, blind to case: `\text{east}` is East, and not seat
+    two plain numbers   exactly, as fractions, without currency, unit or words: 18 dollars is 18, `12 or 13` is not 12
+    anything else       by math-verify in a child process (verify.py), after both are spelled as it reads them right
+
+A plain number is an integer, a decimal, a power, or a product or fraction of these. 50% is 50 and 0.5. A decimal of six
+places or more equals a fraction that rounds to it. Left out: where items come from (sets.py). Needs no torch.
+
+Run alone: `python -m doctest -v benchmarks/judge.py` with PYTHONPATH=.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+from benchmarks.verify import equal_in_child
+from prompts import last_answer
+from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
+
+MAX_ANSWER_CHARS = 2000
+"""Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
+
+SYMBOLS = {
+    "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "π": r"\pi ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "º": "°",
+    "’": "'",
+}  # fmt: skip
+SCRIPTS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
+ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
+OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
+FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS}]$|\\\\$|\\[,;: ]$")
+ABOUT = r"\\(?:approx|sim|simeq|cong|thickapprox)(?![A-Za-z])"
+LATEX_THOUSANDS = re.compile(r"(?<![\w.,^}\\])[0-9]{1,3}(?:(?:\\[,;: ]|[~ ])[0-9]{3})+(?![0-9])")
+# digits in groups of three, set apart by one kind of sign: 1,000,000 or 1 000 000 or 1'000'000
+THOUSANDS = re.compile(r"(?<![\w.,^}])[0-9]{1,3}([,' ])[0-9]{3}(?:\1[0-9]{3})*(?![0-9]|[,' ][0-9])")
+
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+POWER = rf"{NUMBER}(?: ?\^ ?(?:\{{ ?[-+]?[0-9]{{1,3}} ?\}}|-?[0-9]{{1,3}}(?![0-9])))?"
+PRODUCT = rf"{POWER}(?: ?(?:[×·*]|x(?= ?10 ?\^)) ?{POWER})*"
+FRAC = rf"\\[dtc]?frac ?(?:\{{ ?([-+]?{PRODUCT}) ?\}}|([0-9])) ?(?:\{{ ?({PRODUCT}) ?\}}|([0-9]))"
+PLAIN = re.compile(
+    rf"(?P<sign>(?<![\w)}}\]])[-+])? ?(?P<whole>[0-9]+(?= (?:{PRODUCT}) ?/| ?\\[dtc]?frac))? ?"
+    rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
+)
+FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
+BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()-])*(?<!-)")
+AFTER = re.compile(r"(?:[^\W\d_]+(?:\^(?:\{-?[0-9]\}|-?[0-9]))?|[\s/.,()'°%{}·]|(?<=[a-z])-(?=[a-z]))*")
+CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱ "
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NOT_UNITS = frozenset(
+    "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths sevenths eighths "
+    "ninths tenths hundredths thousandths twice double triple squared cubed factorial more less fewer greater least "
+    "most below above over under between than to mod modulo base choose divided multiplied root sqrt sin cos tan log "
+    "one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty "
+    "ninety dozens hundreds thousands millions billions except isn't".split()
+) | frozenset(SCALES)
+"""Words that make another number, or a second one, of the number beside them."""
+UNITS = frozenset(
+    "m g s h L N J W V K C F A Å T Ω cm mm km nm kg mg ml mL ft in yd mi oz lb hr Hz Pa kW kV kJ eV au AU pc am pm "
+    "AM PM dB St cc sq kΩ μm μs ms ns of on is at by we he it px KB MB GB".split()
+)
+"""Units, and words of phrases; another word of one or two letters may be a variable."""
+FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi|arc[a-z]+)(?![a-z])")
+WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z][^{}\\]*)\}")
+WORDS = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
+LONE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
+SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d*)?)[eE]([-+]?\d{1,4})")
+
+
+class Number(NamedTuple):
+    """A plain number as it was read: value, decimal places as written (-1: not a decimal), base ("": none), percent."""
+
+    value: Fraction
+    places: int
+    base: str
+    percent: bool
+
+
+def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
+    r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
+
+    pairs: (gold, answer), both what stands inside the box. Equal pairs are checked once. `seconds` is wall time per
+    answer, so a batch takes at most that (and a restart of the child) times the number of hostile answers in it.
+    Raises RuntimeError when the child cannot be started.
+
+    >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
+    [1.0, 1.0, 1.0, 1.0, 1.0]
+    >>> check_answers([("5", "5, 6"), ("12", "12 or 13"), ("2107", "2107.001"), (r"\text{east}", "seat"), ("5", None)])
+    [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    asked = {(gold, answer) for gold, answer in pairs if answer is not None}
+    verdicts = {pair: _check(*pair, seconds) for pair in sorted(asked)}
+    return [0.0 if answer is None else verdicts[gold, answer] for gold, answer in pairs]
+
+
+def _check(gold: str, answer: str, seconds: float) -> float:
+    if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
+        return 0.0
+    gold, answer = _spell(gold), _spell(answer)
+    if not gold or not answer:
+        return 0.0
+    number = read_number(gold, is_gold=True)
+    if number is None and (WRAPPER.fullmatch(gold) or WORDS.fullmatch(gold)):
+        return float(_words(gold) == _words(answer))
+    if number and not ("=" in gold and "=" in answer):  # x = 5 is not y = 5
+        if found := read_number(answer):
+            return float(_same(number, found))
+        # words, a ratio, a base: math-verify would take letters for factors, and read past the rest
+        if re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?]|[0-9]_", FUNCTIONS.sub("", undo_latex(answer))):
+            return 0.0
+    answer = answer if "=" in gold else NAME.sub("", answer)
+    bases = [re.findall(r"[0-9]_\{?(\w+)", text) for text in (gold, answer)]
+    if bases[1] and bases[0] != bases[1]:
+        return 0.0
+    variables = bool(number or LONE_LETTER.search(WRAPPER.sub("", gold)))
+    return equal_in_child(_algebra(gold, variables), _algebra(answer, variables), seconds)
+
+
+def _spell(text: str) -> str:
+    r"""Unicode's signs as LaTeX has them, and nothing around the whole: markdown, dollars, quotes, boxes, final stops.
+
+    `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`
+    """
+    text = SCRIPTS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
+    text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
+    text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
+    before = None
+    while text != before:
+        before = text
+        text = FINAL_STOP.sub("", text.strip())
+        for left, right in OUTER:
+            inner = text[len(left) : -len(right)]
+            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
+                text = inner
+        if len(text) > 2 and text[0] in QUOTES and text[-1] in QUOTES:
+            text = text[1:-1]
+        inner = text.removeprefix(r"\boxed").lstrip()
+        if inner.startswith("{") and inner.endswith("}") and last_answer(rf"\x{inner}", "x") == inner[1:-1]:
+            text = inner[1:-1]
+    return text
+
+
+def _ascii(char: str) -> str:
+    kind = unicodedata.category(char) if len(char) == 1 else ""
+    if kind == "Cf" or char in SYMBOLS:
+        return SYMBOLS.get(char, "")
+    if kind == "No" and unicodedata.decomposition(char).startswith("<fraction>"):
+        return re.sub("(.*)⁄(.*)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", char))
+    if kind == "Nd":
+        return str(unicodedata.decimal(char))
+    return "-" if kind == "Pd" else unicodedata.normalize("NFKC", char).replace("−", "-")
+
+
+def read_number(text: str, is_gold: bool = False) -> Number | None:
+    r"""The plain number that a text is, whatever currency, unit, name or words stand beside it; else None.
+
+    is_gold: no words before it, and no bare letters behind, which are variables there: \frac{1}{m} t, 2 m.
+
+    >>> read_number("18 cm^2").value, read_number(r"x = \frac{3}{4}").value, read_number(r"\approx 2.5e-3 J").value
+    (Fraction(18, 1), Fraction(3, 4), Fraction(1, 400))
+    >>> [read_number(text) for text in ("12 or 13", "12!", "5x", "18 feet 6 inches", "more than 12")]
+    [None, None, None, None, None]
+    """
+    text = WRAPPER.sub(" unit ", text) if is_gold else text
+    text = re.sub(r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\(?:degree|circ)(?![A-Za-z])", "°", text)
+    for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
+        text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
+    text = " ".join(re.sub(r"\\q?quad|\*\*(?!\d)", " ", undo_latex(text)).split())
+    head, equals, tail = re.sub(ABOUT, "=", text).rpartition("=")
+    if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
+        text = tail
+    text = text.strip()
+    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    text = THOUSANDS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
+    found = PLAIN.search(text)
+    if not found:
+        return None
+    before, after = text[: found.start()].rstrip(CURRENCY), text[found.end() :].strip(CURRENCY)
+    before = before.replace("$", "")
+    if (before and is_gold) or not BEFORE.fullmatch(before) or not AFTER.fullmatch(after):
+        return None
+    names = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", after)
+    scale = SCALES.get(names[0].lower(), 1) if names else 1
+    for name in re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before) + names[scale > 1 :]:
+        variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo"
+        if name.lower() in NOT_UNITS or variable and (is_gold or name not in UNITS) and not (name == "a" != names[-1]):
+            return None
+    value = _value(found)
+    percent = "%" in after or "percent" in names
+    places = len(found["top"].partition(".")[2]) if re.fullmatch(r"[\d.]+", found[0].lstrip("+- ")) else -1
+    return None if value is None else Number(value * scale, places, found["base"] or "", percent)
+
+
+def _value(found: re.Match) -> Fraction | None:
+    if found["top"]:
+        top, bottom = found["top"], found["bottom"] or "1"
+    else:
+        top, bottom = (part for part in found.groups()[2:6] if part)
+    top, bottom = _product(top), _product(bottom)
+    if not top or not bottom:
+        return Fraction(0) if bottom and not found["whole"] else None
+    value = top / bottom + int(found["whole"] or 0)
+    return -value if found["sign"] == "-" else value
+
+
+def _product(text: str) -> Fraction:
+    value = Fraction(-1 if text.startswith("-") else 1)
+    for factor, power in FACTOR.findall(text):
+        value *= Fraction(factor) ** int(power or 1) if Fraction(factor) or not power else 0
+    return value
+
+
+def _same(gold: Number, answer: Number) -> bool:
+    """Whether two plain numbers are equal. The gold's base goes without saying; a percent is a number or a share."""
+    if answer.base not in ("", gold.base):
+        return False
+    share = 1 if gold.percent == answer.percent else Fraction(1, 100)
+    of_gold, of_answer = (share if gold.percent else 1), (share if answer.percent else 1)
+    if gold.value in (answer.value, answer.value * of_answer) or gold.value * of_gold == answer.value:
+        return True
+    for exact, decimal in ((gold.value, answer), (answer.value, gold)):
+        if decimal.places >= 6 and 10**2000 % exact.denominator:  # no decimal is that fraction
+            return abs(exact - decimal.value) * 2 <= Fraction(1, 10**decimal.places)
+    return False
+
+
+def _words(text: str) -> str:
+    return normalise(text).casefold().strip("()[]{}$ ")
+
+
+def _algebra(text: str, variables: bool) -> str:
+    r"""A text as math-verify reads it right: there `2\,107` is 2 + 107, 4.5e33 has a factor e, `a t` a unit t."""
+    text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text))
+    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", text)
+    if scientific := SCIENTIFIC.fullmatch(text):  # the whole: in an expression 2e-3 may mean Euler's number
+        return rf"{scientific[1]}\times 10^{{{int(scientific[2])}}}"
+    # braces keep a lone letter from passing for a unit
+    return re.sub(r"(?<=[\w})\]]) +([A-Za-z])(?![A-Za-z_^])", r"{\1}", text) if variables else text
+
+
+# ---------------------------------------------------------------------------------------------- letters and BBEH
+
+PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?")
+NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:/\d+|\.\d+)?|\.\d+)")
+ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
+LETTER = re.compile(
+    r"(?i:(?:the )?(?:correct |right |final )?(?:answer|option|choice)(?: is)?:? ?)*"
+    r"[(\[]?([A-Za-z])(?:[)\].:、;]+ ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)|$)(.*)"
+)
+ANOTHER = r"(?i:and|or|&|,|/)(?![\w])|[(\[]?[{0}][)\].:]*$|(?:.*(?:[,;/&]|\b(?:and|or)) ?)?[(\[]?[{0}][)\].:](?!\w)"
+
+
+def option_letter(box: str, letters: str) -> str | None:
+    r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
+
+    The letter stands alone or is set off by a bracket, full stop or colon from words that follow: C, c, (C),
+    C. nitrogen, C) nitrogen, \text{C}, option C. Not read: words without a letter; "A dog", whose A may be the article.
+
+    >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
+    ['C', 'C', 'C', 'C', 'C']
+    >>> [option_letter(box, "ABCD") for box in ("nitrogen", "A dog", "A, C", "A) and B)", "AC", "E", "")]
+    [None, None, None, None, None, None, None]
+    """
+    text = normalise(re.sub(r"\\(?:left|right)(?![a-z])", "", box)).replace("**", "").replace("__", "").strip("$*{} ")
+    found = LETTER.fullmatch(text)
+    letter = found[1].upper() if found else ""
+    if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]):
+        return None
+    return letter
+
+
+def guessed_letter(id_: str, letters: str) -> str:
+    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options."""
+    return letters[int(hashlib.sha256(f"guess {id_}".encode()).hexdigest(), 16) % len(letters)]
+
+
+def fuzzy_match(answer: str, target: str) -> bool:
+    r"""BBEH's published rules (google-deepmind/bbeh, evaluate.py), in our words, applied to what stands in the box.
+
+    Case, bold marks, a final full stop and the space after a comma do not count; then answer and target are equal, or
+    equal as numbers (1.0, 1), without apostrophes, with square brackets around one of them, with round brackets around
+    a single character, or but for a question mark at the answer's end. Only the answer's first line counts.
+
+    Differences: the answer comes from the box, not from behind "The answer is:" (which is cut off inside the box as
+    theirs is outside); LaTeX text wrappers go wherever they stand, not only around the whole, and so does white space
+    inside $ or **; numbers are decimal, without Python's inf, nan and 1_000; an answer with nothing left is wrong,
+    where theirs equals [].
+
+    >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
+    (True, True, True)
+    >>> fuzzy_match("friday", "[friday]"), fuzzy_match("(A) Sam", "(A)"), fuzzy_match("1,000", "1000")
+    (True, False, False)
+    """
+    answer = ANSWER_PHRASE.split(answer.strip())[-1].strip().removesuffix(".")
+    if len(answer) > 1 and answer[0] == answer[-1] == "$":
+        answer = answer[1:-1]
+    answer = _plain(undo_latex(answer).strip()).replace("**", "").split("\n")[0].removesuffix(".").strip()
+    target = _plain(target.strip())
+    if not answer:
+        return False
+    if answer == target:
+        return True
+    for bracketed, other in ((answer, target), (target, answer)):
+        if len(bracketed) == 3 and bracketed[0] == "(" and bracketed[2] == ")":
+            return bracketed[1] == other
+    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
+        return True
+    return (
+        answer.replace("'", "") == target.replace("'", "")
+        or answer == f"[{target}]"
+        or target == f"[{answer}]"
+        or answer == target + "?"
+    )
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace(", ", ",")
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without the commas of its thousands: integer, decimal or fraction.
+
+    >>> last_number("So 3 boxes cost $1,234.50."), last_number("It is 10-7 = 3/4"), last_number("None.")
+    ('1234.50', '3/4', None)
+    """
+    found = NUMBER_IN_TEXT.findall(text)
+    return found[-1].replace(",", "").replace("−", "-") if found else None

@@ -285,13 +285,15 @@ def build_policy_for(folders, ranks):
     return build
 
 
-@pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [60, 10_000])
-def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, family, budget, checkpointing):
-    policy, config, plain = build_policy_for(
-        family, tokens_per_micro_batch=budget, gradient_checkpointing=checkpointing, temperature=0.7, max_grad_norm=1e9
-    )
+VARIANTS = [{"family": family, "tokens_per_micro_batch": budget, "gradient_checkpointing": on}
+            for family in DENSE for budget in (60, 10_000) for on in (False, True)]  # fmt: skip
+VARIANTS += [{"loss_mean": "sequence"}, {"mask_truncated": True}, {"advantage_std": False}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, changes):
+    policy, config, plain = build_policy_for(**{"tokens_per_micro_batch": 60, **changes}, temperature=0.7,
+                                             max_grad_norm=1e9)  # fmt: skip
     groups = make_groups(plain, REWARDS)
     expected, found = CaptureGradients(plain), CaptureGradients(policy)
     metrics = naive_update(plain, expected, groups, config)
@@ -302,19 +304,11 @@ def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, f
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"loss_mean": "sequence"}, {"mask_truncated": True}, {"advantage_std": False}])
-def test_the_variants_of_the_loss_equal_the_naive_loop(build_policy_for, ranks, changes):
-    policy, config, plain = build_policy_for(tokens_per_micro_batch=60, max_grad_norm=1e9, **changes)
-    groups = make_groups(plain, REWARDS)
-    expected, found = CaptureGradients(plain), CaptureGradients(policy)
-    metrics = naive_update(plain, expected, groups, config)
-    result = update(policy, found, make_samples(groups, config), config, ranks, 0)
-    assert largest_error(found.gradients, expected.gradients) < 1e-4
-    assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+STEPS = [(1, 1, "token"), (2, 1, "token"), (1, 2, "token"), (2, 2, "sequence")]
 
 
-@pytest.mark.parametrize(("passes", "parts", "loss_mean"), [(2, 1, "token"), (1, 2, "token"), (2, 2, "sequence")])
-def test_several_optimizer_steps_clip_against_the_policy_before_the_first(
+@pytest.mark.parametrize(("passes", "parts", "loss_mean"), STEPS)
+def test_all_optimizer_steps_of_a_batch_clip_against_the_policy_before_the_first(
     build_policy_for, ranks, passes, parts, loss_mean
 ):
     """Plain gradient descent with a step large enough that ratios leave the clip's range."""
@@ -332,14 +326,9 @@ def test_several_optimizer_steps_clip_against_the_policy_before_the_first(
     expected = {name: weight - before[name] for name, weight in weights(plain).items()}
     assert len(steps) == passes * parts and largest_error(moved, expected) < 1e-4
     assert {key: result[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
-    assert 0 < result["clip_fraction"] < 0.5  # of all steps; in the first the ratio is 1
+    clipped = result["clip_fraction"]
+    assert clipped == 0 if passes * parts == 1 else 0 < clipped < 0.5  # in the first step the ratio is 1
     assert result["trained_tokens"] == sum(len(one.rollout.completion_ids) for one in make_samples(groups, config))
-
-
-def test_one_optimizer_step_never_clips(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(learning_rate=1e-2)
-    samples = make_samples(make_groups(plain, REWARDS), config)
-    assert update(policy, make_optimizer(policy, config), samples, config, ranks, 0)["clip_fraction"] == 0.0
 
 
 # ---------------------------------------------------------------------------- what moves the weights, and what does not

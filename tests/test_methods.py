@@ -30,39 +30,7 @@ from config import Config, ConfigError
 from data import DataError, Passage
 from grpo import Group, update
 from masking import LOOKAHEAD, Mask, make_mask, next_token_mask
-from methods import (
-    METHODS,
-    MIN_PREFIX,
-    THINK_CLOSE,
-    THINK_OPEN,
-    THOUGHT_PROMPT,
-    Frame,
-    Position,
-    Task,
-    answer_samples,
-    candidates,
-    close_thought,
-    draw_position,
-    gains_without_thought,
-    grade_thoughts,
-    grpo_samples,
-    information_gain,
-    make_frame,
-    make_task,
-    method_at,
-    needs_reference,
-    question_corpus,
-    reward,
-    rlp_advantages,
-    tasks_per_passage,
-    text_samples,
-    thought_frame,
-    thought_prompt,
-    thought_samples,
-    token_entropies,
-    token_spans,
-    verify_predictions,
-)
+from methods import METHODS, Position, Task, make_frame, make_task, reward, thought_frame, thought_prompt
 from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
 from prompts import CLOSED, START, scan
@@ -117,12 +85,12 @@ def test_examples_in_the_docstrings():
 def test_a_rule_draws_masks_for_the_responses_that_the_generator_would_have_cost():
     """active: 8 passages x 4 masks x (1 + 8) = 288 responses of the small run; 36 masks x 8 predictions are as many."""
     small = Config(passages_per_step=8, masks_per_passage=4, predictions_per_mask=8)
-    assert tasks_per_passage(small, "random_span") == [5, 5, 5, 5, 4, 4, 4, 4]
-    assert tasks_per_passage(small, "sft") == [36] * 8
-    assert tasks_per_passage(Config(), "random_token") == [9] * 32  # the paper's 2304 responses, 288 masks
+    assert methods.tasks_per_passage(small, "random_span") == [5, 5, 5, 5, 4, 4, 4, 4]
+    assert methods.tasks_per_passage(small, "sft") == [36] * 8
+    assert methods.tasks_per_passage(Config(), "random_token") == [9] * 32  # the paper's 2304 responses, 288 masks
     for passages, masks, predictions in ((1, 2, 3), (3, 4, 16), (7, 8, 8), (32, 2, 2)):
         config = Config(passages_per_step=passages, masks_per_passage=masks, predictions_per_mask=predictions)
-        counts, active = tasks_per_passage(config, "random_span"), passages * masks * (1 + predictions)
+        counts, active = methods.tasks_per_passage(config, "random_span"), passages * masks * (1 + predictions)
         assert len(counts) == passages and max(counts) - min(counts) <= 1
         assert 0 <= active - sum(counts) * predictions < predictions
 
@@ -147,18 +115,16 @@ def test_a_steps_tasks_are_so_many_and_a_function_of_seed_and_step(run, method, 
 
 
 def test_a_warm_up_method_takes_the_first_steps():
-    paper = Config(warmup_method="random_span", warmup_method_steps=100)
-    assert [method_at(paper, step) for step in (0, 99, 100, 1999)] == ["random_span", "random_span", "active", "active"]
-    assert method_at(Config(), 0) == method_at(Config(warmup_method_steps=100), 0) == "active"
+    paper, plain = Config(warmup_method="random_span", warmup_method_steps=100), Config(warmup_method_steps=100)
+    assert [methods.method_at(paper, step) for step in (0, 99, 100, 1999)] == ["random_span"] * 2 + ["active"] * 2
+    assert methods.method_at(plain, 0) == "active"
 
 
 def test_a_second_copy_is_kept_where_something_reads_it():
     for keys in ({"method": "rlp"}, {"method": "entropy_token"}, {"warmup_method": "entropy_token"}, {"kl": 0.01}):
-        assert needs_reference(Config(**keys))
-    assert not any(needs_reference(Config(method=name)) for name in METHODS if name not in ("rlp", "entropy_token"))
-
-
-# ------------------------------------------------------------------------------------------------------ a step of each
+        assert methods.needs_reference(Config(**keys))
+    others = set(METHODS) - {"rlp", "entropy_token"}
+    assert not any(methods.needs_reference(Config(method=name)) for name in others)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,6 +161,9 @@ def test_a_step_of_each_method_trains_what_it_says_and_leaves_the_replica_equal_
 def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
     mask = next_token_mask(BONN, BONN_TOKENS, 2)
     assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "", ("old", "old."))
+    for number, target in ((3, "."), (4, "")):  # a token without letter or digit is no target
+        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number)
+        assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
     labelled = Passage("1#0", "", "", "Bonn is old.", ["copy", "template", "fact"])
     assert [next_token_mask(labelled, BONN_TOKENS, number).label for number in (1, 2)] == ["template", "fact"]
 
@@ -207,27 +176,21 @@ def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_tha
     assert mask.prefixes[:3] == ("d", "d e", "d e f") and mask.prefixes[-1] == text[6 : 6 + 31]
 
 
-@pytest.mark.parametrize(("number", "target"), [(3, "."), (4, "")])
-def test_a_token_without_letter_or_digit_is_no_target(number, target):
-    mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number)
-    assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
-
-
 def test_candidates_by_hand():
     text, spans = "Ann, 7 – é b", [(0, 3), (3, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
-    assert candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
+    assert methods.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
     entropies = [9.0, 8.0, 1.0, 7.0, 3.0, 2.0]
-    assert candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
-    assert candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
-    assert candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
-    assert candidates(spans[:2], text, entropies[:2], 0.2) == candidates([], "", None, 0.2) == []
+    assert methods.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
+    assert methods.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
+    assert methods.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
+    assert methods.candidates(spans[:2], text, entropies[:2], 0.2) == methods.candidates([], "", None, 0.2) == []
 
 
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
     """chi-square over the tokens with a letter or digit, but the first."""
     sized(run, 1)  # 3 masks a step
     passage = wiki_passages(1)[0]
-    spans, starts = token_spans(run.sampler, passage.text), Counter()
+    spans, starts = methods.token_spans(run.sampler, passage.text), Counter()
     for step in range(500):
         (drawn,) = draw(run, "random_token", [passage], step)
         assert len({task.mask.start for task in drawn}) == 3
@@ -256,22 +219,17 @@ def plain_entropies(model, start: list[int], ids: list[int]) -> list[float]:
     return entropies[len(start) - 1 : -1] if start else [0.0, *entropies[:-1]]
 
 
-@pytest.mark.parametrize("budget", [160, 10_000])
-def test_token_entropies_are_those_of_the_plain_model(run, budget):
-    run.config.tokens_per_micro_batch = budget
+def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
+    """Of a text that begins with itself, nothing is said of the first token."""
     plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
-    for passage, found in zip(passages, token_entropies(run, passages), strict=True):
-        bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-        # a difference of two sums near 30, in float32
-        assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
-
-
-def test_where_texts_begin_with_themselves_nothing_is_said_of_the_first_token(bytes_run):
-    plain = load_plain(bytes_run.config.model).eval()
-    (found,) = token_entropies(bytes_run, [BONN])
-    ids = list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
-    assert found == pytest.approx(plain_entropies(plain, [], ids), abs=1e-5)
-    assert len(found) == 12 and found[0] == 0 < min(found[1:])
+    for run.config.tokens_per_micro_batch in (160, 10_000):
+        for passage, found in zip(passages, methods.token_entropies(run, passages), strict=True):
+            bos, *ids = run.sampler.tokenizer(passage.text).input_ids
+            # a difference of two sums near 30, in float32
+            assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
+    (found,), ids = methods.token_entropies(bytes_run, [BONN]), list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
+    expected = plain_entropies(load_plain(bytes_run.config.model).eval(), [], ids)
+    assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
 
 
 def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(run):
@@ -284,7 +242,7 @@ def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(
     highest = []
     for passage in passages:
         bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-        spans, entropies = token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
+        spans, entropies = methods.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
         allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
         allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
         top = allowed[: len(allowed) // 5]
@@ -430,7 +388,7 @@ def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, mon
     groups = reward(run, METHODS["active"], [tasks], tasks[:2], 0)
     assert [group.rewards for group in groups[:2]] == [pytest.approx([0.975, 0.9]), pytest.approx([-0.025, 0.9])]
     assert groups[2].rewards == [0, 0.5, 0] and tasks[0].correct == [1, 1]
-    samples = grpo_samples(run, groups, tasks[:2], [])
+    samples = methods.grpo_samples(run, groups, tasks[:2], [])
     row = step_metrics("active", [tasks], groups, samples, run.sampler)
     assert (row["pred/accuracy_one"], row["pred/accuracy"], row["pred/accuracy_histogram"]) == (0.5, 0.75, [0, 1, 1])
     assert row["pred/reward"] == pytest.approx((0.975 + 0.9 - 0.025 + 0.9) / 4)
@@ -479,7 +437,7 @@ def test_a_frozen_generator_is_rewarded_but_not_trained(run):
     groups = [Group("pred", [said("a"), said("b")], [1.0, 0.0]), Group("gen", [said("c"), said("d")], [0.5, 0.0])]
     for trained, texts in ((True, "abcd"), (False, "ab")):
         run.config.train_generator = trained
-        samples = grpo_samples(run, groups, [], [])
+        samples = methods.grpo_samples(run, groups, [], [])
         assert "".join(sample.rollout.text for sample in samples) == texts
         assert {sample.weight for sample in samples} == {1 / (2 * len(texts))}  # two tokens each
 
@@ -493,7 +451,7 @@ def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(
     for form in (" \\boxed{{answer}}", " \\boxed{ {answer} }"):  # the default, then another
         assert form in (Config().sft_answer, " \\boxed{ {answer} }")
         run.config.sft_answer = form
-        samples = answer_samples(run, [], drawn, [])
+        samples = methods.answer_samples(run, [], drawn, [])
         prompts = [predict_prompt(run.sampler, masked) for masked in ("Bonn [mask]", "Bonn is [mask]")]
         assert [sample.rollout.prompt_ids for sample in samples] == prompts
         for sample, answer in zip(samples, ("is", "old"), strict=True):
@@ -501,12 +459,12 @@ def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(
             assert sample.rollout.completion_ids == [*ids, tokenizer.eos_token_id]
         tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
         assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / tokens)] * 2
-    assert answer_samples(run, [], [], [BONN]) == []  # no valid mask
+    assert methods.answer_samples(run, [], [], [BONN]) == []  # no valid mask
 
 
 def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):
     for one, passages in ((run, wiki_passages(3)), (bytes_run, [BONN])):  # with <bos>, and with nothing in front
-        samples = text_samples(one, [], [], passages)
+        samples = methods.text_samples(one, [], [], passages)
         for sample, passage in zip(samples, passages, strict=True):
             first, *ids = one.sampler.tokenizer(passage.text).input_ids
             assert (sample.rollout.prompt_ids, sample.rollout.completion_ids) == ([first], ids)
@@ -548,7 +506,7 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
 
 
 def corpus_of(data, heldout: float):
-    return question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
+    return methods.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
 
 
 def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
@@ -588,7 +546,7 @@ def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
 def test_questions_are_rewarded_by_math_verify(run):
     golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
     verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
-    assert verify_predictions(answers, golds, run.config, run.ranks) == verdicts
+    assert methods.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
     sized(run, 3)
     proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
     for (task,), group in zip(proposals, answers, strict=True):
@@ -609,24 +567,25 @@ def tokenizer(folders):
 
 @pytest.fixture
 def frame(tokenizer):
-    return make_frame(tokenizer, THOUGHT_PROMPT, 1000)
+    return make_frame(tokenizer, methods.THOUGHT_PROMPT, 1000)
 
 
 def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
     ids = tokenizer(TEXT).input_ids
-    drawn = [draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
+    drawn = [methods.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
     assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
-    assert {len(position.prefix_ids) for position in drawn} == set(range(MIN_PREFIX, len(ids)))
+    assert {len(position.prefix_ids) for position in drawn} == set(range(methods.MIN_PREFIX, len(ids)))
     with pytest.raises(ValueError, match="a text of 8 tokens has no position after 8"):
-        draw_position("12345678", tokenizer, frame, random.Random(0))
-    assert draw_position("123456789", tokenizer, frame, random.Random(0)).prefix_ids == tokenizer("12345678").input_ids
+        methods.draw_position("12345678", tokenizer, frame, random.Random(0))
+    only = methods.draw_position("123456789", tokenizer, frame, random.Random(0))
+    assert only.prefix_ids == tokenizer("12345678").input_ids
 
 
 def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
     frame = make_frame(tokenizer, "{passage}", 40)
     text = "".join(chr(97 + number % 26) for number in range(200))
     last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position, ids = draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    position, ids = methods.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
     assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
     # the limit holds for what is sampled from, and for what is scored with an empty thought and the target
     assert len(thought_prompt(frame, position)) <= 40
@@ -635,7 +594,7 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
 
 
 @pytest.mark.parametrize(("chat_template", "request_text", "expected"), [
-    (None, THOUGHT_PROMPT, THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + THINK_OPEN),
+    (None, methods.THOUGHT_PROMPT, methods.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + methods.THINK_OPEN),
     ("[{{ messages[0].content }}]{% if add_generation_prompt %}A:{% endif %}", "Go on: {passage}!",
      "[Go on: Salt melts !]A:<think>"),
 ])  # fmt: skip
@@ -666,11 +625,11 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
         with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
             make_frame(tokenizer, template, 1000)
     with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least (?P<least>[0-9]+)") as caught:
-        make_frame(tokenizer, THOUGHT_PROMPT, 20)
+        make_frame(tokenizer, methods.THOUGHT_PROMPT, 20)
     least = int(str(caught.value).split("at least ")[1].split(",")[0])
-    frame = make_frame(tokenizer, THOUGHT_PROMPT, least)
-    assert frame.longest_prefix == MIN_PREFIX
-    assert len(thought_prompt(frame, Position([0] * MIN_PREFIX, 0))) == least
+    frame = make_frame(tokenizer, methods.THOUGHT_PROMPT, least)
+    assert frame.longest_prefix == methods.MIN_PREFIX
+    assert len(thought_prompt(frame, Position([0] * methods.MIN_PREFIX, 0))) == least
 
 
 def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
@@ -679,7 +638,7 @@ def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
     for passage, (task,) in zip(passages, draw(run, "rlp", passages, 3), strict=True):
         ids = run.sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
         t = len(task.position.prefix_ids)
-        assert t >= MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
+        assert t >= methods.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
         assert task.prompt_ids == thought_prompt(frame, task.position)
         assert passage.text.startswith(task.mask.masked.removesuffix("[mask]") + task.mask.target)
 
@@ -691,24 +650,18 @@ def closes_after(pieces: list[str]) -> int | None:
     """How many pieces a thought has when its closing tag is complete."""
     state = START
     for number, piece in enumerate(pieces, 1):
-        state = scan(state, piece, THINK_CLOSE)
+        state = scan(state, piece, methods.THINK_CLOSE)
         if state == CLOSED:
             return number
     return None
 
 
-@pytest.mark.parametrize(("pieces", "closes"), [
-    (list("a</th</think>b</think>"), 13),  # the first one; what only begins like it does not count
-    (["a", "</think>", "b"], 2),  # a token of its own
-    (["a", "</thi", "nk>\n", "b"], 3),  # part of tokens
-    (["so</think>then"], 1),
-    (["</thi", "a", "nk>"], None),
-    (["<think>", "</think", "</ think>", "\\", "}"], None),
-    (["<" * 9 + "/think>"], 1),
-    ([], None),
-])  # fmt: skip
-def test_a_thought_closes_with_the_piece_that_completes_its_first_closing_tag(pieces, closes):
-    assert closes_after(pieces) == closes
+def test_a_thought_closes_with_the_piece_that_completes_its_first_closing_tag():
+    assert closes_after(list("a</th</think>b</think>")) == 13  # what only begins like it does not count
+    assert closes_after(["a", "</think>", "b"]) == 2  # a token of its own
+    assert closes_after(["a", "</thi", "nk>\n", "b"]) == 3  # part of tokens
+    assert closes_after(["so</think>then"]) == closes_after(["<" * 9 + "/think>"]) == 1
+    assert closes_after(["</thi", "a", "nk>"]) is closes_after(["<think>", "</think", "</ think>", "}"]) is None
 
 
 @pytest.mark.parametrize("tag", [("</think>",), ("</th", "ink>")])
@@ -720,7 +673,7 @@ def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, b
 
     def thoughts() -> list[Rollout]:
         prompts = [[number] * 3 for number in range(12)]
-        return [group[0] for group in generate(sampler, prompts, 1, 12, THINK_CLOSE, 0, greedy=True)]
+        return [group[0] for group in generate(sampler, prompts, 1, 12, methods.THINK_CLOSE, 0, greedy=True)]
 
     whole = thoughts()
     assert {one.finish for one in whole} == {"length"}
@@ -751,24 +704,25 @@ def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closin
         assert all(len(task.predictions) == 2 for task in drawn)
 
 
-@pytest.mark.parametrize(("sampled", "finish", "scored"), [
-    ([5, 6, 8], "answer", [7, 5, 6, 8]),  # it closed itself
-    ([5, 6], "length", [7, 5, 6, 8]),  # cut at the limit
-    ([5, 0], "eos", [7, 5, 8]),  # ended the sequence, which does not end here
-    ([0], "eos", [7, 8]),
-])  # fmt: skip
-def test_every_thought_is_closed_once_before_it_is_scored(sampled, finish, scored):
-    thought = Rollout([1], sampled, [0.0] * len(sampled), "", finish)
-    assert close_thought(thought, Frame([], [], [7], [7], [8], 100)) == scored
-    assert thought.completion_ids == sampled  # what is trained: sampled tokens, no others
+def test_every_thought_is_closed_once_before_it_is_scored():
+    """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
+    the sampled tokens and no others."""
+    frame = methods.Frame([], [], [7], [7], [8], 100)
+    for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
+                                    ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
+        thought = Rollout([1], [*sampled], [0.0] * len(sampled), "", finish)
+        assert methods.close_thought(thought, frame) == scored and thought.completion_ids == sampled
 
 
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
 
 
-def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(bytes_run):
-    """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes."""
-    run, trained = bytes_run, load_plain(bytes_run.config.model).eval()
+@pytest.mark.parametrize("base", ["tiny_base", "random"])
+def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
+    """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes; a
+    tokenizer that begins texts with a token of its own does so in both contexts."""
+    run = request.getfixturevalue("run" if base == "tiny_base" else "bytes_run")
+    trained, frame = load_plain(run.config.model).eval(), thought_frame(run.sampler)
     average, generator = load_plain(run.config.model).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for ours, theirs in zip(run.policy.parameters(), trained.parameters(), strict=True):
@@ -776,23 +730,16 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(bytes_ru
             ours.to_local().copy_(theirs)
     positions = [Position(list(range(n)), 100 + n) for n in (9, 30, 12)]
     thoughts = [[[7, 8], [7, 5, 6, 8]], [[7, *range(40), 8], []], [[7, 5, 8], [7, 9, 8]]]
-    found = information_gain(run, positions, thoughts, thought_frame(run.sampler))
+    found = methods.information_gain(run, positions, thoughts, frame)
     for position, group, gains in zip(positions, thoughts, found, strict=True):
-        ((baseline,), _), = naive_score(average, [(position.prefix_ids, [position.target_id])])
+        text, target = frame.start_ids + position.prefix_ids, [position.target_id]
+        ((baseline,), _), = naive_score(average, [(text, target)])
         for thought, gain in zip(group, gains, strict=True):
-            ((logprob,), _), = naive_score(trained, [(position.prefix_ids + thought, [position.target_id])])
-            assert gain == pytest.approx(logprob - baseline, abs=1e-5)
+            ((logprob,), _), = naive_score(trained, [(text + thought, target)])
+            assert gain == pytest.approx(logprob - baseline, abs=1e-4)
+    assert len(frame.start_ids) == (base == "tiny_base")
     run.config.temperature = 0.7
-    assert information_gain(run, positions, thoughts, thought_frame(run.sampler)) == found
-
-
-def test_a_tokenizer_that_begins_texts_with_a_token_of_its_own_does_so_in_both_contexts(run):
-    plain, frame = load_plain(TINY_BASE).eval(), thought_frame(run.sampler)
-    (bos,) = frame.start_ids
-    contexts = [([bos, 40, 50, 60, 7, 8], [70]), ([bos, 40, 50, 60], [70])]
-    ((informed,), _), ((baseline,), _) = naive_score(plain, contexts)
-    gains = information_gain(run, [Position([40, 50, 60], 70)], [[[7, 8]]], frame)
-    assert gains[0][0] == pytest.approx(informed - baseline, abs=1e-5)
+    assert methods.information_gain(run, positions, thoughts, frame) == found
 
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
@@ -804,39 +751,40 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
         ids = run.sampler.tokenizer("near mountains", add_special_tokens=False).input_ids
         task.predictions = [Rollout(task.prompt_ids, ids, [-1.0] * len(ids), "", end) for end in ends]
     groups = reward(run, METHODS["rlp"], proposals, drawn, 0)
-    thoughts = [[close_thought(one, frame) for one in task.predictions] for task in drawn]
-    expected = information_gain(run, [task.position for task in drawn], thoughts, frame)
+    thoughts = [[methods.close_thought(one, frame) for one in task.predictions] for task in drawn]
+    expected = methods.information_gain(run, [task.position for task in drawn], thoughts, frame)
     assert [group.rewards for group in groups] == [task.rewards for task in drawn] == expected
     assert len(set(expected[0])) == 3 and not any(task.correct for task in drawn)
-    samples = thought_samples(run, groups, drawn, [])
+    samples = methods.thought_samples(run, groups, drawn, [])
     assert [sample.rollout for sample in samples] == [one for task in drawn for one in task.predictions]
-    grade_thoughts(run, [])  # a step without a position
+    methods.grade_thoughts(run, [])  # a step without a position
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
     sized(run, 2)
     passages, frame = wiki_passages(2), thought_frame(run.sampler)
-    gains = gains_without_thought(run, passages)
+    gains = methods.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
     tags = frame.open_ids + frame.close_ids
     assert run.sampler.tokenizer.decode(tags) == "<think></think>"
     positions = [task.position for (task,) in draw(run, "rlp", passages)]
-    expected = fmean(gain for (gain,) in information_gain(run, positions, [[tags]] * 2, frame))
+    expected = fmean(gain for (gain,) in methods.information_gain(run, positions, [[tags]] * 2, frame))
     assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
 
 
 def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
-    assert rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx([2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3])  # mean 0.2
+    by_hand = [2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3]  # mean 0.2
+    assert methods.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
     rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
-    for index, advantage in enumerate(rlp_advantages(rewards)):
+    for index, advantage in enumerate(methods.rlp_advantages(rewards)):
         assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
-    assert rlp_advantages([20.0, -20.0]) == pytest.approx([10 * one for one in rlp_advantages([2.0, -2.0])])
+    assert methods.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
 
 
 def test_every_thought_weighs_the_same_whatever_its_length():
     thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
     groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
-    samples = thought_samples(None, groups, [], [])
+    samples = methods.thought_samples(None, groups, [], [])
     assert [sample.rollout for sample in samples] == thoughts  # none dropped, a group of equal rewards neither
     assert [sample.advantage for sample in samples] == pytest.approx([0.4, -0.4, 0, 0])
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 16, 1 / 40, 1 / 20])

@@ -60,7 +60,7 @@ from eval import evaluate, make_probe, perplexity, read_settings, run_probe
 from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, score, update
 from methods import METHODS, Position, information_gain, make_frame, verify_predictions
 from metrics import read_rows
-from model import build_policy, build_reference, ema_update, load_replica, load_tokenizer, refresh
+from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, gather, start_ranks
 from rollout import generate, make_sampler, rollout
@@ -372,44 +372,46 @@ def check_answers_are_verified_in_shares(folder, ranks):
 
 
 def check_a_checkpoint_restores_every_bit(folder, ranks):
+    """Of rlp, whose moving average is saved too."""
     run = folder / "run"
-    config, replica, policy = setting(
-        folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant", keep_last=2
-    )
-    optimizer, tokenizer = make_optimizer(policy, config), load_tokenizer(config)
+    changes = {"run_dir": str(run), "learning_rate": 1e-2, "lr_schedule": "constant", "method": "rlp"}
+    first, second = (make_run(fresh_sampler(folder, ranks, **changes, keep_last=2)) for _ in range(2))
+    config, start, tokenizer = first.config, weights(first.reference), first.sampler.tokenizer
     groups = make_groups(load_plain(config.model), REWARDS)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks))
+    savers = [make_saver(one.policy, one.optimizer, one.sampler, one.reference) for one in (first, second)]
 
-    def step(policy, optimizer, replica, number):
-        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
-        refresh(policy, replica)
+    def step(run, number):
+        update(run.policy, run.optimizer, make_samples(groups, config), config, ranks, number)
+        refresh(run.policy, run.sampler.replica)
+        ema_update(run.reference, run.policy, 0.9)
 
     for number in range(3):
-        step(policy, optimizer, replica, number)
-        saver.done = number + 1
-        save_checkpoint(saver)
-    finish_save(saver)
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-
-    config, other_replica, other = setting(folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant")
-    other_optimizer = make_optimizer(other, config)
+        step(first, number)
+        savers[0].done = number + 1
+        save_checkpoint(savers[0])
+    finish_save(savers[0])
     latest, facts = find_checkpoint(config)
-    other_saver = make_saver(other, other_optimizer, make_sampler(other_replica, tokenizer, config, ranks))
-    load_checkpoint(other_saver, latest, facts)
-    exported = load_plain(latest / "hf")
+    load_checkpoint(savers[1], latest, facts)
+
+    def same() -> list[bool]:
+        pairs = [(one.policy, one.sampler.replica, one.reference) for one in (first, second)]
+        equal = [same_bits(weights(ours), weights(theirs)) for ours, theirs in zip(*pairs, strict=True)]
+        return [*equal, same_bits(state(first.optimizer), state(second.optimizer))]
+
+    average = weights(first.reference)
     results = {
-        "kept": kept,
+        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "latest": latest.name,
-        "done": other_saver.done,
-        "masters": same_bits(weights(other), weights(policy)),
-        "replica": same_bits(weights(other_replica), weights(replica)),
-        "exported": same_bits(weights(exported), weights(replica)),
-        "optimizer": same_bits(state(other_optimizer), state(optimizer)),
+        "done": savers[1].done,
+        "same": same(),
+        "exported": same_bits(weights(load_plain(latest / "hf")), weights(first.sampler.replica)),
         "tokenizer": load_tokenizer(replace(config, model=str(latest / "hf"))).get_vocab() == tokenizer.get_vocab(),
+        "apart": not same_bits(average, start) and not same_bits(average, weights(first.policy)),
+        "no_gradients": not any(parameter.requires_grad for parameter in second.reference.parameters()),
     }
-    step(policy, optimizer, replica, 3)
-    step(other, other_optimizer, other_replica, 3)
-    return results | {"next_step": same_bits(weights(other), weights(policy))}
+    for one in (first, second):
+        step(one, 3)
+    return results | {"next_step": same()}
 
 
 def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
@@ -457,35 +459,6 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
             update(other, other_optimizer, make_samples(groups, config), config, ranks, rest)
         results[f"goes on {number}"] = same_bits(weights(other), weights(policy))
     return results
-
-
-def check_a_checkpoint_restores_the_moving_average(folder, ranks):
-    changes = {"run_dir": str(folder / "average"), "learning_rate": 1e-2, "lr_schedule": "constant"}
-    config, replica, policy = setting(folder, ranks, **changes)
-    average, optimizer, tokenizer = build_reference(replica, config, ranks), make_optimizer(policy, config), None
-    groups, tokenizer = make_groups(load_plain(config.model), REWARDS), load_tokenizer(config)
-    for number in range(2):
-        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
-        refresh(policy, replica)
-        ema_update(average, policy, 0.9)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks), average)
-    saver.done = 2
-    save_checkpoint(saver)
-    finish_save(saver)
-
-    _, other_replica, other = setting(folder, ranks, **changes)
-    other_average, other_optimizer = build_reference(other_replica, config, ranks), make_optimizer(other, config)
-    start = weights(other_average)
-    sampler = make_sampler(other_replica, tokenizer, config, ranks)
-    other_saver = make_saver(other, other_optimizer, sampler, other_average)
-    load_checkpoint(other_saver, *find_checkpoint(config))
-    return {
-        "done": other_saver.done,
-        "average": same_bits(weights(other_average), weights(average)),
-        "masters": same_bits(weights(other), weights(policy)),
-        "apart": not same_bits(weights(average), start) and not same_bits(weights(average), weights(policy)),
-        "no_gradients": not any(parameter.requires_grad for parameter in other_average.parameters()),
-    }
 
 
 def state(optimizer) -> dict:

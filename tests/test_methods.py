@@ -291,6 +291,8 @@ def test_random_masks_beside_the_generators_leave_its_masks_as_they_are(build_sa
     mixed, own = (draw(one, "active", [BONN])[0] for one in runs)
     assert [task.mask for task in mixed[:3]] == [task.mask for task in own]
     assert [task.proposal is None for task in mixed] == [False] * 3 + [True] * 2
+    # what an invalid mask earns is known before anything is predicted
+    assert [(task.mask.invalid, task.proposal_reward) for task in mixed] == [("no_answer", 0.0)] * 3 + [("", None)] * 2
     assert all(task.prompt_ids and not task.mask.invalid for task in mixed[3:])
 
 

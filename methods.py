@@ -21,7 +21,7 @@ from grpo import Group, Sample, add_ref_logprobs, make_samples, score
 from masking import MASK, Mask, make_mask, next_token_mask, random_span
 from prompts import BOXED_OPENING, MASK_OPENING, last_answer
 from ranks import Ranks, gather
-from rewards import answerable, is_right, mask_rewards, prediction_reward
+from rewards import INVALID_MASK_REWARD, answerable, is_right, mask_rewards, prediction_reward
 from rollout import (
     Rollout,
     Sampler,
@@ -84,6 +84,8 @@ def make_task(passage: Passage, mask: Mask, sampler: Sampler, proposal: Rollout 
         task.prompt_ids = (question_prompt if passage.answer else predict_prompt)(sampler, mask.masked)
         if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
             mask.invalid, task.prompt_ids = "prompt_too_long", []
+    if mask.invalid and proposal:  # known without predictions, which the probe does not ask for
+        task.proposal_reward = INVALID_MASK_REWARD
     return task
 
 

@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from sources import DataError
-
 from benchmarks.judge import check_answers, option_letter
 from benchmarks.scores import compare
 from config import Config, ConfigError
+from data import DataError
 from masking import make_mask
 from prompts import fill
 from rewards import exact_match

@@ -24,9 +24,11 @@ from transformers import (
 )  # fmt: skip
 
 from config import Config
-from data import Passage
-from grpo import Group
-from rollout import Rollout
+from data import Corpus, Passage
+from grpo import Group, make_optimizer
+from methods import Run, needs_reference
+from model import build_policy, build_reference, make_lender
+from rollout import Rollout, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BASE = ROOT / "assets" / "tiny_base"
@@ -92,6 +94,17 @@ def wiki_passages(count: int) -> list[Passage]:
     return [Passage(one["id"] + "#0", one["title"], one["url"], one["text"], one["labels"]) for one in records]
 
 
+def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
+    """What train.set_up makes, around this sampler."""
+    config, replica = sampler.config, sampler.replica
+    policy = build_policy(replica, config, sampler.ranks)
+    reference = build_reference(replica, config, sampler.ranks) if needs_reference(config) else None
+    optimizer = make_optimizer(policy, config)
+    lender = make_lender(policy, optimizer, replica, config)
+    return Run(config, sampler.ranks, Corpus(list(passages), [], {}), sampler, policy, reference, optimizer,
+               lender=lender)  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------- rollouts without a sampler
 
 
@@ -124,30 +137,33 @@ REWARDS = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.875, 
 
 def naive_update(model, optimizer, groups: list[Group], config: Config) -> dict:
     """One step of GRPO on whole groups, as the equations of grpo.py say. Returns metrics that grpo.update has too."""
-    kept = []
-    for group in groups:
-        if len(set(group.rewards)) == 1:
-            continue
+    kept = []  # (mini-batch, response, advantage)
+    for number, group in enumerate(group for group in groups if len(set(group.rewards)) > 1):
         scale = stdev(group.rewards) + 1e-6 if config.advantage_std else 1.0
         for response, reward in zip(group.rollouts, group.rewards, strict=True):
             if not (config.mask_truncated and response.finish == "length"):
-                kept.append((response, (reward - fmean(group.rewards)) / scale))
-    total_tokens = sum(len(response.completion_ids) for response, _ in kept)
-    longest = max(len(response.prompt_ids + response.completion_ids) for response, _ in kept)
+                advantage = (reward - fmean(group.rewards)) / scale
+                kept.append((number % config.mini_batches, response, advantage))
+    longest = max(len(response.prompt_ids + response.completion_ids) for _, response, _ in kept)
     rows = torch.zeros(len(kept), longest, dtype=torch.long)  # right-padded: causal attention never sees the padding
-    for row, (response, _) in zip(rows, kept, strict=True):
+    for row, (_, response, _) in zip(rows, kept, strict=True):
         sequence = response.prompt_ids + response.completion_ids
         row[: len(sequence)] = torch.tensor(sequence)
 
-    old = None
-    metrics = {"loss": 0.0, "clip_fraction": 0.0}
-    for _ in range(config.updates_per_batch):
-        logprobs = (model(input_ids=rows, use_cache=False).logits / config.temperature).log_softmax(-1)
-        old = logprobs.detach() if old is None else old
-        loss, clipped_tokens, entropy, drift = 0.0, 0, 0.0, []
-        for number, (response, advantage) in enumerate(kept):
+    def forward() -> torch.Tensor:
+        return (model(input_ids=rows, use_cache=False).logits / config.temperature).log_softmax(-1)
+
+    with torch.no_grad():
+        old = forward()  # of the policy before the first optimizer step
+    steps, loss_sum, clip_sum, entropies, drift = config.updates_per_batch * config.mini_batches, 0.0, 0.0, [], []
+    for step in range(steps):
+        logprobs = forward()
+        part = [(n, *one[1:]) for n, one in enumerate(kept) if one[0] == step % config.mini_batches]
+        tokens = sum(len(response.completion_ids) for _, response, _ in part)
+        loss, clipped_tokens = 0.0, 0
+        for number, response, advantage in part:
             own_tokens = len(response.completion_ids)
-            weight = 1 / total_tokens if config.loss_mean == "token" else 1 / len(kept) / own_tokens
+            weight = 1 / tokens if config.loss_mean == "token" else 1 / len(part) / own_tokens
             for t, token in enumerate(response.completion_ids):
                 position = len(response.prompt_ids) + t - 1  # which predicts the token after it
                 new_logprob, old_logprob = logprobs[number, position, token], old[number, position, token]
@@ -157,17 +173,41 @@ def naive_update(model, optimizer, groups: list[Group], config: Config) -> dict:
                 importance = min(torch.tensor(gap).exp().item(), config.max_importance)
                 loss = loss - weight * importance * min(ratio * advantage, inside * advantage)
                 clipped_tokens += bool(inside * advantage < ratio * advantage)
-                entropy -= (logprobs[number, position].exp() * logprobs[number, position]).sum().item()
-                drift.append(abs(gap))
+                if step < config.mini_batches:
+                    entropies.append(-(logprobs[number, position].exp() * logprobs[number, position]).sum().item())
+                    drift.append(abs(gap))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        metrics["loss"] += loss.item() / config.updates_per_batch
-        metrics["clip_fraction"] += clipped_tokens / total_tokens / config.updates_per_batch
-        metrics.setdefault("entropy", entropy / total_tokens)
-        metrics.setdefault("mismatch_abs", fmean(drift))
-    return metrics
+        loss_sum += loss.item()
+        clip_sum += clipped_tokens / tokens
+    metrics = {"loss": loss_sum / steps, "clip_fraction": clip_sum / steps}
+    return metrics | {"entropy": fmean(entropies), "mismatch_abs": fmean(drift)}
+
+
+SEQUENCES = [([7], [1, 2, 3]), (list(range(40)), [9]), ([5, 6], list(range(100, 125))), ([9, 9, 9, 200], [1, 1]),
+             (list(range(30)), list(range(30)))]  # fmt: skip
+"""(prefix, continuation) pairs of uneven lengths, an odd number of them."""
+
+
+@torch.no_grad()
+def naive_score(model, sequences, temperature=1.0) -> list[tuple[list[float], list[float]]]:
+    """What `score` returns, one sequence at a time through the ordinary model's whole logits."""
+    scores = []
+    for prefix, continuation in sequences:
+        logits = model(input_ids=torch.tensor([prefix + continuation]), use_cache=False).logits[0] / temperature
+        logprobs = logits.log_softmax(-1)[len(prefix) - 1 : -1]
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        scores.append((logprobs[range(len(continuation)), continuation].tolist(), entropies.tolist()))
+    return scores
+
+
+def score_error(found, expected) -> float:
+    """Largest absolute difference over all tokens; the lengths must be the same."""
+    assert [list(map(len, one)) for one in found] == [list(map(len, one)) for one in expected]
+    flat = ([value for one in scores for values in one for value in values] for scores in (found, expected))
+    return max((abs(a - b) for a, b in zip(*flat, strict=True)), default=0.0)
 
 
 class CaptureGradients:

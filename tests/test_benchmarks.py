@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from reference import ROOT
 
+from benchmarks import sets
 from benchmarks.judge import check_answers, guessed_letter
 from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
@@ -191,7 +192,7 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
 
 
 def test_answers_that_keep_sympy_busy_are_wrong_and_the_rest_is_judged(monkeypatch):
-    monkeypatch.setattr(scoring, "check_answers", lambda pairs: check_answers(pairs, seconds=0.5))
+    monkeypatch.setattr(sets, "check_answers", lambda pairs: check_answers(pairs, seconds=0.5))
     bombs = [boxed("9^{9^{9^{9^{9}}}}"), boxed("99999999!")]
     begin = time.monotonic()
     verdicts = judge("math500", [Item("1", "", "0.5")] * 4, [boxed("1/2"), *bombs, boxed("2/4")])
@@ -424,8 +425,9 @@ def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones(call):
 def test_the_command_shows_the_first_prompt(tmp_path):
     file = write(tmp_path / "a.jsonl", MMLU_PRO)
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "show", "mmlu_pro", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, "-m", "benchmarks", "show", "mmlu_pro", str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert AIR in ended.stdout and "'items': 1" in ended.stdout, ended.stderr
 
 

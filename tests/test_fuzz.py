@@ -13,10 +13,9 @@ import pytest
 import yaml
 from reference import ROOT
 from test_prompts import balanced_by_counting
-from verify import extract_gold
 
 from config import Config, ConfigError, dump_config, read_config
-from data import gold_answer, paragraphs, question_text, strip_instruction
+from data import extract_gold, gold_answer, paragraphs, question_text, strip_instruction
 from masking import MASK, make_mask, mask_at, next_token_mask, random_span
 from methods import THINK_CLOSE
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan

@@ -1,7 +1,8 @@
-"""One GRPO step: by hand, then the packed and sharded path against the plain one (reference.py)."""
+"""One GRPO step: by hand, then the packed and sharded path against the plain one (reference.py); the KL penalty."""
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from reference import (
     largest_error,
     load_plain,
     make_groups,
+    make_run,
+    naive_score,
     naive_update,
     same_bits,
     tiny_config,
@@ -32,10 +35,12 @@ from grpo import (
     learning_rate,
     make_optimizer,
     make_samples,
+    mini_batches,
     pack_samples,
     plan,
     update,
 )
+from methods import grpo_samples
 from model import build_policy, load_replica
 from rollout import Rollout
 
@@ -53,34 +58,22 @@ def group(rewards, lengths, finish="eos") -> Group:
 # ----------------------------------------------------------------------------------------------------------- advantages
 
 
-def test_one_right_of_four():
-    """Mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2."""
-    assert group_advantages([1.0, 0.0, 0.0, 0.0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
-
-
-def test_generator_rewards_are_compared_in_the_same_way():
-    """0.875, 0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
+def test_advantages_by_hand():
+    """1, 0, 0, 0: mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2. A generator's 0.875,
+    0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
+    plain = Config(advantage_std=False)
+    assert group_advantages([1.0, 0.0, 0.0, 0.0], Config()) == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+    assert group_advantages([1.0, 0.0, 0.0, 0.0], plain) == [0.75, -0.25, -0.25, -0.25]
     scale = math.sqrt((0.25 + 0.015625 + 0.140625 + 0.0625) / 3)
     expected = [0.5 / scale, 0.125 / scale, -0.375 / scale, -0.25 / scale]
-    assert group_advantages([0.875, 0.5, 0.0, 0.125]) == pytest.approx(expected, rel=1e-5)
+    assert group_advantages([0.875, 0.5, 0.0, 0.125], Config()) == pytest.approx(expected, rel=1e-5)
+    assert [sample.advantage for sample in make_samples([group([1, 0], [1, 1])], plain)] == [0.5, -0.5]
 
 
-def test_without_the_standard_deviation_advantages_are_differences():
-    assert group_advantages([1.0, 0.0, 0.0, 0.0], divide_by_std=False) == [0.75, -0.25, -0.25, -0.25]
-    samples = make_samples([group([1, 0], [1, 1])], Config(advantage_std=False))
-    assert [sample.advantage for sample in samples] == [0.5, -0.5]
-
-
-# -------------------------------------------------------------------------------------------------------- token weights
-
-
-def test_token_mean_every_token_weighs_the_same():
-    samples = make_samples([group([1, 0, 0, 0], [1, 2, 3, 4])], Config(loss_mean="token"))
-    assert [sample.weight for sample in samples] == [1 / 10] * 4
-
-
-def test_sequence_mean_every_response_weighs_the_same():
-    samples = make_samples([group([1, 0, 0, 0], [1, 2, 3, 4])], Config(loss_mean="sequence"))
+def test_token_mean_every_token_weighs_the_same_sequence_mean_every_response():
+    groups = [group([1, 0, 0, 0], [1, 2, 3, 4])]
+    assert [sample.weight for sample in make_samples(groups, Config(loss_mean="token"))] == [1 / 10] * 4
+    samples = make_samples(groups, Config(loss_mean="sequence"))
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 8, 1 / 12, 1 / 16])
 
 
@@ -89,8 +82,7 @@ def test_a_group_of_equal_rewards_leaves_numerator_and_denominator(rewards):
     dropped = group(rewards, [50, 50])
     assert not keep_group(dropped)
     samples = make_samples([dropped, group([1, 0], [2, 3]), dropped], Config())
-    assert [len(sample.rollout.completion_ids) for sample in samples] == [2, 3]
-    assert [sample.weight for sample in samples] == [1 / 5] * 2
+    assert [(len(one.rollout.completion_ids), one.weight, one.group) for one in samples] == [(2, 0.2, 1), (3, 0.2, 1)]
     assert make_samples([dropped], Config()) == []
 
 
@@ -103,6 +95,24 @@ def test_truncated_responses_stay_unless_asked_and_then_leave_both_sides_but_not
     assert [sample.advantage for sample in samples] == pytest.approx([2 / 3**0.5, -1 / 3**0.5], rel=1e-5)
     samples = make_samples(groups, Config(mask_truncated=True, loss_mean="sequence"))
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 6])
+
+
+def test_mini_batches_keep_groups_whole_and_weigh_each_part_as_a_batch_of_its_own():
+    """Five groups, the second dropped: 1 and 4 are the first part, 3 and 5 the second. Tokens: 3 + 7, and 5 + 5."""
+    sizes = [[1, 2], [9, 9], [2, 3], [3, 4], [1, 4]]
+    groups = [Group("gen" if n > 2 else "pred", group([n != 1, 0], size).rollouts, [n != 1, 0.0])
+              for n, size in enumerate(sizes)]  # fmt: skip
+    by_sequence = [[1 / 4, 1 / 8, 1 / 12, 1 / 16], [1 / 8, 1 / 12, 1 / 4, 1 / 16]]
+    for loss_mean, expected in (("token", [[1 / 10] * 4] * 2), ("sequence", by_sequence)):
+        samples = make_samples(groups, Config(loss_mean=loss_mean))
+        parts = mini_batches(samples, 2)
+        assert [[one.group for one in part] for part in parts] == [[0, 0, 3, 3], [2, 2, 4, 4]]  # both roles in each
+        assert [[one.weight for one in part] for part in parts] == [pytest.approx(row) for row in expected]
+        for part in parts:
+            assert sum(one.weight * len(one.rollout.completion_ids) for one in part) == pytest.approx(1)
+        assert mini_batches(samples, 1)[0] is samples  # with one part nothing is computed anew
+        assert [len(part) for part in mini_batches(samples, 9)] == [2] * 4  # no more parts than groups, none empty
+    assert mini_batches([], 1) == mini_batches([], 2) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -143,6 +153,30 @@ def test_the_clip_by_hand(ratio, advantage, loss, slope, clipped):
 def test_the_importance_weight_multiplies_and_is_capped(importance, factor):
     loss, slope, _ = loss_of(1.1, 3.0, importance, weight=0.5)
     assert (loss, slope) == (pytest.approx(-0.5 * factor * 3.3, rel=1e-5), pytest.approx(-0.5 * factor * 3.3, rel=1e-5))
+
+
+def test_a_loss_by_hand():
+    """Rewards 1, 0, 0, 0: A = 1.5, -0.5, -0.5, -0.5. Ratios 1.5, 0.5, 1, 2 on 1, 2, 3, 4 tokens, so that min(rho A,
+    clip(rho) A) is 1.28 * 1.5 = 1.92 (clipped), 0.8 * -0.5 = -0.4 (clipped), -0.5, -1. Mean of tokens, DAPO:
+    (1.92 - 2 * 0.4 - 3 * 0.5 - 4 * 1) / 10 = -0.438; mean of sequences, GRPO: (1.92 - 0.4 - 0.5 - 1) / 4 = 0.005."""
+    for loss_mean, expected in (("token", 0.438), ("sequence", -0.005)):
+        config = Config(loss_mean=loss_mean)
+        batch = pack_samples([[one] for one in make_samples([group([1, 0, 0, 0], [1, 2, 3, 4])], config)], CPU)
+        ratios = torch.tensor([1.5, *[0.5] * 2, *[1.0] * 3, *[2.0] * 4])
+        loss, clipped = clipped_loss(batch.sampler_logprobs + ratios.log(), batch.sampler_logprobs, batch, config)
+        assert loss.item() == pytest.approx(expected, abs=1e-5)
+        assert clipped.tolist() == [True] * 3 + [False] * 7
+
+
+def test_where_the_clip_has_removed_the_gradient_a_ratio_beyond_float32_spoils_nothing():
+    """e^90 overflows; beside it stands a token whose gradient counts."""
+    logprobs = torch.tensor([0.0, 0.0], requires_grad=True)
+    batch = SimpleNamespace(sampler_logprobs=torch.tensor([-90.0, 0.0]), advantages=torch.ones(2),
+                            weights=torch.tensor([0.5, 0.5]))  # fmt: skip
+    loss, clipped = clipped_loss(logprobs, torch.tensor([-90.0, 0.0]), batch, Config())
+    loss.backward()
+    assert (loss.item(), clipped.tolist()) == (pytest.approx(-0.5 * 1.28 - 0.5), [True, False])
+    assert logprobs.grad.tolist() == [0.0, -0.5]
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
@@ -225,19 +259,18 @@ def test_a_sequence_longer_than_the_budget_is_refused():
 # ---------------------------------------------------------------------------------------------------- the learning rate
 
 
-def test_learning_rate_warms_up_and_falls_along_a_cosine():
+def test_learning_rate_warms_up_and_falls_along_a_cosine_or_stays():
     config = Config(learning_rate=1.0, warmup_steps=10, steps=110, lr_schedule="cosine")
     assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert learning_rate(config, 60) == pytest.approx(0.5)  # half-way
     assert learning_rate(config, 35) == pytest.approx(0.5 * (1 + 0.5**0.5))
     assert learning_rate(config, 109) == pytest.approx(0.5 * (1 + math.cos(0.99 * math.pi)))
     assert learning_rate(config, 110) == 0.0
-
-
-def test_a_constant_learning_rate_warms_up_and_stays():
     config = Config(learning_rate=2.0, warmup_steps=4, steps=100, lr_schedule="constant")
     assert [learning_rate(config, step) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    assert learning_rate(Config(learning_rate=2.0, warmup_steps=0, lr_schedule="constant"), 0) == 2.0
+    # one schedule over both methods of a warmed-up run: no restart where they change
+    warmed = Config(warmup_method="random_span", warmup_method_steps=100)
+    assert all(learning_rate(warmed, step) == learning_rate(Config(), step) for step in range(2000))
 
 
 # ------------------------------------------------------------------------------- the whole update against the plain one
@@ -252,13 +285,15 @@ def build_policy_for(folders, ranks):
     return build
 
 
-@pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("budget", [60, 10_000])
-def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, family, budget, checkpointing):
-    policy, config, plain = build_policy_for(
-        family, tokens_per_micro_batch=budget, gradient_checkpointing=checkpointing, temperature=0.7, max_grad_norm=1e9
-    )
+VARIANTS = [{"family": family, "tokens_per_micro_batch": budget, "gradient_checkpointing": on}
+            for family in DENSE for budget in (60, 10_000) for on in (False, True)]  # fmt: skip
+VARIANTS += [{"loss_mean": "sequence"}, {"mask_truncated": True}, {"advantage_std": False}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, changes):
+    policy, config, plain = build_policy_for(**{"tokens_per_micro_batch": 60, **changes}, temperature=0.7,
+                                             max_grad_norm=1e9)  # fmt: skip
     groups = make_groups(plain, REWARDS)
     expected, found = CaptureGradients(plain), CaptureGradients(policy)
     metrics = naive_update(plain, expected, groups, config)
@@ -269,38 +304,31 @@ def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, f
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"loss_mean": "sequence"}, {"mask_truncated": True}, {"advantage_std": False}])
-def test_the_variants_of_the_loss_equal_the_naive_loop(build_policy_for, ranks, changes):
-    policy, config, plain = build_policy_for(tokens_per_micro_batch=60, max_grad_norm=1e9, **changes)
-    groups = make_groups(plain, REWARDS)
-    expected, found = CaptureGradients(plain), CaptureGradients(policy)
-    metrics = naive_update(plain, expected, groups, config)
-    result = update(policy, found, make_samples(groups, config), config, ranks, 0)
-    assert largest_error(found.gradients, expected.gradients) < 1e-4
-    assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+STEPS = [(1, 1, "token"), (2, 1, "token"), (1, 2, "token"), (2, 2, "sequence")]
 
 
-def test_two_updates_per_batch_clip_against_the_first_policy(build_policy_for, ranks):
+@pytest.mark.parametrize(("passes", "parts", "loss_mean"), STEPS)
+def test_all_optimizer_steps_of_a_batch_clip_against_the_policy_before_the_first(
+    build_policy_for, ranks, passes, parts, loss_mean
+):
     """Plain gradient descent with a step large enough that ratios leave the clip's range."""
     policy, config, plain = build_policy_for(
-        updates_per_batch=2, learning_rate=1.0, lr_schedule="constant", tokens_per_micro_batch=60
-    )
-    groups = make_groups(plain, REWARDS)
+        updates_per_batch=passes, mini_batches=parts, loss_mean=loss_mean, learning_rate=1.0, lr_schedule="constant",
+        tokens_per_micro_batch=60,
+    )  # fmt: skip
+    groups, steps = make_groups(plain, REWARDS), []
     before = weights(plain)
     metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
     result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
     moved = {name: weight - before[name] for name, weight in weights(policy).items()}
     expected = {name: weight - before[name] for name, weight in weights(plain).items()}
-    assert largest_error(moved, expected) < 1e-4
+    assert len(steps) == passes * parts and largest_error(moved, expected) < 1e-4
     assert {key: result[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
-    assert 0 < result["clip_fraction"] < 0.5  # of both updates; in the first the ratio is 1
-
-
-def test_one_update_per_batch_never_clips(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(learning_rate=1e-2)
-    samples = make_samples(make_groups(plain, REWARDS), config)
-    assert update(policy, make_optimizer(policy, config), samples, config, ranks, 0)["clip_fraction"] == 0.0
+    clipped = result["clip_fraction"]
+    assert clipped == 0 if passes * parts == 1 else 0 < clipped < 0.5  # in the first step the ratio is 1
+    assert result["trained_tokens"] == sum(len(one.rollout.completion_ids) for one in make_samples(groups, config))
 
 
 # ---------------------------------------------------------------------------- what moves the weights, and what does not
@@ -336,17 +364,11 @@ def test_weights_move_when_rewards_vary_towards_the_better_responses(build_polic
         return (logprobs * batch.advantages).sum().item()
 
     before, liked = weights(policy), preference()
+    update(policy, make_optimizer(policy, replace(config, learning_rate=0.0)), samples,
+           replace(config, learning_rate=0.0), ranks, 0)  # fmt: skip
+    assert same_bits(weights(policy), before)  # at learning rate 0 nothing moves
     update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
     assert not same_bits(weights(policy), before) and preference() > liked
-
-
-def test_weights_stay_when_the_learning_rate_is_0(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(learning_rate=0.0)
-    before = weights(policy)
-    result = update(
-        policy, make_optimizer(policy, config), make_samples(make_groups(plain, REWARDS), config), config, ranks, 0
-    )
-    assert same_bits(weights(policy), before) and result["grad_norm"] > 0
 
 
 def test_when_every_group_is_dropped_neither_weights_nor_optimizer_change(build_policy_for, ranks):
@@ -385,3 +407,84 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(build_po
         samples = make_samples(make_groups(plain, REWARDS), config)
         update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
     assert same_bits(weights(policy), before)
+
+
+# ------------------------------------------------------------------------------------------------------- the KL penalty
+
+POLICY, REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.25, 0.25, 0.5]).double()
+
+
+def test_k3_by_hand_and_on_average_the_divergence_of_the_policy_from_the_reference():
+    values = k3(POLICY.log(), REFERENCE.log())
+    expected = [0.5 - 1 + math.log(2), 0.25 / 0.3 - 1 - math.log(0.25 / 0.3), 2.5 - 1 - math.log(2.5)]
+    assert values.tolist() == pytest.approx(expected)
+    assert (values > 0).all() and k3(POLICY.log(), POLICY.log()).tolist() == [0, 0, 0]
+    divergence, average = (POLICY * (POLICY / REFERENCE).log()).sum(), (POLICY * values).sum()
+    assert average.item() == pytest.approx(divergence.item())
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_direction_and_only_the_policys():
+    """As the docstring says: with tokens drawn from the policy, on average d KL(reference || policy)."""
+    logits, ref_logprobs = POLICY.log().requires_grad_(), REFERENCE.log().requires_grad_()
+    drawn = POLICY  # how often each token is; a constant, as in a rollout
+    (found,) = torch.autograd.grad((drawn * k3(logits.log_softmax(-1), ref_logprobs)).sum(), logits)
+    (expected,) = torch.autograd.grad(-(REFERENCE * logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    k3(logits.log_softmax(-1), ref_logprobs).sum().backward()
+    assert ref_logprobs.grad is None and logits.grad.abs().max() > 0.1
+
+
+def gradients(run, samples, kl: float) -> tuple[float, dict]:
+    run.config.kl = kl
+    capture = CaptureGradients(run.policy)
+    loss = update(run.policy, capture, samples, run.config, run.ranks, 0)["loss"]
+    return loss, capture.gradients
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_penalty_is_0_at_the_start_and_then_the_mean_k3_over_trained_tokens(build_sampler, folders, temperature):
+    """Value and gradient, against the plain model at both places. At the sampling temperature, as the ratio is."""
+    changes = {"max_grad_norm": 1e9, "tokens_per_micro_batch": 100, "learning_rate": 1e-2, "lr_schedule": "constant"}
+    run = make_run(build_sampler(folders["smollm3"], kl=0.1, temperature=temperature, **changes))
+    config, plain = run.config, load_plain(folders["smollm3"])
+    groups = make_groups(plain, REWARDS)
+    samples = grpo_samples(run, groups, [], [])
+    sequences = [(sample.rollout.prompt_ids, sample.rollout.completion_ids) for sample in samples]
+    for sample, (logprobs, _) in zip(samples, naive_score(plain, sequences, temperature), strict=True):
+        assert sample.ref_logprobs == pytest.approx(logprobs, abs=1e-5)
+    config.kl = 0.0
+    assert {one.ref_logprobs for one in grpo_samples(run, groups, [], [])} == {None}  # only where there is a penalty
+    loss, without = gradients(run, samples, 0.0)
+    penalised, with_penalty = gradients(run, samples, 10.0)
+    assert penalised == pytest.approx(loss, abs=1e-5) and largest_error(with_penalty, without) < 1e-4
+
+    config.kl = 0.1
+    update(run.policy, run.optimizer, samples, config, run.ranks, 0)
+    loss, without = gradients(run, samples, 0.0)
+    penalised, with_penalty = gradients(run, samples, 0.5)
+    plain.load_state_dict(weights(run.policy), strict=False)
+    terms = []
+    for sample, (prompt, completion) in zip(samples, sequences, strict=True):
+        logits = plain(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logprobs = (logits / temperature).log_softmax(-1)[range(len(completion)), completion]
+        difference = torch.tensor(sample.ref_logprobs) - logprobs
+        terms.append(difference.exp() - 1 - difference)
+    penalty = torch.cat(terms).mean()
+    penalty.backward()
+    assert penalty.item() > 0.01 and penalised - loss == pytest.approx(0.5 * penalty.item(), rel=1e-3)
+    found = {name: (with_penalty[name] - without[name]) / 0.5 for name in without}
+    assert largest_error(found, {name: parameter.grad for name, parameter in plain.named_parameters()}) < 1e-3
+
+
+def test_with_a_penalty_the_policy_stays_nearer(build_sampler, folders):
+    """Ten plain steps on the same responses, with and without."""
+    distances = []
+    for kl in (0.0, 5.0):
+        changes = {"learning_rate": 1e-3, "lr_schedule": "constant", "kl": kl}
+        run = make_run(build_sampler(folders["smollm3"], **changes))
+        groups, start = make_groups(load_plain(folders["smollm3"]), REWARDS), weights(run.policy)
+        samples = grpo_samples(run, groups, [], [])
+        for step in range(10):
+            update(run.policy, run.optimizer, samples, run.config, run.ranks, step)
+        distances.append(sum((one - start[name]).pow(2).sum().item() for name, one in weights(run.policy).items()))
+    assert distances[1] < 0.9 * distances[0]

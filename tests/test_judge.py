@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import verify
-from verify import check_answers, extract_gold
+
+from benchmarks import verify
+from benchmarks.judge import check_answers
+from data import extract_gold
 
 ROOT = Path(verify.__file__).parent
 TOWER = "9^{9^{9^{9^{9}}}}"

@@ -11,7 +11,7 @@ from config import Config
 from data import Passage
 from grpo import Group, make_samples
 from masking import Mask
-from methods import Task, given_rollout, given_samples
+from methods import Task, given_rollout, text_samples
 from metrics import (
     active_parameters,
     append_row,
@@ -54,13 +54,13 @@ def step():
     masks = [Mask("Rhine", "", "m", "Rhine", 1, 17, "fact"), Mask("on the", "", "m", "on the", 1, 10, "noise"),
              Mask("", invalid="no_answer")]  # fmt: skip
     predictions = [[right, wrong], [wrong, said(1, 1, 1, finish="length")], []]
-    rewards = [[1.0, 0.0], [0.0, 0.0], []]
+    correct = [[1, 0], [0, 0], []]
     tasks = [
-        Task(passage, mask, said(1, 1, prompt=5), predictions=group, rewards=earned)
-        for mask, group, earned in zip(masks, predictions, rewards, strict=True)
+        Task(passage, mask, said(1, 1, prompt=5), [], group, right, [float(one) for one in right], earned)
+        for mask, group, right, earned in zip(masks, predictions, correct, [0.5, 0.0, 0.0], strict=True)
     ]
     groups = [Group("pred", task.predictions, task.rewards) for task in tasks[:2]]
-    groups.append(Group("gen", [task.proposal for task in tasks], [0.5, 0.0, 0.0]))
+    groups.append(Group("gen", [task.proposal for task in tasks], [task.proposal_reward for task in tasks]))
     return [tasks], groups
 
 
@@ -84,14 +84,9 @@ def test_metrics_of_a_step_by_hand(step):
 
 def test_tokens_after_the_first_answer_are_counted_without_the_end():
     sampler = stub_sampler()
-    for response, count in (
-        (said(2, 3, 4, 6), 0),
-        (said(2, 3, 4, 5, 2, 4, 6), 3),
-        (said(2, 3, 4, 5, finish="length"), 1),
-        (said(2, 3, 4, finish="answer"), 0),
-        (said(1, 1, 6), 0),
-        (said(2, 3, finish="length"), 0),
-    ):
+    some = {3: said(2, 3, 4, 5, 2, 4, 6), 1: said(2, 3, 4, 5, finish="length")}
+    none = [said(2, 3, 4, 6), said(2, 3, 4, finish="answer"), said(1, 1, 6), said(2, 3, finish="length")]
+    for count, response in [*some.items(), *((0, one) for one in none)]:
         assert tokens_after_answer(response, sampler, BOXED_OPENING) == count
 
 
@@ -116,7 +111,8 @@ def test_of_experts_a_token_meets_those_that_it_is_sent_to(folders):
 def test_given_completions_count_as_responses_that_nobody_sampled():
     sampler = stub_sampler()
     sampler.tokenizer = lambda text: SimpleNamespace(input_ids=list(text.encode()))
-    samples = given_samples("cpt", [], [Passage("1#0", "", "", "abcd"), Passage("2#0", "", "", "ab")], sampler)
+    passages = [Passage("1#0", "", "", "abcd"), Passage("2#0", "", "", "ab")]
+    samples = text_samples(SimpleNamespace(sampler=sampler), [], [], passages)
     assert samples[0].rollout == given_rollout([97], [98, 99, 100])
     metrics = step_metrics("cpt", [[], []], [], samples, sampler)
     assert (metrics["responses"], metrics["response_tokens"], metrics["flops"]) == (2, 4, 6000 * 6)
@@ -127,6 +123,8 @@ def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
     proposals, groups = step
     for group in groups:
         group.rewards = [0.5] * len(group.rewards)
+    for task in proposals[0]:
+        task.correct = []
     metrics = step_metrics("rlp", proposals, groups, [], stub_sampler())
     assert metrics["reward"] == 0.5 and metrics["pred/accuracy_histogram"] == [0, 0, 0]
     assert metrics["pred/accuracy"] == metrics["pred/valid_rate"] == 0
@@ -155,10 +153,11 @@ def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
 def test_samples_tell_of_a_generator_only_where_there_was_one(step):
     proposals, _ = step
     proposals[0][1].proposal = None
-    rows = list(sample_rows(proposals, Config(generator_reward="variance"), 4))
-    assert [row["proposal"] and row["proposal"]["reward"] for row in rows] == [0.25, None, 0]
+    proposals[0][0].rewards = [0.9, -0.1]
+    rows = list(sample_rows(proposals, Config(), 4))
+    assert [row["proposal"] and row["proposal"]["reward"] for row in rows] == [0.5, None, 0]
     assert [len(row["predictions"]) for row in rows] == [2, 2, 0] and {row["step"] for row in rows} == {4}
-    assert [one["reward"] for one in rows[0]["predictions"]] == [1.0, 0.0]
+    assert [(one["correct"], one["reward"]) for one in rows[0]["predictions"]] == [(1, 0.9), (0, -0.1)]
 
 
 # ------------------------------------------------------------------------------------------------------- tables of runs
@@ -188,26 +187,19 @@ def test_runs_are_compared_by_what_they_spent_and_where_their_probes_ended(runs)
     assert len({len(line) for line in (head, start, first, second)}) == 1  # columns line up
 
 
-def test_the_table_is_a_command(runs, monkeypatch, capsys):
+def test_the_table_is_a_command_that_names_a_folder_without_metrics(runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["metrics.py", str(runs / "first"), str(runs / "second")])
     runpy.run_module("metrics", run_name="__main__")
     assert capsys.readouterr().out.splitlines()[2].startswith("first  ")
-
-
-def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(SystemExit, match="nothing: no metrics.jsonl"):
-        compare([str(tmp_path / "nothing")])
+        compare([str(runs / "nothing")])
 
 
-def test_the_summary_tells_before_and_after(runs):
-    lines = summary_table(read_rows(runs / "first" / "metrics.jsonl")).splitlines()
-    assert lines[0].split()[-4:] == ["step", "0", "step", "2"]
-    assert ["probe/accuracy", "0.125", "0.375"] in [line.split() for line in lines]
-    assert ["entropy", "0.500", "0.500"] in [line.split() for line in lines]
-
-
-def test_the_summary_tells_of_benchmarks_where_there_are_some(runs):
-    assert "benchmarks" not in summary_table(read_rows(runs / "first" / "metrics.jsonl"))
+def test_the_summary_tells_before_and_after_and_of_benchmarks_where_there_are_some(runs):
+    table = summary_table(read_rows(runs / "first" / "metrics.jsonl"))
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0][-4:] == ["step", "0", "step", "2"] and "benchmarks" not in table
+    assert ["probe/accuracy", "0.125", "0.375"] in lines and ["entropy", "0.500", "0.500"] in lines
     append_row(runs / "first" / "metrics.jsonl", {"step": 3, "eval/gsm8k": 12.5}, {"step": 4, "eval/gsm8k": 25.0})
     lines = summary_table(read_rows(runs / "first" / "metrics.jsonl")).splitlines()
     number = next(n for n, line in enumerate(lines) if line.startswith("benchmarks, greedy"))
@@ -222,7 +214,7 @@ def test_the_updates_memory_is_its_own_and_the_runs_largest_is_not_forgotten(mon
                            ("max_memory_allocated", lambda: now["peak"]),
                            ("reset_peak_memory_stats", lambda: now.update(peak=6e9))):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr("evidence._peak", 0.0)
+    monkeypatch.setattr("metrics._peak", 0.0)
     row = {}
     with largest_memory(row):
         now["peak"] = 31e9

@@ -1,14 +1,21 @@
-"""The second copy: starts equal, follows as a moving average or stays; scores as the plain model does; k3 by hand."""
-
-import json
-import math
+"""The second copy: starts equal, follows as a moving average or stays; scores as the plain model does."""
 
 import pytest
 import torch
-from reference import FAMILIES, load_plain, same_bits, tiny_config, weights
-from reference_checks import GROUPS, SEQUENCES, distributed_checks, naive_score, score_error
+from reference import (
+    FAMILIES,
+    REWARDS,
+    SEQUENCES,
+    load_plain,
+    make_groups,
+    naive_score,
+    same_bits,
+    score_error,
+    tiny_config,
+    weights,
+)
 
-from grpo import k3, make_optimizer, make_samples, score, update
+from grpo import make_optimizer, make_samples, score, update
 from model import build_policy, build_reference, ema_update, load_replica
 
 
@@ -32,15 +39,6 @@ def fill(model, value: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the copy
-
-
-def test_everything_that_two_ranks_check_holds_on_one(ranks, folders):
-    results = distributed_checks(ranks, next(iter(folders.values())).parent)
-    assert results.pop("own") == results.pop("all")
-    assert all(error < 1e-5 for error in results.pop("score_errors").values())
-    for name in ("no_thought_gain", "ema_error", "moved_score_error"):
-        assert results.pop(name) < 1e-5, name
-    assert results and all(value is True for value in results.values()), json.dumps(results)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,13 +72,9 @@ def test_a_slow_average_still_moves_by_a_thousandth_of_a_small_step(build):
         ema_update(reference, policy, 0.999)
     expected = 1e-6 * (1 - 0.999**1000)
     assert all(((one - expected).abs() < 1e-3 * expected).all() for one in weights(reference).values())
-
-
-@pytest.mark.parametrize("tau", [-0.1, 1.1])
-def test_an_impossible_tau_is_refused(build, tau):
-    _, policy, reference = build()
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        ema_update(reference, policy, tau)
+    for tau in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            ema_update(reference, policy, tau)
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
@@ -111,6 +105,7 @@ def test_scoring_leaves_the_policy_as_it_was_for_training(build, ranks):
     results = []
     for scored in (False, True):
         config, policy, _ = build(learning_rate=1e-2, lr_schedule="constant", gradient_checkpointing=True)
+        samples = make_samples(make_groups(load_plain(config.model), REWARDS), config)
         if scored:
             before, with_gradient = weights(policy), []
             hook = policy.register_forward_hook(lambda *_, seen=with_gradient: seen.append(torch.is_grad_enabled()))
@@ -119,7 +114,7 @@ def test_scoring_leaves_the_policy_as_it_was_for_training(build, ranks):
             assert with_gradient == [False]  # one forward, and nothing kept for a backward
             assert same_bits(weights(policy), before) and all(one.grad is None for one in policy.parameters())
             assert policy.training
-        update(policy, make_optimizer(policy, config), make_samples(GROUPS, config), config, ranks, 0)
+        update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
         results.append(weights(policy))
     assert same_bits(*results)
 
@@ -130,33 +125,3 @@ def test_nothing_to_score_is_no_error_but_an_empty_side_is(build, ranks):
     for sequence in (([], [1]), ([1], [])):
         with pytest.raises(ValueError, match="sequence 1: . prefix and . continuation"):
             score(reference, [([1], [2]), sequence], config, ranks)
-
-
-# ------------------------------------------------------------------------------------------------------------------- k3
-
-POLICY, REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.25, 0.25, 0.5]).double()
-
-
-def test_k3_by_hand():
-    values = k3(POLICY.log(), REFERENCE.log())
-    expected = [0.5 - 1 + math.log(2), 0.25 / 0.3 - 1 - math.log(0.25 / 0.3), 2.5 - 1 - math.log(2.5)]
-    assert values.tolist() == pytest.approx(expected)
-    assert (values > 0).all() and k3(POLICY.log(), POLICY.log()).tolist() == [0, 0, 0]
-
-
-def test_k3_is_the_divergence_of_the_policy_from_the_reference_on_average():
-    divergence = (POLICY * (POLICY / REFERENCE).log()).sum()
-    other = (REFERENCE * (REFERENCE / POLICY).log()).sum()
-    average = (POLICY * k3(POLICY.log(), REFERENCE.log())).sum()
-    assert average.item() == pytest.approx(divergence.item()) and abs(divergence - other) > 0.01
-
-
-def test_the_gradient_of_k3_is_that_of_the_other_direction_and_only_the_policys():
-    """As the docstring says: with tokens drawn from the policy, on average d KL(reference || policy)."""
-    logits, ref_logprobs = POLICY.log().requires_grad_(), REFERENCE.log().requires_grad_()
-    drawn = POLICY  # how often each token is; a constant, as in a rollout
-    (found,) = torch.autograd.grad((drawn * k3(logits.log_softmax(-1), ref_logprobs)).sum(), logits)
-    (expected,) = torch.autograd.grad(-(REFERENCE * logits.log_softmax(-1)).sum(), logits)
-    torch.testing.assert_close(found, expected)
-    k3(logits.log_softmax(-1), ref_logprobs).sum().backward()
-    assert ref_logprobs.grad is None and logits.grad.abs().max() > 0.1

@@ -1,11 +1,8 @@
-"""The loop: rewards of both roles by hand, the order of passages, and whole runs with the evidence they leave."""
+"""The loop: the order of passages, and whole runs with the evidence they leave."""
 
 import json
-import random
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +12,8 @@ from transformers import AutoTokenizer
 
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage, step_passages
-from grpo import Group
-from masking import make_mask
-from methods import Task
 from metrics import append_row, keep_rows, log_row, open_run, read_rows
-from rollout import Rollout
-from train import make_page, propose, reward
+from train import make_page
 
 SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]
 STEP_METRICS = """
@@ -36,86 +29,6 @@ PROBE_METRICS = """
     probe/accuracy probe/accuracy_greedy probe/accuracy_no_thought probe/accuracy_greedy_no_thought probe/valid_rate
     probe/perplexity probe/accuracy_fact probe/accuracy_greedy_fact time/probe
 """.split()
-
-
-# ---- rewards by hand
-
-BONN = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
-
-
-def said(text: str) -> Rollout:
-    return Rollout([1], [2, 3], [-1.0, -1.0], text, "eos")
-
-
-def task(words: str | None, answers: list[str]) -> Task:
-    """A generator response that names these words, and predictions that say these answers."""
-    text = "none" if words is None else rf"\mask{{{words}}}"
-    mask = make_mask(words, BONN, Config(), random.Random(0))
-    return Task(BONN, mask, said(text), prompt_ids=[1], predictions=list(map(said, answers)))
-
-
-def rewarded(proposals: list[list[Task]], step: int = 0, method: str = "active", **keys) -> list[Group]:
-    """`reward` of methods that look at texts alone, which need no model."""
-    tasks = [task for group in proposals for task in group if not task.mask.invalid]
-    return reward(method, tasks, proposals, None, None, SimpleNamespace(config=Config(**keys), ranks=None), step)
-
-
-def test_rewards_of_one_passage():
-    right, wrong = r"It flows. \boxed{Rhine}", r"\boxed{Elbe}"
-    tasks = [
-        task("Rhine", [right, wrong, wrong, r"\boxed{Rhine}."]),  # 2 of 4: reward 1/2
-        task("Rhine", [right, wrong, "Rhine", r"\boxed{rhine}"]),  # 1 of 4: reward 3/4
-        task("Rhine", [right] * 4),  # too easy: 0
-        task("Rhine", [wrong] * 4),  # impossible: 0
-        task("Danube", []),  # not in the passage: 0, and no predictions
-        task(None, []),
-    ]
-    groups = rewarded([tasks])
-    assert [(group.role, group.rewards) for group in groups] == [
-        ("pred", [1.0, 0.0, 0.0, 1.0]),
-        ("pred", [1.0, 0.0, 0.0, 0.0]),
-        ("pred", [1.0] * 4),
-        ("pred", [0.0] * 4),
-        ("gen", [0.5, 0.75, 0.0, 0.0, 0.0, 0.0]),
-    ]
-    assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
-    assert groups[0].rollouts == tasks[0].predictions
-
-
-def test_the_generators_reward_may_be_the_variance_of_its_predictions():
-    """p (1 - p) with 0 to 4 right of four; an invalid mask earns nothing here either."""
-    right, wrong = [r"\boxed{Rhine}"], [r"\boxed{Elbe}"]
-    tasks = [task("Rhine", right * n + wrong * (4 - n)) for n in range(5)] + [task("Danube", [])]
-    groups = rewarded([tasks], generator_reward="variance")
-    assert groups[-1].role == "gen" and groups[-1].rewards == [0, 3 / 16, 1 / 4, 3 / 16, 0, 0]
-    assert groups[0].rewards == [0.0] * 4 and groups[1].rewards == [1.0, 0.0, 0.0, 0.0]  # predictions: as ever
-
-
-def test_masks_that_a_rule_drew_reward_no_generator():
-    tasks = [task("Rhine", [r"\boxed{Rhine}", r"\boxed{Elbe}"]), task("Danube", [])]
-    assert [(one.role, one.rewards) for one in rewarded([tasks], method="random_span")] == [("pred", [1.0, 0.0])]
-
-
-def test_random_masks_beside_the_generators_are_predicted_and_trained_but_are_nobodys_proposals(build_sampler, folders):
-    sampler = build_sampler(folders["smollm3"], random_masks=2, masks_per_passage=3, max_span_words=2)
-    alone = replace(sampler, config=replace(sampler.config, random_masks=0))
-    mixed, own = (propose([BONN], one, one.config, 0)[0] for one in (sampler, alone))
-    assert [task.mask for task in mixed[:3]] == [task.mask for task in own]  # the generator's masks stay as they are
-    assert [task.proposal is None for task in mixed] == [False] * 3 + [True] * 2
-    assert all(task.prompt_ids and not task.mask.invalid for task in mixed[3:])
-
-    tasks = [task("Rhine", [r"\boxed{Rhine}", "none"]), task("Danube", []), task("Bonn", [r"\boxed{Bonn}", "none"])]
-    tasks[2].proposal = None
-    groups = rewarded([tasks])
-    assert [(one.role, one.rewards) for one in groups] == [("pred", [1, 0]), ("pred", [1, 0]), ("gen", [0.5, 0])]
-
-
-def test_shuffled_rewards_are_the_same_rewards_elsewhere_and_repeatable():
-    answers = [r"\boxed{Rhine}"] * 4 + [r"\boxed{Elbe}"] * 4
-    plain = rewarded([[task("Rhine", answers)]])[0].rewards
-    shuffled = [rewarded([[task("Rhine", answers)]], step, shuffle_rewards=True)[0].rewards for step in (0, 0, 1)]
-    assert sorted(shuffled[0]) == sorted(plain) and shuffled[0] == shuffled[1]
-    assert plain not in shuffled and shuffled[0] != shuffled[2]
 
 
 # ---- the order of passages
@@ -209,7 +122,8 @@ def test_samples_hold_passage_mask_and_predictions_with_their_rewards(alone):
         valid = not one["mask"]["invalid"]
         assert len(one["predictions"]) == (8 if valid else 0)
         if valid:
-            right = sum(prediction["reward"] for prediction in one["predictions"])
+            right = sum(prediction["correct"] for prediction in one["predictions"])
+            assert all(prediction["correct"] == prediction["reward"] for prediction in one["predictions"])
             assert one["mask"]["masked"].replace("[mask]", one["mask"]["target"]) == one["passage"]["text"]
             assert one["proposal"]["reward"] == (1 - right / 8 if right else 0)
     rewards = [one["proposal"]["reward"] for one in samples[:16]]
@@ -275,18 +189,10 @@ def test_the_last_step_is_saved_as_a_folder_for_from_pretrained(alone):
 
 
 def test_the_terminal_tells_what_runs_and_sums_up(alone):
-    printed = alone[1]
-    for words in (
-        "parameters, float32, 1 x cpu",
-        "memory: layers stored for the backward pass\n",
-        "step 0: probe accuracy",
-        "step 1/2",
-        "step 2/2",
-        "held-out",
-        "report.html",
-    ):
-        assert words in printed, printed
-    assert "Traceback" not in printed
+    words = ["parameters, float32, 1 x cpu", "layers stored for the backward pass\n", "step 0: probe accuracy"]
+    for part in [*words, "step 1/2", "step 2/2", "held-out", "report.html"]:
+        assert part in alone[1], alone[1]
+    assert "Traceback" not in alone[1]
 
 
 def test_the_order_of_passages_does_not_depend_on_the_number_of_ranks(alone, unbroken):
@@ -295,10 +201,7 @@ def test_the_order_of_passages_does_not_depend_on_the_number_of_ranks(alone, unb
         for run, _ in (alone, unbroken)
     ]
     assert order[0] == order[1] and len(order[0]) == 32
-
-
-def test_the_seconds_that_a_save_takes_from_training_stand_in_the_next_row(unbroken):
-    """Its own row must be on disk before the checkpoint is."""
+    # the seconds of a save stand in the next row: its own must be on disk before the checkpoint is
     assert [row["step"] for row in read_rows(unbroken[0] / "metrics.jsonl") if "time/save" in row] == [3]
 
 

@@ -16,12 +16,13 @@ import torch
 from jinja2.exceptions import SecurityError
 from reference import ROOT, tiny_config
 
-from benchmarks from benchmarks import verify
+from benchmarks import verify
 from benchmarks.judge import check_answers
 from config import ConfigError, read_config
 from model import load_replica, load_tokenizer
 
-SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / p for folder in ("benchmarks", "report", "play", "bench", "miniature") for p in (ROOT / folder).glob("*.py"))])
+FOLDERS = (".", "benchmarks", "report", "play", "bench", "miniature")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 BASE = ROOT / "assets/tiny_base"
 
 

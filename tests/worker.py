@@ -5,7 +5,7 @@
 Every `check_...` below runs on both ranks, in this order, and returns plain values; OUT/rank0.json and OUT/rank1.json
 hold what each returned, or the traceback with which it ended. test_distributed.py says what the values must be.
 A check that ends on one rank alone leaves the other waiting: after LIMIT seconds both print where they stand, and end.
-`METHODS` are whole runs of train.py's own loop, of a step or two each.
+`CONFIGS` are whole runs of train.py's own loop, of a step or two each.
 """
 
 from __future__ import annotations
@@ -32,35 +32,38 @@ from reference import (
     FAMILIES,
     REWARDS,
     ROOT,
+    SEQUENCES,
     TINY_BASE,
     CaptureGradients,
     largest_error,
     load_plain,
     make_groups,
+    make_run,
+    naive_score,
     naive_update,
     same_bits,
     save_model,
+    score_error,
     tiny_config,
     weights,
     wiki_passages,
 )
-from reference_checks import distributed_checks
 from torch.distributed.checkpoint import FileSystemWriter
 
 import eval
+import methods
 import train
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import read_config
 from data import Corpus, Passage
 from eval import evaluate, make_probe, perplexity, read_settings, run_probe
-from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, update
-from methods import draw_tasks, training_samples, verify_predictions
+from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, score, update
+from methods import METHODS, Position, information_gain, make_frame, verify_predictions
 from metrics import read_rows
-from model import build_policy, build_reference, ema_update, load_replica, load_tokenizer, refresh
+from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, gather, start_ranks
 from rollout import generate, make_sampler, rollout
-from train import predict, propose, reward
 
 LIMIT = 60
 """Seconds for one check."""
@@ -139,20 +142,33 @@ def check_a_rank_with_nothing_to_train(folder, ranks):
     return {"samples": len(samples), "gradients": largest_error(found.gradients, expected.gradients)}
 
 
-def check_two_updates_per_batch(folder, ranks):
-    changes = {"updates_per_batch": 2, "learning_rate": 1.0, "lr_schedule": "constant", "tokens_per_micro_batch": 60}
-    config, _, policy = setting(folder, ranks, **changes)
-    plain = load_plain(config.model)
-    groups, before = make_groups(plain, REWARDS), weights(plain)
-    metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
-    moves = [{name: one - before[name] for name, one in weights(model).items()} for model in (policy, plain)]
-    return {
-        "moves": largest_error(*moves),
-        "clip_fraction": result["clip_fraction"],
-        "metrics": max(abs(result[key] - metrics[key]) / abs(metrics[key]) for key in metrics),
-    }
+def check_several_optimizer_steps_on_a_batch(folder, ranks):
+    """Two passes over it whole, two mini-batches, and both."""
+    results = {}
+    for passes, parts in ((2, 1), (1, 2), (2, 2)):
+        changes = {"updates_per_batch": passes, "mini_batches": parts, "learning_rate": 1.0, "lr_schedule": "constant"}
+        config, _, policy = setting(folder, ranks, tokens_per_micro_batch=60, **changes)
+        plain = load_plain(config.model)
+        groups, before = make_groups(plain, REWARDS), weights(plain)
+        metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
+        moves = [{name: one - before[name] for name, one in weights(model).items()} for model in (policy, plain)]
+        results[f"{passes} x {parts}"] = {
+            "moves": largest_error(*moves),
+            "clip_fraction": result["clip_fraction"],
+            "metrics": max(abs(result[key] - metrics[key]) / abs(metrics[key]) for key in metrics),
+        }
+    return results
+
+
+def refused(policy, samples, config, ranks) -> dict:
+    before, message = weights(policy), ""
+    try:
+        update(policy, make_optimizer(policy, config), samples, config, ranks, 4)
+    except FloatingPointError as error:
+        message = str(error)
+    return {"message": message, "unchanged": same_bits(weights(policy), before)}
 
 
 def check_a_loss_that_is_not_finite_on_one_rank(folder, ranks):
@@ -161,12 +177,7 @@ def check_a_loss_that_is_not_finite_on_one_rank(folder, ranks):
     lengths = [len(one.rollout.prompt_ids + one.rollout.completion_ids) for one in samples]
     of_rank_1 = plan(lengths, config.tokens_per_micro_batch, ranks.world)[1][0]
     samples[of_rank_1].rollout.sampler_logprobs[0] = float("nan")
-    before, message = weights(policy), ""
-    try:
-        update(policy, make_optimizer(policy, config), samples, config, ranks, 4)
-    except FloatingPointError as error:
-        message = str(error)
-    return {"message": message, "unchanged": same_bits(weights(policy), before)}
+    return refused(policy, samples, config, ranks)
 
 
 def check_a_gradient_that_is_not_finite_on_one_rank(folder, ranks):
@@ -182,12 +193,7 @@ def check_a_gradient_that_is_not_finite_on_one_rank(folder, ranks):
 
         if ranks.rank == 1:
             last.mlp.register_forward_hook(spoil)
-        before, message = weights(policy), ""
-        try:
-            update(policy, make_optimizer(policy, config), samples, config, ranks, 4)
-        except FloatingPointError as error:
-            message = str(error)
-        results[f"checkpointing {on}"] = {"message": message, "unchanged": same_bits(weights(policy), before)}
+        results[f"checkpointing {on}"] = refused(policy, samples, config, ranks)
     return results
 
 
@@ -228,7 +234,56 @@ def check_masters_on_the_host(folder, ranks):
 
 
 def check_the_second_copy(folder, ranks):
-    return distributed_checks(ranks, folder)
+    # One sequence's length: as many micro-batches as there are sequences, dummies where the ranks do not divide them
+    changes = {"tokens_per_micro_batch": 62, "learning_rate": 1e-2, "lr_schedule": "constant", "method": "rlp"}
+    run = make_run(fresh_sampler(folder, ranks, **changes))
+    config, policy, reference = run.config, run.policy, run.reference
+    plain, replica = load_plain(config.model).eval(), weights(run.sampler.replica)
+    results = {
+        "own": sum(parameter.to_local().numel() for parameter in reference.parameters()),
+        "all": sum(one.numel() for one in replica.values()),
+        "equal": same_bits(weights(reference), replica),
+        "no_gradients": not any(parameter.requires_grad for parameter in reference.parameters()),
+    }
+
+    # Scores, of many sequences, of fewer than ranks and of none, by both models
+    scored = {
+        f"{name} {count} at {temperature}": (score(model, SEQUENCES[:count], config, ranks, temperature), temperature)
+        for name, model in (("reference", reference), ("policy", policy))
+        for count, temperature in ((5, 1.0), (5, 0.7), (1, 1.0), (0, 1.0))
+    }
+    errors = [
+        score_error(found, naive_score(plain, SEQUENCES[: len(found)], temperature))
+        for found, temperature in scored.values()
+    ]
+    everywhere = gather([scored])
+    results["agree"] = all(one == everywhere[0] for one in everywhere)
+
+    # No tags, no instruction, no thought: nothing was gained
+    frame = make_frame(run.sampler.tokenizer, "{passage}", config.max_prompt_tokens)
+    positions = [Position(prefix, continuation[0]) for prefix, continuation in SEQUENCES]
+    gains = information_gain(run, positions, [[[]]] * len(positions), frame)
+    errors += [abs(gain) for group in gains for gain in group]
+
+    # The recurrence over three steps of a policy that moves; whole tensors beside the shards
+    expected, samples = weights(reference), make_samples(make_groups(plain, REWARDS), config)
+    for step in range(3):
+        update(policy, run.optimizer, samples, config, ranks, step)
+        ema_update(reference, policy, 0.5)
+        expected = {name: 0.5 * expected[name] + 0.5 * one for name, one in weights(policy).items()}
+    errors.append(largest_error(weights(reference), expected))
+    results["moved"] = largest_error(weights(reference), replica) > 1e-3
+    plain.load_state_dict(weights(reference), strict=False)  # and it scores with what it now holds
+    errors.append(score_error(score(reference, SEQUENCES, config, ranks), naive_score(plain, SEQUENCES)))
+
+    # Nothing is sent: one rank can do it alone
+    before = weights(reference)
+    if ranks.rank == 0:
+        ema_update(reference, policy, 0.0)
+    after = weights(reference)
+    results["alone"] = not same_bits(after, before)
+    ema_update(reference, policy, 1.0)
+    return results | {"frozen": same_bits(weights(reference), after), "error": max(errors)}
 
 
 # ---- rollouts
@@ -270,20 +325,14 @@ def check_a_failing_request_names_its_rank(folder, ranks):
 
 def check_masks_that_are_all_invalid(folder, ranks):
     """A random model writes no \\mask{}: no prediction, no kept group, no update, no hang."""
-    config, replica, policy = setting(folder, ranks)
-    optimizer, sampler = make_optimizer(policy, config), make_sampler(replica, load_tokenizer(config), config, ranks)
-    before = digest(weights(policy))
-    proposals = propose(PASSAGES[:3], sampler, config, 0)
-    tasks = [task for group in proposals for task in group if not task.mask.invalid]
-    predict(tasks, sampler, config, 0)
-    groups = reward("active", tasks, proposals, policy, None, sampler, 0)
-    samples = training_samples("active", groups, tasks, PASSAGES[:3], None, sampler)
-    result = update(policy, optimizer, samples, config, ranks, 0)
+    run = make_run(fresh_sampler(folder, ranks), PASSAGES)
+    before = digest(weights(run.policy))
+    done = train.step(run, 0)
     return {
-        "causes": sorted({task.mask.invalid for group in proposals for task in group}),
-        "groups": [[group.role, group.rewards] for group in groups],
-        "metrics": {key: value for key, value in result.items() if key != "lr"},
-        "unchanged": digest(weights(policy)) == before and not optimizer.state,
+        "causes": sorted({task.mask.invalid for group in done.proposals for task in group}),
+        "groups": [[group.role, group.rewards] for group in done.groups],
+        "metrics": {key: done.row[key] for key in ("loss", "grad_norm", "trained_tokens", "trained_responses")},
+        "unchanged": digest(weights(run.policy)) == before and not run.optimizer.state,
     }
 
 
@@ -292,32 +341,30 @@ def check_masks_that_are_all_invalid(folder, ranks):
 
 def check_tasks_are_drawn_alike(folder, ranks):
     sizes = {"passages_per_step": 5, "masks_per_passage": 3, "max_prompt_tokens": 192, "tokens_per_micro_batch": 256}
-    config = tiny_config(TINY_BASE, **sizes)
-    replica = load_replica(config, ranks)
-    sampler = make_sampler(replica, load_tokenizer(config), config, ranks)
-    reference, passages = build_reference(replica, config, ranks), wiki_passages(5)
-    methods = ("random_span", "random_token", "entropy_token", "sft", "rlp")
-    drawn = {method: draw_tasks(method, passages, reference, sampler, 3) for method in methods}
-    return {
-        method: [[[asdict(task.mask), task.prompt_ids, repr(task.position)] for task in group] for group in groups]
-        for method, groups in drawn.items()
-    }
+    config = tiny_config(TINY_BASE, method="entropy_token", **sizes)
+    run, drawn = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks)), {}
+    for config.method in ("random_span", "random_token", "entropy_token", "sft", "rlp"):
+        groups = METHODS[config.method].propose(run, wiki_passages(5), 3)
+        drawn[config.method] = [
+            [[asdict(task.mask), task.prompt_ids, repr(task.position)] for task in group] for group in groups
+        ]
+    return drawn
 
 
 def check_answers_are_verified_in_shares(folder, ranks):
     """Three questions: two on one rank, one on the other."""
     answers = [["0.5", r"\frac12", "2", None], ["12.0"], ["7", "8"]]
-    asked, check = [], verify_predictions.__globals__["check_answers"]
+    asked, check = [], methods.check_answers
 
     def counted(pairs, seconds):
         asked.extend(gold for gold, _ in pairs)
         return check(pairs, seconds)
 
-    verify_predictions.__globals__["check_answers"] = counted
+    methods.check_answers = counted
     try:
         verdicts = verify_predictions(answers, ["1/2", "12", "7"], tiny_config(), ranks)
     finally:
-        verify_predictions.__globals__["check_answers"] = check
+        methods.check_answers = check
     return {"verdicts": verdicts, "asked": asked, "none": verify_predictions([], [], tiny_config(), ranks)}
 
 
@@ -325,44 +372,46 @@ def check_answers_are_verified_in_shares(folder, ranks):
 
 
 def check_a_checkpoint_restores_every_bit(folder, ranks):
+    """Of rlp, whose moving average is saved too."""
     run = folder / "run"
-    config, replica, policy = setting(
-        folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant", keep_last=2
-    )
-    optimizer, tokenizer = make_optimizer(policy, config), load_tokenizer(config)
+    changes = {"run_dir": str(run), "learning_rate": 1e-2, "lr_schedule": "constant", "method": "rlp"}
+    first, second = (make_run(fresh_sampler(folder, ranks, **changes, keep_last=2)) for _ in range(2))
+    config, start, tokenizer = first.config, weights(first.reference), first.sampler.tokenizer
     groups = make_groups(load_plain(config.model), REWARDS)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks))
+    savers = [make_saver(one.policy, one.optimizer, one.sampler, one.reference) for one in (first, second)]
 
-    def step(policy, optimizer, replica, number):
-        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
-        refresh(policy, replica)
+    def step(run, number):
+        update(run.policy, run.optimizer, make_samples(groups, config), config, ranks, number)
+        refresh(run.policy, run.sampler.replica)
+        ema_update(run.reference, run.policy, 0.9)
 
     for number in range(3):
-        step(policy, optimizer, replica, number)
-        saver.done = number + 1
-        save_checkpoint(saver)
-    finish_save(saver)
-    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-
-    config, other_replica, other = setting(folder, ranks, run_dir=str(run), learning_rate=1e-2, lr_schedule="constant")
-    other_optimizer = make_optimizer(other, config)
+        step(first, number)
+        savers[0].done = number + 1
+        save_checkpoint(savers[0])
+    finish_save(savers[0])
     latest, facts = find_checkpoint(config)
-    other_saver = make_saver(other, other_optimizer, make_sampler(other_replica, tokenizer, config, ranks))
-    load_checkpoint(other_saver, latest, facts)
-    exported = load_plain(latest / "hf")
+    load_checkpoint(savers[1], latest, facts)
+
+    def same() -> list[bool]:
+        pairs = [(one.policy, one.sampler.replica, one.reference) for one in (first, second)]
+        equal = [same_bits(weights(ours), weights(theirs)) for ours, theirs in zip(*pairs, strict=True)]
+        return [*equal, same_bits(state(first.optimizer), state(second.optimizer))]
+
+    average = weights(first.reference)
     results = {
-        "kept": kept,
+        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "latest": latest.name,
-        "done": other_saver.done,
-        "masters": same_bits(weights(other), weights(policy)),
-        "replica": same_bits(weights(other_replica), weights(replica)),
-        "exported": same_bits(weights(exported), weights(replica)),
-        "optimizer": same_bits(state(other_optimizer), state(optimizer)),
+        "done": savers[1].done,
+        "same": same(),
+        "exported": same_bits(weights(load_plain(latest / "hf")), weights(first.sampler.replica)),
         "tokenizer": load_tokenizer(replace(config, model=str(latest / "hf"))).get_vocab() == tokenizer.get_vocab(),
+        "apart": not same_bits(average, start) and not same_bits(average, weights(first.policy)),
+        "no_gradients": not any(parameter.requires_grad for parameter in second.reference.parameters()),
     }
-    step(policy, optimizer, replica, 3)
-    step(other, other_optimizer, other_replica, 3)
-    return results | {"next_step": same_bits(weights(other), weights(policy))}
+    for one in (first, second):
+        step(one, 3)
+    return results | {"next_step": same()}
 
 
 def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
@@ -410,35 +459,6 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
             update(other, other_optimizer, make_samples(groups, config), config, ranks, rest)
         results[f"goes on {number}"] = same_bits(weights(other), weights(policy))
     return results
-
-
-def check_a_checkpoint_restores_the_moving_average(folder, ranks):
-    changes = {"run_dir": str(folder / "average"), "learning_rate": 1e-2, "lr_schedule": "constant"}
-    config, replica, policy = setting(folder, ranks, **changes)
-    average, optimizer, tokenizer = build_reference(replica, config, ranks), make_optimizer(policy, config), None
-    groups, tokenizer = make_groups(load_plain(config.model), REWARDS), load_tokenizer(config)
-    for number in range(2):
-        update(policy, optimizer, make_samples(groups, config), config, ranks, number)
-        refresh(policy, replica)
-        ema_update(average, policy, 0.9)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks), average)
-    saver.done = 2
-    save_checkpoint(saver)
-    finish_save(saver)
-
-    _, other_replica, other = setting(folder, ranks, **changes)
-    other_average, other_optimizer = build_reference(other_replica, config, ranks), make_optimizer(other, config)
-    start = weights(other_average)
-    sampler = make_sampler(other_replica, tokenizer, config, ranks)
-    other_saver = make_saver(other, other_optimizer, sampler, other_average)
-    load_checkpoint(other_saver, *find_checkpoint(config))
-    return {
-        "done": other_saver.done,
-        "average": same_bits(weights(other_average), weights(average)),
-        "masters": same_bits(weights(other), weights(policy)),
-        "apart": not same_bits(weights(average), start) and not same_bits(weights(average), weights(policy)),
-        "no_gradients": not any(parameter.requires_grad for parameter in other_average.parameters()),
-    }
 
 
 def state(optimizer) -> dict:
@@ -498,7 +518,7 @@ SMALL = """
     passages_per_step=4 masks_per_passage=3 predictions_per_mask=4 probe_passages=4 probe_samples=1 probe_every=0
     save_every=0 samples_per_step=1 max_mask_tokens=10 max_prediction_tokens=10 steps=1
 """.split()
-METHODS = {path.stem: [] for path in sorted((ROOT / "configs").glob("tiny*.yaml"))} | {
+CONFIGS = {path.stem: [] for path in sorted((ROOT / "configs").glob("tiny*.yaml"))} | {
     "tiny": ["warmup_method=random_span", "warmup_method_steps=1", "steps=2", "eval_every=3", "eval_limit=5",
              "eval_tasks=gsm8k=assets/tiny_questions.jsonl"],
     "tiny-rlp": ["passages_per_step=4", "steps=2", "ema_decay=0.5", "save_every=1"],
@@ -506,10 +526,10 @@ METHODS = {path.stem: [] for path in sorted((ROOT / "configs").glob("tiny*.yaml"
 """Every tiny config of configs/, and what is changed beside SMALL."""
 
 
-def run_method(name: str, folder: Path, ranks: Ranks, *words: str) -> dict:
+def run_config(name: str, folder: Path, ranks: Ranks, *words: str) -> dict:
     """The loop itself with this config: its rows, the endings of the prompts whose responses were trained on, and the
     shares that the moving average kept of itself."""
-    config = read_config([f"configs/{name}.yaml", *SMALL, *METHODS[name], *words, f"run_dir={folder / name}"])
+    config = read_config([f"configs/{name}.yaml", *SMALL, *CONFIGS[name], *words, f"run_dir={folder / name}"])
     rows, trained, kept = [], set(), []
     originals = step_line, update_, ema_update_ = train.step_line, train.update, train.ema_update
 
@@ -547,7 +567,7 @@ def check_a_run_of_rlp_continues_with_its_moving_average(folder, ranks):
         latest.unlink()
         latest.symlink_to("step_000001")
     dist.barrier()
-    return run_method("tiny-rlp", folder, ranks)["rows"]
+    return run_config("tiny-rlp", folder, ranks)["rows"]
 
 
 def main() -> None:
@@ -561,7 +581,7 @@ def main() -> None:
     results = {}
     checks = {name: one for name, one in globals().items() if name.startswith("check_")}
     rewound = checks.pop("check_a_run_of_rlp_continues_with_its_moving_average")
-    checks |= {name: partial(run_method, name) for name in METHODS} | {"rewound": rewound}
+    checks |= {name: partial(run_config, name) for name in CONFIGS} | {"rewound": rewound}
     for name, check in checks.items():
         faulthandler.dump_traceback_later(LIMIT, exit=True)  # from now
         try:

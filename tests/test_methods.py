@@ -1,0 +1,793 @@
+"""The methods: what each draws, spends, earns and trains on, by hand and against the plain model."""
+
+import doctest
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from statistics import fmean
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import (
+    ROOT,
+    TINY_BASE,
+    CaptureGradients,
+    largest_error,
+    load_plain,
+    make_run,
+    naive_score,
+    same_bits,
+    tiny_config,
+    weights,
+    wiki_passages,
+)
+
+import methods
+import train
+from config import Config, ConfigError
+from data import DataError, Passage
+from grpo import Group, update
+from masking import LOOKAHEAD, Mask, make_mask, next_token_mask
+from methods import METHODS, Position, Task, make_frame, make_task, reward, thought_frame, thought_prompt
+from metrics import sample_rows, step_metrics
+from model import build_reference, load_tokenizer
+from prompts import CLOSED, START, scan
+from rewards import answerable
+from rollout import Rollout, generate, predict_prompt, question_prompt
+
+BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
+BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]
+QUESTIONS = [Passage(f"q:{n}", "", "", f"What is {n} + 1 ?", answer=str(n + 1)) for n in range(4)]
+RIGHT, WRONG = r"It flows. \boxed{Rhine}", r"\boxed{Elbe}"
+
+
+@pytest.fixture
+def run(build_sampler):
+    """On the tiny base, with a second copy. Its tokenizer merges letters, keeps the space before a word, adds <bos>."""
+    made = make_run(build_sampler(TINY_BASE, max_prompt_tokens=192, predict_prompt=" {passage}\nPredict:"))
+    made.reference = build_reference(made.sampler.replica, made.config, made.ranks)
+    return made
+
+
+@pytest.fixture
+def bytes_run(build_sampler, folders):
+    """On a random model whose tokens are bytes and whose texts begin with themselves."""
+    made = make_run(build_sampler(folders["smollm3"]))
+    made.reference = build_reference(made.sampler.replica, made.config, made.ranks)
+    return made
+
+
+def sized(run, passages: int, masks: int = 2, predictions: int = 2) -> None:
+    """A step of this size."""
+    run.config.passages_per_step = passages
+    run.config.masks_per_passage, run.config.predictions_per_mask = masks, predictions
+
+
+def draw(run, method: str, passages: list[Passage], step: int = 0) -> list[list[Task]]:
+    run.config.method = method
+    return METHODS[method].propose(run, passages, step)
+
+
+def said(text: str, tokens: int = 2) -> Rollout:
+    return Rollout([1], [2] * tokens, [-1.0] * tokens, text, "eos")
+
+
+# ------------------------------------------------------------------------------------------------- what a method spends
+
+
+def test_examples_in_the_docstrings():
+    results = doctest.testmod(methods)
+    assert results.attempted >= 5 and results.failed == 0
+
+
+def test_a_rule_draws_masks_for_the_responses_that_the_generator_would_have_cost():
+    """active: 8 passages x 4 masks x (1 + 8) = 288 responses of the small run; 36 masks x 8 predictions are as many."""
+    small = Config(passages_per_step=8, masks_per_passage=4, predictions_per_mask=8)
+    assert methods.tasks_per_passage(small, "random_span") == [5, 5, 5, 5, 4, 4, 4, 4]
+    assert methods.tasks_per_passage(small, "sft") == [36] * 8
+    assert methods.tasks_per_passage(Config(), "random_token") == [9] * 32  # the paper's 2304 responses, 288 masks
+    for passages, masks, predictions in ((1, 2, 3), (3, 4, 16), (7, 8, 8), (32, 2, 2)):
+        config = Config(passages_per_step=passages, masks_per_passage=masks, predictions_per_mask=predictions)
+        counts, active = methods.tasks_per_passage(config, "random_span"), passages * masks * (1 + predictions)
+        assert len(counts) == passages and max(counts) - min(counts) <= 1
+        assert 0 <= active - sum(counts) * predictions < predictions
+
+
+@pytest.mark.parametrize(("method", "counts"), [
+    ("random_span", [5, 4]), ("random_token", [5, 4]), ("entropy_token", [5, 4]), ("sft", [36, 36]),
+    ("rlvr", [1, 1]), ("rlp", [1, 1]), ("cpt", [0, 0]),
+])  # fmt: skip
+def test_a_steps_tasks_are_so_many_and_a_function_of_seed_and_step(run, method, counts):
+    def drawn(step: int, seed: int = 0) -> list:
+        run.config.seed = seed
+        random.seed(step)  # what else draws must not matter
+        groups = draw(run, method, passages, step)
+        return [[(task.mask, task.prompt_ids, task.position) for task in group] for group in groups]
+
+    sized(run, 2, 4, 8)
+    passages = QUESTIONS[:2] if method == "rlvr" else wiki_passages(2)
+    first = drawn(5)
+    assert [len(group) for group in first] == counts and drawn(5) == first
+    if method not in ("rlvr", "cpt"):  # which draw nothing: they take a step's passages as they are
+        assert drawn(6) != first and drawn(5, seed=1) != first
+
+
+def test_a_warm_up_method_takes_the_first_steps():
+    paper, plain = Config(warmup_method="random_span", warmup_method_steps=100), Config(warmup_method_steps=100)
+    assert [methods.method_at(paper, step) for step in (0, 99, 100, 1999)] == ["random_span"] * 2 + ["active"] * 2
+    assert methods.method_at(plain, 0) == "active"
+
+
+def test_a_second_copy_is_kept_where_something_reads_it():
+    for keys in ({"method": "rlp"}, {"method": "entropy_token"}, {"warmup_method": "entropy_token"}, {"kl": 0.01}):
+        assert methods.needs_reference(Config(**keys))
+    others = set(METHODS) - {"rlp", "entropy_token"}
+    assert not any(methods.needs_reference(Config(method=name)) for name in others)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_each_method_trains_what_it_says_and_leaves_the_replica_equal_to_the_masters(build_sampler, method):
+    given, questions = method in ("sft", "cpt"), METHODS[method].questions
+    keys = {"passages_per_step": 4, "predictions_per_mask": 4, "learning_rate": 1e-3, "lr_schedule": "constant"}
+    keys |= {"max_prompt_tokens": 192, "max_mask_tokens": 10, "max_prediction_tokens": 10, "mini_batches": 2}
+    keys |= {"mask_prompt": " {passage}\nMask:", "predict_prompt": " {passage}\nPredict:"}
+    run = make_run(build_sampler(TINY_BASE, method=method, **keys), QUESTIONS if questions else wiki_passages(8))
+    before, steps = weights(run.policy), []
+    run.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    done = train.step(run, 0)
+    row = done.row
+    assert (row["step"], row["method"], len(done.passages)) == (1, method, 4)
+    assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str | list))
+    assert bool(done.groups) != given and done.tasks == [
+        task for tasks in done.proposals for task in tasks if not task.mask.invalid
+    ]
+    for task in done.tasks:
+        assert len(task.predictions) == len(task.rewards) == (0 if given else 4)
+        assert task.correct == [] if given or method == "rlp" else [int(one) for one in task.rewards]
+        assert (task.proposal_reward is None) == (method != "active")
+    assert row["trained_responses"] == len(done.samples)
+    if given or method in ("active", "rlp"):  # the others' groups may all be of one reward
+        assert len(steps) == 2 and not same_bits(weights(run.policy), before)
+    assert same_bits(weights(run.sampler.replica), weights(run.policy))
+    if run.reference:
+        assert same_bits(weights(run.reference), before) == (method == "entropy_token")
+
+
+# ----------------------------------------------------------------------------------------------------- next-token masks
+
+
+def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
+    mask = next_token_mask(BONN, BONN_TOKENS, 2)
+    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "", ("old", "old."))
+    for number, target in ((3, "."), (4, "")):  # a token without letter or digit is no target
+        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number)
+        assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
+    labelled = Passage("1#0", "", "", "Bonn is old.", ["copy", "template", "fact"])
+    assert [next_token_mask(labelled, BONN_TOKENS, number).label for number in (1, 2)] == ["template", "fact"]
+
+
+def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_than_the_lookahead():
+    text = " ".join("abcdefghijklmnopqrstuvwxyz")
+    spans = [(0, 1)] + [(2 * n - 1, 2 * n + 1) for n in range(1, 26)]  # each token with its space
+    mask = next_token_mask(Passage("1#0", "", "", text), spans, 3)
+    assert mask.masked == "a b c [mask]" and len(mask.prefixes) == LOOKAHEAD == 16
+    assert mask.prefixes[:3] == ("d", "d e", "d e f") and mask.prefixes[-1] == text[6 : 6 + 31]
+
+
+def test_candidates_by_hand():
+    text, spans = "Ann, 7 – é b", [(0, 3), (3, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
+    assert methods.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
+    entropies = [9.0, 8.0, 1.0, 7.0, 3.0, 2.0]
+    assert methods.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
+    assert methods.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
+    assert methods.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
+    assert methods.candidates(spans[:2], text, entropies[:2], 0.2) == methods.candidates([], "", None, 0.2) == []
+
+
+def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
+    """chi-square over the tokens with a letter or digit, but the first."""
+    sized(run, 1)  # 3 masks a step
+    passage = wiki_passages(1)[0]
+    spans, starts = methods.token_spans(run.sampler, passage.text), Counter()
+    for step in range(500):
+        (drawn,) = draw(run, "random_token", [passage], step)
+        assert len({task.mask.start for task in drawn}) == 3
+        starts.update(task.mask.start for task in drawn)
+    words = [passage.text[start:end] for start, end in spans[1:]]
+    allowed = [end - len(word.strip()) for (_, end), word in zip(spans[1:], words, strict=True) if answerable(word)]
+    assert sorted(starts) == allowed and 20 < len(allowed) < len(spans) - 1
+    expected, freedom = 1500 / len(allowed), len(allowed) - 1
+    chi_square = sum((starts[start] - expected) ** 2 / expected for start in allowed)
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_text_with_fewer_words_than_masks_repeats_and_one_without_any_gives_none(run):
+    sized(run, 2, 4, 8)
+    passages = [Passage("1#0", "", "", "... near mountains ."), Passage("2#0", "", "", "... . –")]
+    repeated, without = draw(run, "random_token", passages)
+    assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5
+    assert without == []
+
+
+@torch.no_grad()
+def plain_entropies(model, start: list[int], ids: list[int]) -> list[float]:
+    """Of the distribution from which each token of a text would be drawn, by the ordinary model."""
+    logprobs = model(input_ids=torch.tensor([start + ids]), use_cache=False).logits[0].double().log_softmax(-1)
+    entropies = (-logprobs.exp() * logprobs).sum(-1).tolist()
+    return entropies[len(start) - 1 : -1] if start else [0.0, *entropies[:-1]]
+
+
+def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
+    """Of a text that begins with itself, nothing is said of the first token."""
+    plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
+    for run.config.tokens_per_micro_batch in (160, 10_000):
+        for passage, found in zip(passages, methods.token_entropies(run, passages), strict=True):
+            bos, *ids = run.sampler.tokenizer(passage.text).input_ids
+            # a difference of two sums near 30, in float32
+            assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
+    (found,), ids = methods.token_entropies(bytes_run, [BONN]), list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
+    expected = plain_entropies(load_plain(bytes_run.config.model).eval(), [], ids)
+    assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
+
+
+def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(run):
+    """Over many draws: always there, and everywhere there; random tokens lie there one time in five."""
+    sized(run, 8)  # 3 masks a passage
+    passages, plain = wiki_passages(8), load_plain(TINY_BASE).eval()
+    with torch.no_grad():  # the model has moved on since; the frozen copy has not
+        for parameter in run.sampler.replica.parameters():
+            parameter.mul_(-1)
+    highest = []
+    for passage in passages:
+        bos, *ids = run.sampler.tokenizer(passage.text).input_ids
+        spans, entropies = methods.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
+        allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
+        allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
+        top = allowed[: len(allowed) // 5]
+        assert entropies[top[-1]] > entropies[allowed[len(top)]] + 1e-4  # no tie at the border
+        highest.append({passage.text.index(passage.text[slice(*spans[n])].strip(), spans[n][0]) for n in top})
+
+    def shares(method: str) -> tuple[float, list[set]]:
+        inside, seen = [], [set() for _ in passages]
+        for step in range(20):
+            for number, group in enumerate(draw(run, method, passages, step)):
+                inside += [task.mask.start in highest[number] for task in group]
+                seen[number] |= {task.mask.start for task in group}
+        return fmean(inside), seen
+
+    assert shares("entropy_token") == (1.0, highest)
+    assert shares("random_token")[0] == pytest.approx(0.2, abs=0.06)
+
+
+def test_random_spans_follow_spanberts_law(bytes_run):
+    """Words in a span: Geo(0.2) up to 10, mean 3.797."""
+    sized(bytes_run, 1, 32, 2)
+    bytes_run.config.max_span_chars = 0
+    passage, lengths = Passage("1#0", "", "", " ".join(str(100 + n) for n in range(300))), []
+    for step in range(40):
+        (drawn,) = draw(bytes_run, "random_span", [passage], step)
+        lengths += [len(task.mask.words.split()) for task in drawn]
+        assert all(task.prompt_ids == predict_prompt(bytes_run.sampler, task.mask.masked) for task in drawn[:3])
+    law = [0.8**k for k in range(10)]
+    assert len(lengths) == 40 * 48 and fmean(lengths) == pytest.approx(3.797, abs=0.2)
+    for k, weight in enumerate(law, 1):
+        assert lengths.count(k) / len(lengths) == pytest.approx(weight / sum(law), abs=0.03)
+
+
+def test_a_prediction_prompt_over_the_limit_makes_the_mask_invalid(run):
+    length = len(predict_prompt(run.sampler, "Bonn is [mask]"))
+    for limit, cause in ((length, ""), (length - 1, "prompt_too_long")):
+        run.config.max_prompt_tokens = limit
+        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2), run.sampler)
+        assert (task.mask.invalid, len(task.prompt_ids)) == (cause, 0 if cause else length)
+
+
+def test_random_masks_beside_the_generators_leave_its_masks_as_they_are(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"], random_masks=2, masks_per_passage=3, max_span_words=2)
+    alone = replace(sampler, config=replace(sampler.config, random_masks=0))
+    runs = (SimpleNamespace(config=one.config, sampler=one) for one in (sampler, alone))
+    mixed, own = (draw(one, "active", [BONN])[0] for one in runs)
+    assert [task.mask for task in mixed[:3]] == [task.mask for task in own]
+    assert [task.proposal is None for task in mixed] == [False] * 3 + [True] * 2
+    # what an invalid mask earns is known before anything is predicted
+    assert [(task.mask.invalid, task.proposal_reward) for task in mixed] == [("no_answer", 0.0)] * 3 + [("", None)] * 2
+    assert all(task.prompt_ids and not task.mask.invalid for task in mixed[3:])
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+RHINE = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
+
+
+def task(words: str | None, answers: list[str], tokens: int = 2) -> Task:
+    """A generator response that names these words, and predictions that say these answers."""
+    text = "none" if words is None else rf"\mask{{{words}}}"
+    mask = make_mask(words, RHINE, Config(), random.Random(0))
+    return Task(RHINE, mask, said(text), prompt_ids=[1], predictions=[said(answer, tokens) for answer in answers])
+
+
+def rewarded(proposals: list[list[Task]], step: int = 0, method: str = "active", **keys) -> list[Group]:
+    """`reward` of methods that look at texts alone, which need no model."""
+    tasks = [task for group in proposals for task in group if not task.mask.invalid]
+    return reward(SimpleNamespace(config=Config(**keys), ranks=None), METHODS[method], proposals, tasks, step)
+
+
+def test_rewards_of_one_passage():
+    tasks = [
+        task("Rhine", [RIGHT, WRONG, WRONG, r"\boxed{Rhine}."]),  # 2 of 4: reward 1/2
+        task("Rhine", [RIGHT, WRONG, "Rhine", r"\boxed{rhine}"]),  # 1 of 4: reward 3/4
+        task("Rhine", [RIGHT] * 4),  # too easy: 0
+        task("Rhine", [WRONG] * 4),  # impossible: 0
+        task("Danube", []),  # not in the passage: 0, and no predictions
+        task(None, []),
+    ]
+    groups = rewarded([tasks])
+    assert [(group.role, group.rewards) for group in groups] == [
+        ("pred", [1.0, 0.0, 0.0, 1.0]),
+        ("pred", [1.0, 0.0, 0.0, 0.0]),
+        ("pred", [1.0] * 4),
+        ("pred", [0.0] * 4),
+        ("gen", [0.5, 0.75, 0.0, 0.0, 0.0, 0.0]),
+    ]
+    assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
+    assert groups[0].rollouts == tasks[0].predictions
+    assert [one.accuracy for one in tasks[:4]] == [0.5, 0.25, 1, 0]
+
+
+def test_the_generators_reward_may_be_the_variance_of_its_predictions():
+    """p (1 - p) with 0 to 4 right of four; an invalid mask earns nothing here either."""
+    tasks = [task("Rhine", [RIGHT] * n + [WRONG] * (4 - n)) for n in range(5)] + [task("Danube", [])]
+    groups = rewarded([tasks], generator_reward="variance")
+    assert groups[-1].role == "gen" and groups[-1].rewards == [0, 3 / 16, 1 / 4, 3 / 16, 0, 0]
+    assert groups[0].rewards == [0.0] * 4 and groups[1].rewards == [1.0, 0.0, 0.0, 0.0]  # predictions: as ever
+
+
+def test_masks_that_a_rule_drew_reward_no_generator():
+    tasks = [task("Rhine", [RIGHT, WRONG]), task("Danube", []), task("Rhine", [RIGHT, WRONG])]
+    tasks[2].proposal = None  # a random mask beside the generator's
+    assert [(one.role, one.rewards) for one in rewarded([tasks])] == [("pred", [1, 0])] * 2 + [("gen", [0.5, 0])]
+    assert tasks[2].proposal_reward is None
+    tasks[0].proposal = tasks[1].proposal = None
+    assert [one.role for one in rewarded([tasks], method="random_span")] == ["pred", "pred"]
+
+
+def test_what_is_right_and_what_is_earned_are_decided_once_and_logged_as_the_update_saw_them(monkeypatch):
+    """The control with shuffled rewards too: what was right stays true, and the generator's reward is of what was
+    right before the shuffle."""
+    answers = [RIGHT] * 3 + [WRONG] * 5
+    plain, shuffled = ([[task("Rhine", answers), task("Danube", [])]] for _ in range(2))
+    groups = {False: rewarded(plain), True: rewarded(shuffled, shuffle_rewards=True)}
+    again, later = (rewarded([[task("Rhine", answers)]], step, shuffle_rewards=True)[0].rewards for step in (0, 1))
+    assert again == groups[True][0].rewards != later
+    monkeypatch.setattr(methods, "is_right", None)  # whoever asks again, fails
+    for (mixed, group), proposals in zip(groups.items(), (plain, shuffled), strict=True):
+        one, invalid = proposals[0]
+        assert one.correct == [1, 1, 1, 0, 0, 0, 0, 0] and sorted(one.rewards, reverse=True) == one.correct
+        assert one.rewards == group[0].rewards and (one.rewards == one.correct) == (not mixed)
+        assert [one.proposal_reward, invalid.proposal_reward] == group[1].rewards
+        assert sorted(group[1].rewards) == [0, 5 / 8]
+        logged, other = sample_rows(proposals, Config(), 1)
+        pairs = list(zip(one.correct, one.rewards, strict=True))
+        assert [(row["correct"], row["reward"]) for row in logged["predictions"]] == pairs
+        assert [row["proposal"]["reward"] for row in (logged, other)] == group[1].rewards
+
+
+def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, monkeypatch):
+    """A right answer loses up to a tenth for its length, and a wrong one too; the first mask is solved by all."""
+    run = bytes_run
+
+    def shaped(task, response, right, config):
+        return right - 0.1 * len(response.completion_ids) / config.max_prediction_tokens
+
+    monkeypatch.setattr(methods, "prediction_reward", shaped)
+    tasks = [task("Rhine", [RIGHT, RIGHT]), task("Rhine", [WRONG, RIGHT]), task("Danube", [])]
+    for one in tasks[:2]:
+        one.predictions[1].completion_ids, one.predictions[1].sampler_logprobs = [3] * 8, [-5.0] * 8
+    sized(run, 1, 3, 2)
+    groups = reward(run, METHODS["active"], [tasks], tasks[:2], 0)
+    assert [group.rewards for group in groups[:2]] == [pytest.approx([0.975, 0.9]), pytest.approx([-0.025, 0.9])]
+    assert groups[2].rewards == [0, 0.5, 0] and tasks[0].correct == [1, 1]
+    samples = methods.grpo_samples(run, groups, tasks[:2], [])
+    row = step_metrics("active", [tasks], groups, samples, run.sampler)
+    assert (row["pred/accuracy_one"], row["pred/accuracy"], row["pred/accuracy_histogram"]) == (0.5, 0.75, [0, 1, 1])
+    assert row["pred/reward"] == pytest.approx((0.975 + 0.9 - 0.025 + 0.9) / 4)
+    result = update(run.policy, run.optimizer, samples, run.config, run.ranks, 0)
+    assert result["trained_responses"] == 7 and result["grad_norm"] > 0  # the solved mask's lengths have contrast
+    monkeypatch.setattr(methods, "prediction_reward", lambda *_: 1.5)
+    assert [group.rewards for group in reward(run, METHODS["active"], [tasks], tasks[:2], 0)] == [
+        [1.5, 1.5], [1.5, 1.5], [0, 0.5, 0],
+    ]  # fmt: skip
+
+
+def graded(run, task: Task, answers: list[str], kind: str) -> list[float]:
+    """What `reward` pays for these boxed answers."""
+    task.predictions = [said(rf"\boxed{{{answer}}}") for answer in answers]
+    (group,) = rewarded([[task]], method="random_token", reward=kind)
+    assert group.role == "pred" and group.rollouts == task.predictions and group.rewards == task.rewards
+    return group.rewards
+
+
+def test_the_prefix_reward_by_hand(run):
+    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1), run.sampler)
+    answers = ["is", " is old ", "is old.", "is ol", "is old. And", "Is", ""]
+    assert graded(run, task, answers, "prefix") == [1, 1, 1, 0, 0, 0, 0]
+    assert graded(run, task, answers, "exact") == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_prefix_reward_pays_for_the_true_continuation_up_to_any_token(run):
+    sized(run, 1, 4, 2)
+    (drawn,) = draw(run, "random_token", wiki_passages(1))
+    checked, decode = 0, run.sampler.tokenizer.decode
+    for task in drawn:
+        text, start = task.passage.text, task.mask.start
+        ids = run.sampler.tokenizer(text, add_special_tokens=False).input_ids
+        before = next(n for n in range(len(ids)) if decode(ids[:n]).strip() == text[:start].strip())
+        following = [decode(ids[before : before + n]).strip() for n in range(1, 8)]
+        assert following[0] == task.mask.target and before > 0
+        assert graded(run, task, following, "prefix") == [1.0] * len(following)
+        inside = [one[:-1] for one in following if one[:-1].strip() not in following and len(one) > 2]
+        assert graded(run, task, inside, "prefix") == [0.0] * len(inside)
+        checked += len(inside)
+    assert checked > 5
+
+
+def test_a_frozen_generator_is_rewarded_but_not_trained(run):
+    """Neither its tokens nor their number is left in the loss."""
+    groups = [Group("pred", [said("a"), said("b")], [1.0, 0.0]), Group("gen", [said("c"), said("d")], [0.5, 0.0])]
+    for trained, texts in ((True, "abcd"), (False, "ab")):
+        run.config.train_generator = trained
+        samples = methods.grpo_samples(run, groups, [], [])
+        assert "".join(sample.rollout.text for sample in samples) == texts
+        assert {sample.weight for sample in samples} == {1 / (2 * len(texts))}  # two tokens each
+
+
+# ----------------------------------------------------------------------------------------------- answers that are given
+
+
+def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(run):
+    tokenizer = run.sampler.tokenizer
+    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n), run.sampler) for n in (1, 2)]
+    for form in (" \\boxed{{answer}}", " \\boxed{ {answer} }"):  # the default, then another
+        assert form in (Config().sft_answer, " \\boxed{ {answer} }")
+        run.config.sft_answer = form
+        samples = methods.answer_samples(run, [], drawn, [])
+        prompts = [predict_prompt(run.sampler, masked) for masked in ("Bonn [mask]", "Bonn is [mask]")]
+        assert [sample.rollout.prompt_ids for sample in samples] == prompts
+        for sample, answer in zip(samples, ("is", "old"), strict=True):
+            ids = tokenizer(form.replace("{answer}", answer), add_special_tokens=False).input_ids
+            assert sample.rollout.completion_ids == [*ids, tokenizer.eos_token_id]
+        tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
+        assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / tokens)] * 2
+    assert methods.answer_samples(run, [], [], [BONN]) == []  # no valid mask
+
+
+def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):
+    for one, passages in ((run, wiki_passages(3)), (bytes_run, [BONN])):  # with <bos>, and with nothing in front
+        samples = methods.text_samples(one, [], [], passages)
+        for sample, passage in zip(samples, passages, strict=True):
+            first, *ids = one.sampler.tokenizer(passage.text).input_ids
+            assert (sample.rollout.prompt_ids, sample.rollout.completion_ids) == ([first], ids)
+        tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
+        assert {(sample.advantage, sample.weight) for sample in samples} == {(1.0, 1 / tokens)}
+
+
+@pytest.mark.parametrize("method", ["sft", "cpt"])
+@pytest.mark.parametrize("budget", [200, 10_000])
+def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budget):
+    """Loss and gradient of one batch; the sampling temperature has no say in it."""
+    config, passages = run.config, wiki_passages(4)
+    config.tokens_per_micro_batch, config.max_grad_norm, config.temperature = budget, 1e9, 0.5
+    sized(run, 4)
+    proposals = draw(run, method, passages)
+    drawn = [task for group in proposals for task in group]
+    assert reward(run, METHODS[method], proposals, drawn, 0) == []
+    samples = METHODS[method].samples(run, [], drawn, passages)
+    assert len(samples) == (4 * 2 * 3 if method == "sft" else 4)
+    plain = load_plain(TINY_BASE)
+    found, expected = CaptureGradients(run.policy), CaptureGradients(plain)
+    metrics = update(run.policy, found, samples, config, run.ranks, 0)
+    logits, targets = [], []
+    for sample in samples:
+        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
+        whole = torch.tensor([prompt + completion])
+        logits.append(plain(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1])
+        targets += completion
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(targets))  # the mean over all tokens
+    loss.backward()
+    expected.step()
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert largest_error(found.gradients, expected.gradients) < 1e-4
+    assert metrics["trained_tokens"] == len(targets) and metrics["trained_responses"] == len(samples)
+    assert metrics["mismatch_kl"] == metrics["mismatch_abs"] == metrics["clip_fraction"] == 0  # nobody sampled
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def corpus_of(data, heldout: float):
+    return methods.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
+
+
+def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
+    """One that stands twice is on one side only; each loses the instruction of its data set, for the template brings
+    its own."""
+    file, corpus = ROOT / "assets/tiny_questions.jsonl", corpus_of(ROOT / "assets/tiny_questions.jsonl", 0.2)
+    train, heldout = ({one.text for one in part} for part in (corpus.train, corpus.heldout))
+    assert not train & heldout and len(train | heldout) == 100 and 10 <= len(heldout) <= 30
+    assert corpus.counts == {"records": 100, "questions": 100, "train": len(train), "heldout": len(heldout)}
+    for one in corpus.train + corpus.heldout:
+        left, right = one.text.removeprefix("What is ").removesuffix(" ?").split(" + ")
+        assert int(one.answer) == int(left) + int(right)
+    assert heldout < {one.text for one in corpus_of(file, 0.4).heldout}
+
+    ending = " Let's think step by step and output the final answer within \\\\boxed{}."
+    lines = [f'{{"question": "What is {n} + 0 ?{ending}", "answer": "{n}"}}\n' for n in range(20)]
+    (tmp_path / "q.jsonl").write_text("".join(lines * 2))
+    corpus = corpus_of(tmp_path / "q.jsonl", 0.3)
+    train, heldout = ({one.text for one in part} for part in (corpus.train, corpus.heldout))
+    assert not train & heldout and train | heldout == {f"What is {n} + 0 ?" for n in range(20)}
+    (tmp_path / "q.jsonl").write_text(lines[0])
+    with pytest.raises(DataError, match="1 questions to train on, 0 held out; change heldout"):
+        corpus_of(tmp_path / "q.jsonl", 1e-9)
+
+
+def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
+    run.config.question_prompt = "Q: {passage}\nA:"
+    sized(run, 1)
+    (task,) = draw(run, "rlvr", QUESTIONS[:1])[0]
+    assert task.prompt_ids == question_prompt(run.sampler, "What is 0 + 1 ?") and task.mask.target == "1"
+    assert run.sampler.tokenizer.decode(task.prompt_ids, skip_special_tokens=True) == "Q: What is 0 + 1 ?\nA:"
+    run.config.max_prompt_tokens = len(task.prompt_ids) - 1
+    (task,) = draw(run, "rlvr", QUESTIONS[:1])[0]
+    assert (task.mask.invalid, task.prompt_ids) == ("prompt_too_long", [])
+
+
+def test_questions_are_rewarded_by_math_verify(run):
+    golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
+    verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    assert methods.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
+    sized(run, 3)
+    proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
+    for (task,), group in zip(proposals, answers, strict=True):
+        task.predictions = [said("no box" if one is None else rf"\boxed{{{one}}}") for one in group]
+    groups = reward(run, METHODS["rlvr"], proposals, [task for (task,) in proposals], 0)
+    assert [(group.role, group.rewards) for group in groups] == [("pred", one) for one in verdicts]
+
+
+# ------------------------------------------------------------------------------------------- rlp: positions and prompts
+
+TEXT = "The moon turns around the earth, and the earth around the sun."  # one token per byte
+
+
+@pytest.fixture
+def tokenizer(folders):
+    return load_tokenizer(tiny_config(folders["smollm3"]))
+
+
+@pytest.fixture
+def frame(tokenizer):
+    return make_frame(tokenizer, methods.THOUGHT_PROMPT, 1000)
+
+
+def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
+    ids = tokenizer(TEXT).input_ids
+    drawn = [methods.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
+    assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
+    assert {len(position.prefix_ids) for position in drawn} == set(range(methods.MIN_PREFIX, len(ids)))
+    with pytest.raises(ValueError, match="a text of 8 tokens has no position after 8"):
+        methods.draw_position("12345678", tokenizer, frame, random.Random(0))
+    only = methods.draw_position("123456789", tokenizer, frame, random.Random(0))
+    assert only.prefix_ids == tokenizer("12345678").input_ids
+
+
+def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
+    frame = make_frame(tokenizer, "{passage}", 40)
+    text = "".join(chr(97 + number % 26) for number in range(200))
+    last = SimpleNamespace(randrange=lambda begin, end: end - 1)
+    position, ids = methods.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
+    # the limit holds for what is sampled from, and for what is scored with an empty thought and the target
+    assert len(thought_prompt(frame, position)) <= 40
+    scored = frame.start_ids + position.prefix_ids + frame.open_ids + frame.close_ids + [position.target_id]
+    assert len(scored) == 40
+
+
+@pytest.mark.parametrize(("chat_template", "request_text", "expected"), [
+    (None, methods.THOUGHT_PROMPT, methods.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + methods.THINK_OPEN),
+    ("[{{ messages[0].content }}]{% if add_generation_prompt %}A:{% endif %}", "Go on: {passage}!",
+     "[Go on: Salt melts !]A:<think>"),
+])  # fmt: skip
+def test_a_prompt_is_the_request_around_the_text_and_opens_the_thought(
+    tokenizer, chat_template, request_text, expected
+):
+    """With a chat template the request is one turn, and the thought opens the answer."""
+    tokenizer.chat_template = chat_template
+    prompt = thought_prompt(
+        make_frame(tokenizer, request_text, 1000), Position(tokenizer("Salt melts ").input_ids, 0)
+    )
+    assert tokenizer.decode(prompt) == expected
+
+
+def test_text_ids_are_never_tokenized_again():
+    """The tiny base's tokenizer merges and writes <bos>: ids that no tokenizer would make of their text survive."""
+    tokenizer = load_tokenizer(tiny_config(TINY_BASE))
+    frame = make_frame(tokenizer, "Text: {passage}\n", 100)
+    letters = [tokenizer(char, add_special_tokens=False).input_ids[0] for char in "Finn grew"]
+    assert tokenizer("Finn grew", add_special_tokens=False).input_ids != letters
+    prompt, begin = thought_prompt(frame, Position(letters, 0)), len(frame.head_ids)
+    assert prompt[begin : begin + len(letters)] == letters and frame.start_ids == [tokenizer.bos_token_id]
+    assert tokenizer.decode(prompt) == "<bos>Text: Finn grew\n<think>" and prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(tokenizer):
+    for template in ("no text", "{passage} twice {passage}"):
+        with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
+            make_frame(tokenizer, template, 1000)
+    with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least (?P<least>[0-9]+)") as caught:
+        make_frame(tokenizer, methods.THOUGHT_PROMPT, 20)
+    least = int(str(caught.value).split("at least ")[1].split(",")[0])
+    frame = make_frame(tokenizer, methods.THOUGHT_PROMPT, least)
+    assert frame.longest_prefix == methods.MIN_PREFIX
+    assert len(thought_prompt(frame, Position([0] * methods.MIN_PREFIX, 0))) == least
+
+
+def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
+    sized(run, 6)
+    passages, frame = wiki_passages(6), thought_frame(run.sampler)
+    for passage, (task,) in zip(passages, draw(run, "rlp", passages, 3), strict=True):
+        ids = run.sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
+        t = len(task.position.prefix_ids)
+        assert t >= methods.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
+        assert task.prompt_ids == thought_prompt(frame, task.position)
+        assert passage.text.startswith(task.mask.masked.removesuffix("[mask]") + task.mask.target)
+
+
+# ------------------------------------------------------------------------------------------------------- rlp: thoughts
+
+
+def closes_after(pieces: list[str]) -> int | None:
+    """How many pieces a thought has when its closing tag is complete."""
+    state = START
+    for number, piece in enumerate(pieces, 1):
+        state = scan(state, piece, methods.THINK_CLOSE)
+        if state == CLOSED:
+            return number
+    return None
+
+
+def test_a_thought_closes_with_the_piece_that_completes_its_first_closing_tag():
+    assert closes_after(list("a</th</think>b</think>")) == 13  # what only begins like it does not count
+    assert closes_after(["a", "</think>", "b"]) == 2  # a token of its own
+    assert closes_after(["a", "</thi", "nk>\n", "b"]) == 3  # part of tokens
+    assert closes_after(["so</think>then"]) == closes_after(["<" * 9 + "/think>"]) == 1
+    assert closes_after(["</thi", "a", "nk>"]) is closes_after(["<think>", "</think", "</ think>", "}"]) is None
+
+
+@pytest.mark.parametrize("tag", [("</think>",), ("</th", "ink>")])
+@pytest.mark.parametrize("mode", ["base model", "stop_at_answer off", "chat template"])
+def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, build_sampler, tag, mode):
+    """Whatever the setting: the tag ends a thought by definition. A random model seldom writes one, so tokens of the
+    lower half are declared to be (the beginning of) the tag, those of the upper half its end."""
+    sampler = build_sampler(folders["smollm3"], stop_at_answer=mode != "stop_at_answer off")
+
+    def thoughts() -> list[Rollout]:
+        prompts = [[number] * 3 for number in range(12)]
+        return [group[0] for group in generate(sampler, prompts, 1, 12, methods.THINK_CLOSE, 0, greedy=True)]
+
+    whole = thoughts()
+    assert {one.finish for one in whole} == {"length"}
+    sampler.tokenizer.chat_template = "{{ messages[0].content }}" if mode == "chat template" else None
+    sampler.pieces |= {token: tag[0] if token < 128 else tag[-1] for token in range(256)}
+    if len(tag) == 1:
+        sampler.pieces |= {token: "a" for token in range(100, 256)}
+    found = thoughts()
+    for cut, long in zip(found, whole, strict=True):
+        closes = closes_after([sampler.pieces[token] for token in long.completion_ids])
+        assert cut.finish == ("answer" if closes else "length")
+        assert cut.completion_ids == long.completion_ids[:closes]
+        assert cut.sampler_logprobs == pytest.approx(long.sampler_logprobs[:closes], abs=1e-5)
+    lengths = {len(one.completion_ids) for one in found}
+    assert len(lengths) > 1 and min(lengths) < 12
+
+
+@pytest.mark.parametrize(("method", "closing"), [("rlp", "</think>"), ("random_span", r"\boxed{a}")])
+def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closing):
+    """Every token is declared to be the one, then the other."""
+    sized(run, 2)
+    drawn = [task for group in draw(run, method, wiki_passages(2)) for task in group]
+    for piece in ("</think>", r"\boxed{a}"):
+        run.sampler.pieces |= {token: piece for token in range(len(run.sampler.tokenizer))}
+        METHODS[method].predict(run, drawn, 0)
+        ends = {(len(one.completion_ids), one.finish) for task in drawn for one in task.predictions} - {(1, "eos")}
+        assert ((1, "answer") in ends) == (piece == closing) and (len(ends) == 1 or piece != closing)
+        assert all(len(task.predictions) == 2 for task in drawn)
+
+
+def test_every_thought_is_closed_once_before_it_is_scored():
+    """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
+    the sampled tokens and no others."""
+    frame = methods.Frame([], [], [7], [7], [8], 100)
+    for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
+                                    ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
+        thought = Rollout([1], [*sampled], [0.0] * len(sampled), "", finish)
+        assert methods.close_thought(thought, frame) == scored and thought.completion_ids == sampled
+
+
+# --------------------------------------------------------------------------------------------------------- rlp: rewards
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "random"])
+def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
+    """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes; a
+    tokenizer that begins texts with a token of its own does so in both contexts."""
+    run = request.getfixturevalue("run" if base == "tiny_base" else "bytes_run")
+    trained, frame = load_plain(run.config.model).eval(), thought_frame(run.sampler)
+    average, generator = load_plain(run.config.model).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for ours, theirs in zip(run.policy.parameters(), trained.parameters(), strict=True):
+            theirs.add_(0.05 * torch.randn(theirs.shape, generator=generator))
+            ours.to_local().copy_(theirs)
+    positions = [Position(list(range(n)), 100 + n) for n in (9, 30, 12)]
+    thoughts = [[[7, 8], [7, 5, 6, 8]], [[7, *range(40), 8], []], [[7, 5, 8], [7, 9, 8]]]
+    found = methods.information_gain(run, positions, thoughts, frame)
+    for position, group, gains in zip(positions, thoughts, found, strict=True):
+        text, target = frame.start_ids + position.prefix_ids, [position.target_id]
+        ((baseline,), _), = naive_score(average, [(text, target)])
+        for thought, gain in zip(group, gains, strict=True):
+            ((logprob,), _), = naive_score(trained, [(text + thought, target)])
+            assert gain == pytest.approx(logprob - baseline, abs=1e-4)
+    assert len(frame.start_ids) == (base == "tiny_base")
+    run.config.temperature = 0.7
+    assert methods.information_gain(run, positions, thoughts, frame) == found
+
+
+def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
+    frame = thought_frame(run.sampler)
+    sized(run, 2)
+    proposals, ends = draw(run, "rlp", wiki_passages(2)), ("length", "eos", "answer")
+    drawn = [task for (task,) in proposals]
+    for task in drawn:
+        ids = run.sampler.tokenizer("near mountains", add_special_tokens=False).input_ids
+        task.predictions = [Rollout(task.prompt_ids, ids, [-1.0] * len(ids), "", end) for end in ends]
+    groups = reward(run, METHODS["rlp"], proposals, drawn, 0)
+    thoughts = [[methods.close_thought(one, frame) for one in task.predictions] for task in drawn]
+    expected = methods.information_gain(run, [task.position for task in drawn], thoughts, frame)
+    assert [group.rewards for group in groups] == [task.rewards for task in drawn] == expected
+    assert len(set(expected[0])) == 3 and not any(task.correct for task in drawn)
+    samples = methods.thought_samples(run, groups, drawn, [])
+    assert [sample.rollout for sample in samples] == [one for task in drawn for one in task.predictions]
+    methods.grade_thoughts(run, [])  # a step without a position
+
+
+def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
+    sized(run, 2)
+    passages, frame = wiki_passages(2), thought_frame(run.sampler)
+    gains = methods.gains_without_thought(run, passages)
+    assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
+    tags = frame.open_ids + frame.close_ids
+    assert run.sampler.tokenizer.decode(tags) == "<think></think>"
+    positions = [task.position for (task,) in draw(run, "rlp", passages)]
+    expected = fmean(gain for (gain,) in methods.information_gain(run, positions, [[tags]] * 2, frame))
+    assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
+
+
+def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
+    by_hand = [2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3]  # mean 0.2
+    assert methods.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
+    rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
+    for index, advantage in enumerate(methods.rlp_advantages(rewards)):
+        assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
+    assert methods.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
+
+
+def test_every_thought_weighs_the_same_whatever_its_length():
+    thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
+    groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
+    samples = methods.thought_samples(None, groups, [], [])
+    assert [sample.rollout for sample in samples] == thoughts  # none dropped, a group of equal rewards neither
+    assert [sample.advantage for sample in samples] == pytest.approx([0.4, -0.4, 0, 0])
+    assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 16, 1 / 40, 1 / 20])
+    assert [sample.group for sample in samples] == [0, 0, 1, 1]

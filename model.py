@@ -126,7 +126,7 @@ def check_device(config: Config, ranks: Ranks) -> None:
             wants = f"CUDA {torch.version.cuda}: an older driver, or a container without it?"
         raise ConfigError(
             f"dtype={config.dtype!r}: there is a GPU, but torch {torch.__version__} cannot use it (built for {wants}); "
-            "README, `On a GPU node`. CUDA_VISIBLE_DEVICES= in front of the command runs on the CPU all the same"
+            "docs/gpu.md, `On a GPU node`. CUDA_VISIBLE_DEVICES= in front of the command runs on the CPU all the same"
         )
 
 

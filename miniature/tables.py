@@ -24,7 +24,7 @@ PLOTS = "assets/figures"
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SEVERAL_ARMS = ("active, two facts", "active, two facts, 200 steps", "cpt, two facts")
 RLVR_ARMS = ("rlvr", *STARTS_FROM)
-HAND_WRITTEN = ("first run",)  # markers of a page around text that is not from the record
+HAND_WRITTEN = ("first run", "patches", "/patches")  # markers of a page around text that is not from the record
 
 
 def load_results(record: Path) -> Results:

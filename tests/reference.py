@@ -27,7 +27,7 @@ from config import Config
 from data import Corpus, Passage
 from grpo import Group, make_optimizer
 from methods import Run, needs_reference
-from model import build_policy, build_reference, make_lender
+from model import build_policy, build_reference
 from rollout import Rollout, Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,9 +100,7 @@ def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
     policy = build_policy(replica, config, sampler.ranks)
     reference = build_reference(replica, config, sampler.ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
-    lender = make_lender(policy, optimizer, replica, config)
-    return Run(config, sampler.ranks, Corpus(list(passages), [], {}), sampler, policy, reference, optimizer,
-               lender=lender)  # fmt: skip
+    return Run(config, sampler.ranks, Corpus(list(passages), [], {}), sampler, policy, reference, optimizer)
 
 
 # ------------------------------------------------------------------------------------------- rollouts without a sampler

@@ -19,8 +19,8 @@ def rows(tmp_path_factory, command):
 
 
 def claimed(column: int) -> dict[int, tuple[float, float]]:
-    """The README's table of the first run: step -> (lowest, highest) of a column."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- first run -->")[1]
+    """docs/results.md's table of the first run: step -> (lowest, highest) of a column."""
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8").split("<!-- first run -->")[1]
     table = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

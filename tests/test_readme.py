@@ -14,16 +14,16 @@ import pytest
 import torch
 from reference import ROOT
 
-import benchmarks
 import grpo
 import masking
-import train
+import rewards
+from benchmarks.sets import BENCHMARKS
 from config import Config
 from methods import Task
 from rollout import Rollout
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PATCHES = {re.search(r"^\+\+\+ b/(\w+)\.py$", text, re.MULTILINE)[1]: text
+PATCHES = {re.search(r"^\+\+\+ b/([\w/]+)\.py$", text, re.MULTILINE)[1]: text
            for text in re.findall(r"^```diff\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)}  # fmt: skip
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 RESULTS = PAGES[ROOT / "docs" / "results.md"]
@@ -37,17 +37,20 @@ def patched(tmp_path, monkeypatch):
     """(module) -> that module from a copy of the repository with the README's patch for it."""
 
     def build(name: str):
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, tmp_path)
+        (tmp_path / "benchmarks").mkdir()
+        files = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"))]
+        for path in files:
+            shutil.copy(ROOT / path, tmp_path / path)
         # else the folder of a repository around it would be left alone
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
         ended = subprocess.run(
             ["git", "apply", "-"], cwd=tmp_path, env=outside, input=PATCHES[name], capture_output=True, text=True
         )
         assert ended.returncode == 0, ended.stderr
-        changed = [path for path in tmp_path.glob("*.py") if path.read_bytes() != (ROOT / path.name).read_bytes()]
-        assert [path.stem for path in changed] == [name]
-        spec = importlib.util.spec_from_file_location(f"patched_{name}", tmp_path / f"{name}.py")
+        changed = [str(path) for path in files if (tmp_path / path).read_bytes() != (ROOT / path).read_bytes()]
+        assert changed == [f"{name}.py"]
+        module_name = f"patched_{name.replace('/', '_')}"
+        spec = importlib.util.spec_from_file_location(module_name, tmp_path / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
         spec.loader.exec_module(module)
@@ -57,7 +60,7 @@ def patched(tmp_path, monkeypatch):
 
 
 def test_there_are_four_of_ten_changed_lines_at_most():
-    assert set(PATCHES) == {"train", "masking", "grpo", "benchmarks"} and README.count("```diff") == 4
+    assert set(PATCHES) == {"rewards", "masking", "grpo", "benchmarks/sets"} and README.count("```diff") == 4
     marked = README.split("<!-- patches -->")[1].split("<!-- /patches -->")[0]
     assert marked.count("```diff") == 4
     for text in PATCHES.values():
@@ -68,13 +71,13 @@ def test_there_are_four_of_ten_changed_lines_at_most():
 def test_the_reward_takes_up_to_a_tenth_for_length(patched):
     config, task = Config(max_prediction_tokens=10), Task(None, masking.Mask("Bonn", target="Bonn"))
 
-    def rewards(grade):
-        texts = {"short": (r"\boxed{Bonn}", 2), "long": (r"\boxed{Bonn}", 10), "wrong": (r"\boxed{Köln}", 2)}
-        made = {name: Rollout([1], [5] * length, [], text, "eos") for name, (text, length) in texts.items()}
-        return [grade(task, response, config) for response in made.values()]
+    def earned(prediction_reward):
+        responses = [Rollout([1], [5] * length, [], "", "eos") for length in (2, 10, 2)]
+        pairs = zip(responses, (1, 1, 0), strict=True)
+        return [prediction_reward(task, response, correct, config) for response, correct in pairs]
 
-    assert rewards(train.grade) == [1, 1, 0]
-    assert rewards(patched("train").grade) == pytest.approx([0.98, 0.9, 0])
+    assert earned(rewards.prediction_reward) == [1, 1, 0]
+    assert earned(patched("rewards").prediction_reward) == pytest.approx([0.98, 0.9, 0])
 
 
 def test_the_mask_rule_wants_a_capital_letter(patched):
@@ -112,8 +115,8 @@ def test_the_loss_is_cispo(patched):
 def test_the_benchmark_is_asked_and_judged(patched, tmp_path):
     file = tmp_path / "platinum.jsonl"
     file.write_text('{"question": "2 + 3?", "answer": "2 and 3 are 5.\\n#### 5", "cleaning_status": "consensus"}\n')
-    assert "gsm8k_platinum" not in benchmarks.BENCHMARKS
-    module = patched("benchmarks")
+    assert "gsm8k_platinum" not in BENCHMARKS
+    module = patched("benchmarks/sets")
     items, counts, _ = module.load_items("gsm8k_platinum", str(file))
     assert counts == {"records": 1, "items": 1} and (items[0].question, items[0].gold) == ("2 + 3?", "5")
     verdicts = module.judge("gsm8k_platinum", items * 2, [r"\boxed{5}", r"\boxed{6}"])

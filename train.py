@@ -38,6 +38,7 @@ from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import (
     METHODS,
+    Method,
     Run,
     Task,
     gains_without_thought,
@@ -95,10 +96,10 @@ class Step:
     samples: list[Sample] = field(default_factory=list)
 
 
-def step(run: Run, number: int) -> Step:
-    """One step of any method, number from 0. Every rank calls it."""
+def step(run: Run, number: int, method: Method | None = None) -> Step:
+    """One step, number from 0, of the run's method or of another (bench gives its own). Every rank calls it."""
     name = method_at(run.config, number)
-    method, row = METHODS[name], {"step": number + 1, "method": name}
+    method, row = method or METHODS[name], {"step": number + 1, "method": name}
     done = Step(row, step_passages(run.corpus, run.config, number))
 
     # ---------------------------------------------------- 1. propose: the generator, or a rule, chooses words to mask

@@ -27,11 +27,14 @@ from bench import costs
 from bench.costs import Bundle, Gpu
 from bench.options import WORDS, Options, Phase, complete, phases, split_words, text_table
 from config import Config, read_config
-from grpo import Group, Sample, bundle, make_optimizer, make_samples, update
-from methods import Run
-from metrics import clock, environment, largest_memory, peak_memory_gb, write_whole
+from data import Corpus, Passage
+from grpo import Group, Sample, bundle, make_optimizer, make_samples
+from masking import Mask
+from methods import Method, Run, Task
+from metrics import environment, peak_memory_gb, write_whole
 from ranks import Ranks, gather, start_ranks
-from rollout import Sampler, derive_seed, make_sampler, rollout
+from rollout import Rollout, Sampler, derive_seed, make_sampler, rollout
+from train import step
 
 NEVER = "\x00never{"  # an opening that no response contains: each is searched for it, as in a run, and none ends by it
 
@@ -79,7 +82,8 @@ def make_run(sampler: Sampler) -> Run:
     sampler.eos_ids = {replica.config.vocab_size}  # an id that cannot be sampled
     config = model.decide_checkpointing(replica.config, sampler.config, ranks)
     policy = model.build_policy(replica, config, ranks)
-    run = Run(config, ranks, None, sampler, policy, None, make_optimizer(policy, config))
+    text = Corpus([Passage("", "", "", "words")], [], {})  # nobody reads it
+    run = Run(config, ranks, text, sampler, policy, None, make_optimizer(policy, config))
     gc.collect()
     gc.freeze()  # as train.py does
     return run
@@ -108,39 +112,56 @@ def recorded_caches(sizes: list):
         yield
 
 
-def seeded_rewards(count: int, rng: random.Random) -> list[float]:
+def seeded_verdicts(count: int, rng: random.Random) -> list[int]:
     """0 or 1 each, both in every group."""
-    return rng.sample([1.0, 0.0] + [float(rng.randrange(2)) for _ in range(count - 2)], count)
+    return rng.sample([1, 0] + [rng.randrange(2) for _ in range(count - 2)], count)
 
 
-def learn(run: Run, samples: list[Sample], number: int) -> dict:
-    """Update and refresh with their clocks, as in train.step."""
-    row: dict = {}
-    with clock(row, "update"), largest_memory(row):
-        row |= update(run.policy, run.optimizer, samples, run.config, run.ranks, number)
-    with clock(row, "refresh"):
-        model.refresh(run.policy, run.sampler.replica)
-    return row
+def given_work(works: list[Work]) -> Method:
+    """A method whose prompts and response lengths are given, and whose verdicts are drawn by the seed."""
+    by_name = {work.phase.name: work for work in works}
+
+    def sample(run: Run, name: str, number: int) -> list[list[Rollout]]:
+        work, phase = by_name[name], by_name[name].phase
+        noise = (number, phase.name)
+        groups = rollout(run.sampler, work.prompts, phase.count, phase.cap, NEVER, noise, limits=work.limits)
+        if [[len(one.completion_ids) for one in group] for group in groups] != work.limits:
+            raise RuntimeError(f"{name}, step {number}: responses did not get their lengths")
+        return groups
+
+    def propose(run: Run, passages: list[Passage], number: int) -> list[list[Task]]:
+        prompts = iter(by_name["predict"].prompts)
+        groups = sample(run, "propose", number) if "propose" in by_name else [[None] * len(by_name["predict"].prompts)]
+        mask = Mask("words", masked="words", target="words", occurrences=1)
+        return [[Task(passages[0], mask, response, next(prompts)) for response in group] for group in groups]
+
+    def predict(run: Run, tasks: list[Task], number: int) -> None:
+        for task, group in zip(tasks, sample(run, "predict", number), strict=True):
+            task.predictions = group
+
+    def grade(run: Run, tasks: list[Task]) -> None:
+        rng = random.Random(derive_seed(run.config.seed, "verdicts"))
+        for task in tasks:
+            task.correct = seeded_verdicts(len(task.predictions), rng)
+
+    def samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+        rng = random.Random(derive_seed(run.config.seed, "rewards"))
+        for group in groups:  # contrast in each group: every response is trained on
+            group.rewards = [float(right) for right in seeded_verdicts(len(group.rewards), rng)]
+        return make_samples(groups, run.config)
+
+    return Method("work of given lengths", propose, predict, grade, samples)
 
 
 def one_step(run: Run, works: list[Work], number: int) -> StepTimes:
-    """A step of train.py on given work, by every rank. Raises RuntimeError if a response has another length."""
-    row, caches, groups = {}, [], []
-    rng = random.Random(derive_seed(run.config.seed, number, "rewards"))
-    for work in works:
-        phase, noise = work.phase, (number, work.phase.name)
-        with clock(row, phase.name), recorded_caches(caches):
-            responses = rollout(run.sampler, work.prompts, phase.count, phase.cap, NEVER, noise, limits=work.limits)
-        if [[len(one.completion_ids) for one in group] for group in responses] != work.limits:
-            raise RuntimeError(f"{phase.name}, step {number}: responses did not get their lengths")
-        role = "gen" if phase.name == "propose" else "pred"
-        groups += [Group(role, group, seeded_rewards(len(group), rng)) for group in responses]
-    with clock(row, "reward"):
-        samples = make_samples(groups, run.config)
-    row |= learn(run, samples, number)
+    """train.step on given work, by every rank. Raises RuntimeError if a response has another length."""
+    caches: list = []
+    with recorded_caches(caches):
+        done = step(run, number, given_work(works))
+    row = done.row
     seconds = {key[5:]: value for key, value in row.items() if key.startswith("time/")}
     trained = []
-    for together in bundle(samples, run.config):
+    for together in bundle(done.samples, run.config):
         lengths = [len(sample.rollout.completion_ids) for sample in together]
         trained.append(Bundle(len(together[0].rollout.prompt_ids), lengths))
     tokens, size = max(caches, default=(0, 0))

@@ -81,14 +81,14 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     """
     if words is None:
         return Mask("", invalid="no_answer")
-    written = _strip(words)
-    # Marks of LaTeX and markdown are undone only where the words as written are not in the passage.
-    plain = _strip(undo_latex(written))
-    spellings = (written, plain, unquote(plain))
-    found = ((words, _occurrences(words, passage.text, config.mask_rule)) for words in spellings if words)
-    words, spans = next((pair for pair in found if pair[1]), (written, []))
+    words = _strip(words)
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
+    spans = _occurrences(words, passage.text, config.mask_rule)
+    if not spans:  # as written; perhaps without the marks of LaTeX and markdown
+        plain = _strip(unquote(_strip(undo_latex(words))))
+        if plain != words and not _fault(plain, config):
+            words, spans = plain, _occurrences(plain, passage.text, config.mask_rule)
     if not spans:
         return Mask(words, invalid="not_in_passage")
     if len(spans) > config.max_occurrences:
@@ -133,8 +133,9 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
     words = _strip(passage.text[start:end])
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
+    start = passage.text.index(words, start)
     occurrences = len(_occurrences(words, passage.text, config.mask_rule))
-    return _replace(words, passage, [(start, end)], occurrences)
+    return _replace(words, passage, [(start, start + len(words))], occurrences)
 
 
 def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Random) -> Mask | None:
@@ -168,6 +169,8 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
         return Mask(target, invalid="not_answerable")
     start = passage.text.index(target, start)
     prefixes = tuple(passage.text[start:end] for _, end in tokens[number : number + LOOKAHEAD])
+    if target != prefixes[0].strip():
+        prefixes = (target, *prefixes)  # without the invisible characters at the token's end
     label = _label(passage, [(start, start + len(target))])
     return Mask(target, "", passage.text[:start] + MASK, target, 1, start, label, prefixes)
 

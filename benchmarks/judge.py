@@ -1,4 +1,4 @@
-r"""The judge of answers, for rlvr and for the benchmarks alike: maths, option letters, BBEH's matching rules.
+r"""The judge of answers, for rlvr and for the benchmarks alike; letters and BBEH's texts: letters.py.
 
 Every function gets what stands in the box (prompts.last_answer). A maths answer is decided in this order:
 
@@ -14,15 +14,17 @@ Run alone: `python -m doctest -v benchmarks/judge.py` with PYTHONPATH=.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
+from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter
 from benchmarks.verify import equal_in_child
 from prompts import last_answer
 from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
+
+__all__ = ["check_answers", "fuzzy_match", "guessed_letter", "last_number", "option_letter", "read_number"]
 
 MAX_ANSWER_CHARS = 2000
 """Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
@@ -35,7 +37,7 @@ SYMBOLS = {
 SCRIPTS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
-FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS}]$|\\\\$|\\[,;: ]$")
+FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|\\\\$|\\[,;: ]$")
 ABOUT = r"\\(?:approx|sim|simeq|cong|thickapprox)(?![A-Za-z])"
 LATEX_THOUSANDS = re.compile(r"(?<![\w.,^}\\])[0-9]{1,3}(?:(?:\\[,;: ]|[~ ])[0-9]{3})+(?![0-9])")
 # digits in groups of three, set apart by one kind of sign: 1,000,000 or 1 000 000 or 1'000'000
@@ -51,7 +53,7 @@ PLAIN = re.compile(
 )
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
 BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()-])*(?<!-)")
-AFTER = re.compile(r"(?:[^\W\d_]+(?:\^(?:\{-?[0-9]\}|-?[0-9]))?|[\s/.,()'°%{}·]|(?<=[a-z])-(?=[a-z]))*")
+AFTER = re.compile(r"(?:[^\W\d_]+(?:\^(?:\{-?[0-9]\}|-?[0-9]))?|[\s/.,()'°%{}·]|-(?=[a-z]{3}))*")
 CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱ "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOT_UNITS = frozenset(
@@ -64,13 +66,15 @@ NOT_UNITS = frozenset(
 """Words that make another number, or a second one, of the number beside them."""
 UNITS = frozenset(
     "m g s h L N J W V K C F A Å T Ω cm mm km nm kg mg ml mL ft in yd mi oz lb hr Hz Pa kW kV kJ eV au AU pc am pm "
-    "AM PM dB St cc sq kΩ μm μs ms ns of on is at by we he it px KB MB GB".split()
+    "AM PM dB St cc sq kΩ μm μs ms ns of on is at by we he it US px KB MB GB".split()
 )
 """Units, and words of phrases; another word of one or two letters may be a variable."""
 FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi|arc[a-z]+)(?![a-z])")
+# words, a ratio, an inequality, a base: math-verify would take letters for factors, and read past the rest
+NO_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?<>]|\\(?:[lg]eq?|neq?)(?![a-z])|[0-9](?:_| +[0-9])")
 WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z][^{}\\]*)\}")
 WORDS = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
-LONE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{1,3}(?![A-Za-z])")
 NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d*)?)[eE]([-+]?\d{1,4})")
 
@@ -105,22 +109,22 @@ def _check(gold: str, answer: str, seconds: float) -> float:
     if max(len(gold), len(answer)) > MAX_ANSWER_CHARS:
         return 0.0
     gold, answer = _spell(gold), _spell(answer)
-    if not gold or not answer:
-        return 0.0
+    if not gold or not answer or gold == answer:
+        return float(bool(gold) and gold == answer)
     number = read_number(gold, is_gold=True)
     if number is None and (WRAPPER.fullmatch(gold) or WORDS.fullmatch(gold)):
         return float(_words(gold) == _words(answer))
-    if number and not ("=" in gold and "=" in answer):  # x = 5 is not y = 5
+    names = {text.rpartition("=")[0].replace(" ", "") for text in (gold, answer)} - {""}
+    if number and len(names) < 2:  # x = 5 is not y = 5
         if found := read_number(answer):
             return float(_same(number, found))
-        # words, a ratio, a base: math-verify would take letters for factors, and read past the rest
-        if re.search(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?]|[0-9]_", FUNCTIONS.sub("", undo_latex(answer))):
+        if NO_NUMBER.search(FUNCTIONS.sub("", undo_latex(answer))):
             return 0.0
     answer = answer if "=" in gold else NAME.sub("", answer)
     bases = [re.findall(r"[0-9]_\{?(\w+)", text) for text in (gold, answer)]
     if bases[1] and bases[0] != bases[1]:
         return 0.0
-    variables = bool(number or LONE_LETTER.search(WRAPPER.sub("", gold)))
+    variables = bool(number or VARIABLE.search(WRAPPER.sub("", gold)))
     return equal_in_child(_algebra(gold, variables), _algebra(answer, variables), seconds)
 
 
@@ -174,10 +178,12 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
         text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
     text = " ".join(re.sub(r"\\q?quad|\*\*(?!\d)", " ", undo_latex(text)).split())
+    text = re.sub(r"\\[dt]?frac ?\{ ?([A-Za-z]+) ?\} ?\{ ?([A-Za-z]+) ?\}", r"\1/\2", text)  # m/s
     head, equals, tail = re.sub(ABOUT, "=", text).rpartition("=")
     if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
         text = tail
     text = text.strip()
+    text = re.sub(rf"^-[{CURRENCY}]+", "-", text)
     text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
     text = THOUSANDS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
     found = PLAIN.search(text)
@@ -190,8 +196,9 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     names = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
     for name in re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before) + names[scale > 1 :]:
-        variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo"
-        if name.lower() in NOT_UNITS or variable and (is_gold or name not in UNITS) and not (name == "a" != names[-1]):
+        known = not is_gold and (name in UNITS or name == "a" and names[-1:] != ["a"])
+        variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
+        if variable or name.lower() in NOT_UNITS:
             return None
     value = _value(found)
     percent = "%" in after or "percent" in names
@@ -241,96 +248,8 @@ def _algebra(text: str, variables: bool) -> str:
     text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text))
     text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", text)
+    text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number and an end
     if scientific := SCIENTIFIC.fullmatch(text):  # the whole: in an expression 2e-3 may mean Euler's number
         return rf"{scientific[1]}\times 10^{{{int(scientific[2])}}}"
-    # braces keep a lone letter from passing for a unit
-    return re.sub(r"(?<=[\w})\]]) +([A-Za-z])(?![A-Za-z_^])", r"{\1}", text) if variables else text
-
-
-# ---------------------------------------------------------------------------------------------- letters and BBEH
-
-PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?")
-NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:/\d+|\.\d+)?|\.\d+)")
-ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
-LETTER = re.compile(
-    r"(?i:(?:the )?(?:correct |right |final )?(?:answer|option|choice)(?: is)?:? ?)*"
-    r"[(\[]?([A-Za-z])(?:[)\].:、;]+ ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)|$)(.*)"
-)
-ANOTHER = r"(?i:and|or|&|,|/)(?![\w])|[(\[]?[{0}][)\].:]*$|(?:.*(?:[,;/&]|\b(?:and|or)) ?)?[(\[]?[{0}][)\].:](?!\w)"
-
-
-def option_letter(box: str, letters: str) -> str | None:
-    r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
-
-    The letter stands alone or is set off by a bracket, full stop or colon from words that follow: C, c, (C),
-    C. nitrogen, C) nitrogen, \text{C}, option C. Not read: words without a letter; "A dog", whose A may be the article.
-
-    >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
-    ['C', 'C', 'C', 'C', 'C']
-    >>> [option_letter(box, "ABCD") for box in ("nitrogen", "A dog", "A, C", "A) and B)", "AC", "E", "")]
-    [None, None, None, None, None, None, None]
-    """
-    text = normalise(re.sub(r"\\(?:left|right)(?![a-z])", "", box)).replace("**", "").replace("__", "").strip("$*{} ")
-    found = LETTER.fullmatch(text)
-    letter = found[1].upper() if found else ""
-    if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]):
-        return None
-    return letter
-
-
-def guessed_letter(id_: str, letters: str) -> str:
-    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options."""
-    return letters[int(hashlib.sha256(f"guess {id_}".encode()).hexdigest(), 16) % len(letters)]
-
-
-def fuzzy_match(answer: str, target: str) -> bool:
-    r"""BBEH's published rules (google-deepmind/bbeh, evaluate.py), in our words, applied to what stands in the box.
-
-    Case, bold marks, a final full stop and the space after a comma do not count; then answer and target are equal, or
-    equal as numbers (1.0, 1), without apostrophes, with square brackets around one of them, with round brackets around
-    a single character, or but for a question mark at the answer's end. Only the answer's first line counts.
-
-    Differences: the answer comes from the box, not from behind "The answer is:" (which is cut off inside the box as
-    theirs is outside); LaTeX text wrappers go wherever they stand, not only around the whole, and so does white space
-    inside $ or **; numbers are decimal, without Python's inf, nan and 1_000; an answer with nothing left is wrong,
-    where theirs equals [].
-
-    >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
-    (True, True, True)
-    >>> fuzzy_match("friday", "[friday]"), fuzzy_match("(A) Sam", "(A)"), fuzzy_match("1,000", "1000")
-    (True, False, False)
-    """
-    answer = ANSWER_PHRASE.split(answer.strip())[-1].strip().removesuffix(".")
-    if len(answer) > 1 and answer[0] == answer[-1] == "$":
-        answer = answer[1:-1]
-    answer = _plain(undo_latex(answer).strip()).replace("**", "").split("\n")[0].removesuffix(".").strip()
-    target = _plain(target.strip())
-    if not answer:
-        return False
-    if answer == target:
-        return True
-    for bracketed, other in ((answer, target), (target, answer)):
-        if len(bracketed) == 3 and bracketed[0] == "(" and bracketed[2] == ")":
-            return bracketed[1] == other
-    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
-        return True
-    return (
-        answer.replace("'", "") == target.replace("'", "")
-        or answer == f"[{target}]"
-        or target == f"[{answer}]"
-        or answer == target + "?"
-    )
-
-
-def _plain(text: str) -> str:
-    return text.lower().replace(", ", ",")
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text, without the commas of its thousands: integer, decimal or fraction.
-
-    >>> last_number("So 3 boxes cost $1,234.50."), last_number("It is 10-7 = 3/4"), last_number("None.")
-    ('1234.50', '3/4', None)
-    """
-    found = NUMBER_IN_TEXT.findall(text)
-    return found[-1].replace(",", "").replace("−", "-") if found else None
+    # in braces, letters at the end do not pass for a unit
+    return re.sub(r"(?<=.)(?<![A-Za-z\\])(?!i$|e$)([A-Za-z]{1,3})$", r"{\1}", text) if variables else text

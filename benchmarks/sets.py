@@ -9,8 +9,8 @@ broken or lacks a field is an error: a score on part of a benchmark is another b
 the last balanced \boxed{}; nothing else is looked at unless the caller asks for it, since both fallbacks lift a base
 model's score (guessing by a tenth on ten options).
 
-Left out: sampling and averages (the caller's), rules of matching (judge.py), few-shot prompts and log-likelihoods
-(lm-eval's job), AIME's 000 to 999 (073 is 73).
+Left out: sampling and averages (the caller's), rules of matching (judge.py, letters.py), few-shot prompts and
+log-likelihoods (lm-eval's job), AIME's 000 to 999 (073 is 73).
 
 Alone:  python -m benchmarks show NAME [FILE_OR_FOLDER]   counts, fingerprint, the first prompt and its answer
 """
@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
-from benchmarks.judge import last_number as number_in
+from benchmarks.judge import MAX_ANSWER_CHARS, check_answers
+from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
+from benchmarks.letters import last_number as number_in
 from config import Config, ConfigError
 from data import CAUSES, SURROGATE, DataError, Skip, file_records, gold_answer, hub_records, local_files
 from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, last_answer

@@ -13,7 +13,7 @@ The child leaves when its stdin ends, so it outlives no caller. It is not shared
 The limit is of wall time: verdicts on answers that take nearly so long depend on the machine. Where several ranks must
 agree, check an answer on one rank and send the verdict to the others.
 
-Alone:  python -m benchmarks.verify GOLD ANSWER
+Alone:  python -m benchmarks.verify --serve      is the child: reads JSON of [gold, answer, seconds], writes 1 or 0
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from pathlib import Path
 
 START_SECONDS = 120.0  # importing sympy takes half a second; far more from a cold network disk
 MEMORY_BYTES = 4 << 30  # address space of the child
-SERVE = "--serve"
 DECIMALS = 1e-5  # relative; math-verify itself compares decimal numbers to six places, which says nothing near zero
 EXACT = 1e-40  # relative; what evalf leaves of an exact zero is far smaller
 
@@ -86,7 +85,7 @@ def _read(process: subprocess.Popen, seconds: float) -> str:
 
 def _start() -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.verify", SERVE], cwd=Path(__file__).resolve().parent.parent,
+        [sys.executable, "-m", "benchmarks.verify", "--serve"], cwd=Path(__file__).resolve().parent.parent,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms depends on it
     )  # fmt: skip
@@ -143,9 +142,10 @@ def _serve() -> None:
 
 def _verdict(gold: str, answer: str) -> bool:
     """math-verify's, without its own limits: they work by the alarm signal, and C code does not notice them."""
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    boxed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
+    latex = [LatexExtractionConfig()]  # and nothing else: of what it cannot read, it would take the last number
+    boxed = [parse(f"\\boxed{{{text}}}", extraction_config=latex, parsing_timeout=None) for text in (gold, answer)]
     if not verify(*boxed, timeout_seconds=None, allow_set_relation_comp=True):
         return False
     return _close(boxed[0][0], boxed[1][0])
@@ -155,10 +155,11 @@ def _close(gold: object, answer: object) -> bool:
     """Whether two values that math-verify finds equal are so to 100 digits; True for kinds that have no value."""
     import sympy
 
-    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.FiniteSet):
-        return all(any(_close(one, other) for other in answer.args) for one in gold.args)
-    if isinstance(gold, sympy.MatrixBase | sympy.Tuple) and isinstance(answer, sympy.MatrixBase | sympy.Tuple):
-        return all(map(_close, gold, answer))
+    if isinstance(gold, sympy.Set | sympy.Tuple | sympy.MatrixBase) and type(gold) is type(answer):
+        parts, others = ([*one] if isinstance(one, sympy.MatrixBase) else one.args for one in (gold, answer))
+        if isinstance(gold, sympy.FiniteSet | sympy.Union):  # in any order
+            return all(any(_close(part, other) for other in others) for part in parts)
+        return all(map(_close, parts, others))
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return True
     if sympy.oo in (gold, answer) or -sympy.oo in (gold, answer):
@@ -167,6 +168,8 @@ def _close(gold: object, answer: object) -> bool:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     point = {symbol: sympy.Rational(137 + 13 * number, 101 + number) for number, symbol in enumerate(symbols)}
     gold, answer = gold.subs(point), answer.subs(point)
+    if gold.has(sympy.zoo, sympy.nan) or answer.has(sympy.zoo, sympy.nan):
+        return False
     size, difference = abs(sympy.N(gold)), abs(sympy.N(gold - answer))
     if not (size.is_number and size.is_finite and difference.is_number and difference.is_finite):
         return True  # not to be evaluated, as f(x)
@@ -174,14 +177,5 @@ def _close(gold: object, answer: object) -> bool:
     return bool(difference <= limit * size)
 
 
-def main() -> None:
-    if sys.argv[1:] == [SERVE]:
-        _serve()
-    elif len(sys.argv) == 3:
-        print(equal_in_child(*sys.argv[1:], seconds=5.0))
-    else:
-        raise SystemExit("usage: python -m benchmarks.verify GOLD ANSWER")
-
-
 if __name__ == "__main__":
-    main()
+    _serve()

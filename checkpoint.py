@@ -45,32 +45,17 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import GenerationConfig
 
 from config import Config, ConfigError, dump_config
-from methods import THINK_OPEN, THOUGHT_PROMPT
+from methods import METHODS
 from metrics import read_rows, unwritten, write_whole
 from model import refresh
-from prompts import PREDICT_PROMPT, QUESTION_PROMPT
 from rollout import Sampler
 
-METHOD_LINES = {
-    "active": "the model chose words to mask in raw text, recovered them by chain of thought, and learned both by GRPO",
-    "random_span": "spans drawn by SpanBERT's law were masked and recovered by chain of thought; GRPO on exact matches",
-    "random_token": "texts were cut at random tokens, the next one found by chain of thought; GRPO",
-    "entropy_token": "texts were cut where the start model was least sure, the next token found by chain of thought; "
-    "GRPO",
-    "rlvr": "questions with known answers, checked by math-verify; GRPO",
-    "rlp": "thoughts before a random position of a text, rewarded by what they tell about the next token (RLP, "
-    "arXiv:2510.01265)",
-    "sft": "masked words as a question, answered without a thought; cross-entropy on the answers",
-    "cpt": "plain next-token loss on the same text (continued pretraining)",
-}
 DATA_LICENCES = {
     "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text", "openai/gsm8k": "MIT, says its card",
     "HuggingFaceTB/finemath": "ODC-By, says its card", "assets/tiny_wiki.jsonl.gz": "MIT, made up for this code",
     "assets/tiny_questions.jsonl": "MIT, made up for this code",
 }  # fmt: skip
 """Of the data that the shipped configs name."""
-EXAMPLES = {"rlvr": "What is 7 times 8?", "rlp": "The Rhine rises in the Alps and", "cpt": "The Rhine rises in the"}
-MASKED_EXAMPLE = "The [mask] rises in the Alps and flows into the North Sea at Rotterdam."
 CARD = Path(__file__).parent / "assets/model_card.md"
 """The template: what a reader of the card asks, in that order."""
 
@@ -110,21 +95,20 @@ def model_card(sampler: Sampler, step: int) -> ModelCard:
         changed = "" if said.get("git changes", "none") == "none" else ", with changes that were not committed"
         ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
         starts.append(f"{command}\n# git revision {said.get('git', 'not recorded')}{changed}; {ranks}")
-    chat, method = sampler.tokenizer.chat_template, config.method
-    prompts = {"rlvr": config.question_prompt or QUESTION_PROMPT, "rlp": config.rlp_prompt or THOUGHT_PROMPT}
-    prompt = prompts.get(method, config.predict_prompt or PREDICT_PROMPT) if method != "cpt" else "{passage}"
+    method = METHODS[config.method]
+    prompt = method.template(config)
     resolved = dump_config(config)
     longest = max(map(len, re.findall("`+", "\n".join([resolved, prompt, *starts]))), default=0)
     return ModelCard.from_template(
-        front, template_path=str(CARD), config=config, step=step, name=run.resolve().name, line=METHOD_LINES[method],
+        front, template_path=str(CARD), config=config, step=step, name=run.resolve().name, line=method.help,
         origin=front.base_model if front.base_model != config.model else None, probes=probes, nan=float("nan"),
         keys=sorted(key for key in (probes or [{}])[-1] if key.startswith(("probe/", "eval/"))),
         terms=", ".join(map(str, licence.values())) + ", says its card" if licence else "see the base model",
         data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{sampler.replica.num_parameters():,}",
         starts=list(dict.fromkeys(starts)), resolved=resolved, ticks="`" * max(3, longest + 1), prompt=repr(prompt),
-        example=EXAMPLES.get(method, MASKED_EXAMPLE), chat=chat and method != "cpt",
-        opening=THINK_OPEN if method == "rlp" else "", served=re.sub(r"[^\w.-]", "-", run.resolve().name),
-        ends_early=method == "rlp" or (config.stop_at_answer and not chat),
+        example=method.example, chat=sampler.frame and prompt != "{passage}",
+        opening=method.opening, served=re.sub(r"[^\w.-]", "-", run.resolve().name),
+        ends_early=method.opening or config.stop_at_answer,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from config import Config, ConfigError
 from data import Corpus, DataError, Passage, is_heldout, load_questions, strip_instruction
 from grpo import Group, Sample, add_ref_logprobs, make_samples, score
 from masking import MASK, Mask, make_mask, next_token_mask, random_span
-from prompts import BOXED_OPENING, MASK_OPENING, last_answer
+from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from ranks import Ranks, gather
 from rewards import INVALID_MASK_REWARD, answerable, is_right, mask_rewards, prediction_reward
 from rollout import (
@@ -547,6 +547,11 @@ class Method:
     """One task for each passage; else as many as make the responses add up to those of `active`."""
     reference: str = ""
     """`frozen` or `average`: the second copy of the model that the method needs."""
+    template: Callable[[Config], str] = lambda config: config.predict_prompt or PREDICT_PROMPT
+    """The prompt that a reader of the model card should use, with {passage}; `{passage}` alone: plain text."""
+    opening: str = ""
+    """What opens the response, behind the prompt."""
+    example: str = "The [mask] rises in the Alps and flows into the North Sea at Rotterdam."
     questions: bool = False
     """The data are questions with gold answers, not passages."""
     next_token: bool = False
@@ -578,12 +583,14 @@ METHODS = {
     "rlvr": Method(
         "questions with known answers, checked by math-verify; GRPO",
         masks_by_rule(question_masks), grade=grade_by_maths, one_task=True, questions=True, warmup=False,
+        template=lambda config: config.question_prompt or QUESTION_PROMPT, example="What is 7 times 8?",
     ),
     "rlp": Method(
         "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
         "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
         propose_positions, predict_thoughts, grade_thoughts, thought_samples,
-        one_task=True, reference="average", warmup=False,
+        one_task=True, reference="average", warmup=False, template=lambda config: config.rlp_prompt or THOUGHT_PROMPT,
+        opening=THINK_OPEN, example="The Rhine rises in the Alps and",
     ),
     "sft": Method(
         "masked words as a question, answered without a thought; cross-entropy on the answers",
@@ -592,6 +599,7 @@ METHODS = {
     "cpt": Method(
         "plain next-token loss on the same text (continued pretraining)",
         lambda run, passages, step: [[] for _ in passages], None, None, text_samples,
+        template=lambda config: "{passage}", example="The Rhine rises in the",
     ),
 }  # fmt: skip
 

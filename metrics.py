@@ -164,7 +164,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 @contextmanager
 def clock(times: dict, phase: str) -> Iterator[None]:
     """Adds the seconds spent inside to times["time/PHASE"], with the GPU's queue drained. An error there is told with
-    the phase's name (ranks.report)."""
+    the phase's name (ranks.report_error)."""
     enter(phase)
     start = time.perf_counter()
     yield

@@ -370,7 +370,9 @@ def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, f
     rollouts = {"replica": width * n}
     if not config.offload:
         rollouts |= {"float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
-    if config.kl or {"rlp", "entropy_token"} & {config.method, config.warmup_method}:
+    from methods import needs_reference  # here: methods.py imports this file
+
+    if needs_reference(config):
         rollouts["second copy"] = 4 * n / gpus
     rollouts["CUDA context, NCCL (assumed)"] = 1e9
     training = rollouts | ({} if config.offload else {"gradients": 4 * n / gpus})

@@ -116,7 +116,7 @@ def all_said() -> None:
     _here.store.set("all said", "1")
 
 
-def report(error: BaseException) -> None:
+def report_error(error: BaseException) -> None:
     """Say on stderr which rank failed in which step and phase. Called by the rank that is about to leave with it.
 
     An error of its own comes with the traceback. Where another rank does not answer, the first rank to report waits a

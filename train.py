@@ -33,7 +33,7 @@ from checkpoint import (
     settle,
 )
 from config import Config, ConfigError, parse_command_line
-from data import DataError, Passage, build_index, load_corpus, step_passages
+from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import (
@@ -78,7 +78,7 @@ from model import (
     memory_warnings,
     refresh,
 )
-from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report, start_ranks
+from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
 from rollout import chat_frame, check_prompts, make_sampler
 
 
@@ -287,7 +287,7 @@ def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
     """
     found = find_checkpoint(config, say) if config.steps else None  # a dry run looks at the start
     if found:
-        check_same_run(found[1], config)
+        check_same_run(found[1], config, data_fingerprint(config))
         if found[1]["step"] >= config.steps and not found[1]["row"]:
             return found
         for line in resume_notes(found[1], config, world):
@@ -385,7 +385,7 @@ def main() -> None:
         all_said()
         os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
     except Exception as error:
-        report(error)
+        report_error(error)
         os._exit(1)  # at once, as above: sampling or saving threads may wait, too
     close_log()
     dist.destroy_process_group()

@@ -36,6 +36,7 @@ from checkpoint import (
 )
 from config import Config, ConfigError, dump_config
 from grpo import make_optimizer
+from methods import METHODS
 from metrics import append_row, read_rows, unwritten
 from model import build_policy
 from rollout import predict_prompt
@@ -337,7 +338,7 @@ def test_texts_of_a_config_stay_inside_their_blocks(trained):
     assert eval(re.search(r"^prompt = (.*)  # as in the run$", text, re.MULTILINE)[1]) == prompt
 
 
-@pytest.mark.parametrize("method", checkpoint.METHOD_LINES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_card_that_names_it(trained, method):
     card = ModelCard(str(model_card(trained(method=method), 3)))
     assert method.replace("_", "-") in card.data.tags and f"- method: `{method}`" in card.text
@@ -364,7 +365,7 @@ def test_the_code_of_the_card_loads_the_folder_and_asks_as_the_run_did(trained, 
     namespace = {}
     exec(example, namespace)
     asked = namespace["inputs"]["input_ids"][0].tolist()
-    assert asked == predict_prompt(sampler, checkpoint.MASKED_EXAMPLE) and capsys.readouterr().out
+    assert asked == predict_prompt(sampler, METHODS["active"].example) and capsys.readouterr().out
     how = GenerationConfig.from_pretrained(folder)
     assert how.eos_token_id == sorted(sampler.eos_ids) and how.max_new_tokens is None and how.max_length is None
     model = AutoModelForCausalLM.from_pretrained(folder)  # logits over the temperature, nothing cut off

@@ -63,8 +63,9 @@ def rows_per_batch(config: Config, options: Options, longest: int) -> int:
 
 def plain_model(config: Config):
     """The weights as other trainers hold them: float32, computing in config.dtype under autocast."""
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(config.model, use_safetensors=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+    )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

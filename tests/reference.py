@@ -42,7 +42,7 @@ def tiny_config(folder: Path | str = "", **changes) -> Config:
     sizes = {"model": str(folder), "dtype": "float32", "tokens_per_micro_batch": 512, "gradient_checkpointing": False}
     sizes |= {"passages_per_step": 3, "masks_per_passage": 2, "predictions_per_mask": 2, "warmup_steps": 0}
     sizes |= {"min_passage_tokens": 1, "max_passage_tokens": 64, "max_prompt_tokens": 2000}
-    sizes |= {"max_mask_tokens": 8, "max_prediction_tokens": 8}
+    sizes |= {"max_mask_tokens": 8, "max_prediction_tokens": 8, "max_mismatch": 0.0}  # made-up samples are far off
     sizes |= {"mask_prompt": "{passage}", "predict_prompt": "{passage}"}
     return Config(**{**sizes, **changes})
 

@@ -93,7 +93,7 @@ def test_work_is_the_same_for_the_same_seed_and_every_group_has_both_rewards():
     assert one.prompts != make_work(phase, [1] * 6, 7, 100, seed=1).prompts
     assert one.limits == [[1, 2], [3, 4], [5, 6]] and [len(prompt) for prompt in one.prompts] == [7, 7, 7]
     rng = random.Random(0)
-    rewards = [timing.seeded_rewards(count, rng) for count in (2, 3, 8) * 20]
+    rewards = [timing.seeded_verdicts(count, rng) for count in (2, 3, 8) * 20]
     assert all(set(group) == {0.0, 1.0} for group in rewards) and [len(group) for group in rewards[:3]] == [2, 3, 8]
 
 

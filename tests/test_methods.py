@@ -391,7 +391,7 @@ def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, mon
     assert [group.rewards for group in groups[:2]] == [pytest.approx([0.975, 0.9]), pytest.approx([-0.025, 0.9])]
     assert groups[2].rewards == [0, 0.5, 0] and tasks[0].correct == [1, 1]
     samples = methods.grpo_samples(run, groups, tasks[:2], [])
-    row = step_metrics("active", [tasks], groups, samples, run.sampler)
+    row = step_metrics([tasks], groups, samples, run.sampler)
     assert (row["pred/accuracy_one"], row["pred/accuracy"], row["pred/accuracy_histogram"]) == (0.5, 0.75, [0, 1, 1])
     assert row["pred/reward"] == pytest.approx((0.975 + 0.9 - 0.025 + 0.9) / 4)
     result = update(run.policy, run.optimizer, samples, run.config, run.ranks, 0)

@@ -67,7 +67,7 @@ def step():
 def test_metrics_of_a_step_by_hand(step):
     proposals, groups = step
     sampler = stub_sampler()
-    metrics = step_metrics("active", proposals, groups, make_samples(groups, sampler.config), sampler)
+    metrics = step_metrics(proposals, groups, make_samples(groups, sampler.config), sampler)
     expected = {
         "reward": 1.5 / 7, "surprisal": 0.5, "responses": 7, "response_tokens": 6 + 2 + 2 + 3 + 3 * 2,
         "gen/reward": 0.5 / 3, "gen/responses": 3, "gen/groups_kept": 1, "gen/valid_rate": 2 / 3, "gen/distinct": 2,
@@ -114,7 +114,7 @@ def test_given_completions_count_as_responses_that_nobody_sampled():
     passages = [Passage("1#0", "", "", "abcd"), Passage("2#0", "", "", "ab")]
     samples = text_samples(SimpleNamespace(sampler=sampler), [], [], passages)
     assert samples[0].rollout == given_rollout([97], [98, 99, 100])
-    metrics = step_metrics("cpt", [[], []], [], samples, sampler)
+    metrics = step_metrics([[], []], [], samples, sampler)
     assert (metrics["responses"], metrics["response_tokens"], metrics["flops"]) == (2, 4, 6000 * 6)
     assert metrics["surprisal"] == metrics["reward"] == metrics["gen/valid_rate"] == 0
 
@@ -125,7 +125,7 @@ def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
         group.rewards = [0.5] * len(group.rewards)
     for task in proposals[0]:
         task.correct = []
-    metrics = step_metrics("rlp", proposals, groups, [], stub_sampler())
+    metrics = step_metrics(proposals, groups, [], stub_sampler())
     assert metrics["reward"] == 0.5 and metrics["pred/accuracy_histogram"] == [0, 0, 0]
     assert metrics["pred/accuracy"] == metrics["pred/valid_rate"] == 0
 
@@ -142,9 +142,11 @@ def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
 def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
     proposals, groups = step
     groups = [group for group in groups if method == "active" or (group.role == "pred" and method != "cpt")]
-    row = step_metrics("active", *step, [], stub_sampler()) | {"step": 7, "method": method, "loss": 1.25}
+    row = step_metrics(*step, [], stub_sampler()) | {"step": 7, "method": method, "loss": 1.25}
     row |= {"gen/responses": 3 * (method == "active"), "pred/responses": 4 * (method != "cpt"), "trained_tokens": 40}
     row |= {"entropy": 1.0, "grad_norm": 0.5, "mismatch_kl": 1e-9, "time/step": 2.0}
+    if method == "rlp":  # its thoughts are neither right nor wrong
+        row["pred/accuracy_histogram"] = [0, 0, 0]
     line = step_line(row, 100)
     assert line.startswith("step   7/100") and "\n" not in line
     assert all(one in line for one in told) and not any(one in line for one in untold), line

@@ -54,7 +54,7 @@ PLAIN = re.compile(
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
 BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()-])*(?<!-)")
 AFTER = re.compile(r"(?:[^\W\d_]+(?:\^(?:\{-?[0-9]\}|-?[0-9]))?|[\s/.,()'°%{}·]|-(?=[a-z]{3}))*")
-CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱ "
+CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOT_UNITS = frozenset(
     "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths sevenths eighths "
@@ -177,7 +177,8 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     text = re.sub(r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\(?:degree|circ)(?![A-Za-z])", "°", text)
     for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
         text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
-    text = " ".join(re.sub(r"\\q?quad|\*\*(?!\d)", " ", undo_latex(text)).split())
+    text = " ".join(re.sub(r"\\q?quad", " ", undo_latex(text)).split())
+    text = re.sub(r"(?<!\S)(\*\*|[*`])([^*`]+)\1(?!\S)", r"\2", text)  # one of several words in bold
     text = re.sub(r"\\[dt]?frac ?\{ ?([A-Za-z]+) ?\} ?\{ ?([A-Za-z]+) ?\}", r"\1/\2", text)  # m/s
     head, equals, tail = re.sub(ABOUT, "=", text).rpartition("=")
     if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
@@ -196,7 +197,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     names = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
     for name in re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before) + names[scale > 1 :]:
-        known = not is_gold and (name in UNITS or name == "a" and names[-1:] != ["a"])
+        known = not is_gold and ({name, name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None

@@ -49,8 +49,9 @@ PLAIN = re.compile(
     rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
 )
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
-BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()-])*(?<!-)")
-AFTER = re.compile(r"(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|-(?=[a-z]{3}))*")
+BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()]|(?<=[a-z])-(?=[a-z]))*")
+AFTER = re.compile(r"(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
+WORD = re.compile(r"[^\W\d_]+(?:'[a-z]{3,})?")
 CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOT_UNITS = frozenset(
@@ -178,8 +179,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     head, equals, tail = re.sub(ABOUT, "=", text).rpartition("=")
     if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
         text = tail
-    text = re.sub(rf"^-[{CURRENCY}]+", "-", text.strip())
-    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    text = re.sub(rf"^-[{CURRENCY}]+", "-", text.strip().removeprefix("(").removesuffix(")"))
     text = THOUSANDS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
     found = PLAIN.search(text) if len(text) <= MAX_NUMBER_CHARS else None
     if not found:
@@ -187,9 +187,9 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     before, after = text[: found.start()].rstrip(CURRENCY).replace("$", ""), text[found.end() :].strip(CURRENCY)
     if (before and is_gold) or not BEFORE.fullmatch(before) or not AFTER.fullmatch(after):
         return None
-    names = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", after)
+    names = WORD.findall(after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
-    for name in re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before) + names[scale > 1 :]:
+    for name in WORD.findall(before) + names[scale > 1 :]:
         known = not is_gold and ({name, name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
@@ -232,12 +232,12 @@ def _same(gold: Number, answer: Number) -> bool:
 
 def _algebra(text: str, variables: bool) -> str:
     r"""A text as math-verify reads it right: there `2\,107` is 2 + 107, 4.5e33 has a factor e, `a t` a unit t."""
-    text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text))
+    text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text).strip())
     text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number and an end
     # the whole: in an expression 2e-3 may mean Euler's number
     text = re.sub(r"^([-+]?\d+(?:\.\d*)?)[eE]\+?(-?)0*(\d{1,4})$", r"\1\\times 10^{\2\3}", text)
     # in braces, letters at the end do not pass for a unit
-    end = rf"(?<=.)(?<![A-Za-z\\])(?!i$|e$)([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
+    end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
     return re.sub(end, r"{\1}", text) if variables else text

@@ -8,8 +8,6 @@ Every function gets what stands in the box (prompts.last_answer). A maths answer
 
 A plain number is an integer, a decimal, a power, or a product or fraction of these. 50% is 50 and 0.5. A decimal of six
 places or more equals a fraction that rounds to it. Left out: where items come from (sets.py). Needs no torch.
-
-Run alone: `python -m doctest -v benchmarks/judge.py` with PYTHONPATH=.
 """
 
 from __future__ import annotations
@@ -19,15 +17,14 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter
+from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter  # noqa: F401 (the whole judge)
 from benchmarks.verify import equal_in_child
 from prompts import last_answer
 from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
 
-__all__ = ["check_answers", "fuzzy_match", "guessed_letter", "last_number", "option_letter", "read_number"]
-
 MAX_ANSWER_CHARS = 2000
 """Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
+MAX_NUMBER_CHARS = 200  # powers in a longer text could take long to multiply out
 
 SYMBOLS = {
     "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
@@ -52,16 +49,16 @@ PLAIN = re.compile(
     rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
 )
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
-BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()-])*(?<!-)")
-AFTER = re.compile(r"(?:[^\W\d_]+(?:\^(?:\{-?[0-9]\}|-?[0-9]))?|[\s/.,()'°%{}·]|-(?=[a-z]{3}))*")
-CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱ "
+BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()]|(?<=[a-z])-(?=[a-z]))*")
+AFTER = re.compile(r"(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
+WORD = re.compile(r"[^\W\d_]+(?:'[a-z]{3,})?")
+CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOT_UNITS = frozenset(
-    "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths sevenths eighths "
-    "ninths tenths hundredths thousandths twice double triple squared cubed factorial more less fewer greater least "
-    "most below above over under between than to mod modulo base choose divided multiplied root sqrt sin cos tan log "
-    "one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty "
-    "ninety dozens hundreds thousands millions billions except isn't".split()
+    "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths eighths tenths "
+    "hundredths thousandths twice double triple squared cubed factorial more less fewer greater least most below above "
+    "over under between than to mod modulo base choose divided multiplied root sqrt sin cos tan log one two three four "
+    "five six seven eight nine ten eleven twelve twenty thirty forty fifty hundreds thousands millions except".split()
 ) | frozenset(SCALES)
 """Words that make another number, or a second one, of the number beside them."""
 UNITS = frozenset(
@@ -76,7 +73,6 @@ WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z
 WORDS = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{1,3}(?![A-Za-z])")
 NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
-SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d*)?)[eE]([-+]?\d{1,4})")
 
 
 class Number(NamedTuple):
@@ -113,7 +109,8 @@ def _check(gold: str, answer: str, seconds: float) -> float:
         return float(bool(gold) and gold == answer)
     number = read_number(gold, is_gold=True)
     if number is None and (WRAPPER.fullmatch(gold) or WORDS.fullmatch(gold)):
-        return float(_words(gold) == _words(answer))
+        gold, answer = (normalise(text).casefold().strip("()[]{}$ ") for text in (gold, answer))
+        return float(gold == answer)
     names = {text.rpartition("=")[0].replace(" ", "") for text in (gold, answer)} - {""}
     if number and len(names) < 2:  # x = 5 is not y = 5
         if found := read_number(answer):
@@ -125,7 +122,8 @@ def _check(gold: str, answer: str, seconds: float) -> float:
     if bases[1] and bases[0] != bases[1]:
         return 0.0
     variables = bool(number or VARIABLE.search(WRAPPER.sub("", gold)))
-    return equal_in_child(_algebra(gold, variables), _algebra(answer, variables), seconds)
+    gold, answer = _algebra(gold, variables), _algebra(answer, variables)
+    return 1.0 if gold == answer else equal_in_child(gold, answer, seconds)
 
 
 def _spell(text: str) -> str:
@@ -136,9 +134,7 @@ def _spell(text: str) -> str:
     text = SCRIPTS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
-    before = None
-    while text != before:
-        before = text
+    for _ in range(9):  # layers
         text = FINAL_STOP.sub("", text.strip())
         for left, right in OUTER:
             inner = text[len(left) : -len(right)]
@@ -177,26 +173,24 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     text = re.sub(r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\(?:degree|circ)(?![A-Za-z])", "°", text)
     for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
         text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
-    text = " ".join(re.sub(r"\\q?quad|\*\*(?!\d)", " ", undo_latex(text)).split())
+    text = " ".join(re.sub(r"\\q?quad", " ", undo_latex(text)).split())
+    text = re.sub(r"(?<!\S)(\*\*|[*`])([^*`]+)\1(?!\S)", r"\2", text)  # one of several words in bold
     text = re.sub(r"\\[dt]?frac ?\{ ?([A-Za-z]+) ?\} ?\{ ?([A-Za-z]+) ?\}", r"\1/\2", text)  # m/s
     head, equals, tail = re.sub(ABOUT, "=", text).rpartition("=")
     if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
         text = tail
-    text = text.strip()
-    text = re.sub(rf"^-[{CURRENCY}]+", "-", text)
-    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    text = re.sub(rf"^-[{CURRENCY}]+", "-", text.strip().removeprefix("(").removesuffix(")"))
     text = THOUSANDS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
-    found = PLAIN.search(text)
+    found = PLAIN.search(text) if len(text) <= MAX_NUMBER_CHARS else None
     if not found:
         return None
-    before, after = text[: found.start()].rstrip(CURRENCY), text[found.end() :].strip(CURRENCY)
-    before = before.replace("$", "")
+    before, after = text[: found.start()].rstrip(CURRENCY).replace("$", ""), text[found.end() :].strip(CURRENCY)
     if (before and is_gold) or not BEFORE.fullmatch(before) or not AFTER.fullmatch(after):
         return None
-    names = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", after)
+    names = WORD.findall(after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
-    for name in re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before) + names[scale > 1 :]:
-        known = not is_gold and (name in UNITS or name == "a" and names[-1:] != ["a"])
+    for name in WORD.findall(before) + names[scale > 1 :]:
+        known = not is_gold and ({name, name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None
@@ -207,11 +201,8 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
 
 
 def _value(found: re.Match) -> Fraction | None:
-    if found["top"]:
-        top, bottom = found["top"], found["bottom"] or "1"
-    else:
-        top, bottom = (part for part in found.groups()[2:6] if part)
-    top, bottom = _product(top), _product(bottom)
+    parts = [found["top"], found["bottom"] or "1"] if found["top"] else [part for part in found.groups()[2:6] if part]
+    top, bottom = map(_product, parts)
     if not top or not bottom:
         return Fraction(0) if bottom and not found["whole"] else None
     value = top / bottom + int(found["whole"] or 0)
@@ -239,17 +230,14 @@ def _same(gold: Number, answer: Number) -> bool:
     return False
 
 
-def _words(text: str) -> str:
-    return normalise(text).casefold().strip("()[]{}$ ")
-
-
 def _algebra(text: str, variables: bool) -> str:
     r"""A text as math-verify reads it right: there `2\,107` is 2 + 107, 4.5e33 has a factor e, `a t` a unit t."""
-    text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text))
+    text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text).strip())
     text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
     text = re.sub(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", text)
     text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number and an end
-    if scientific := SCIENTIFIC.fullmatch(text):  # the whole: in an expression 2e-3 may mean Euler's number
-        return rf"{scientific[1]}\times 10^{{{int(scientific[2])}}}"
+    # the whole: in an expression 2e-3 may mean Euler's number
+    text = re.sub(r"^([-+]?\d+(?:\.\d*)?)[eE]\+?(-?)0*(\d{1,4})$", r"\1\\times 10^{\2\3}", text)
     # in braces, letters at the end do not pass for a unit
-    return re.sub(r"(?<=.)(?<![A-Za-z\\])(?!i$|e$)([A-Za-z]{1,3})$", r"{\1}", text) if variables else text
+    end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
+    return re.sub(end, r"{\1}", text) if variables else text

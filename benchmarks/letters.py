@@ -49,7 +49,11 @@ def option_letter(box: str, letters: str) -> str | None:
 
 
 def guessed_letter(id_: str, letters: str) -> str:
-    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options."""
+    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options.
+
+    >>> guessed_letter("item 7", "ABCD")
+    'B'
+    """
     return letters[int(hashlib.sha256(f"guess {id_}".encode()).hexdigest(), 16) % len(letters)]
 
 

@@ -9,11 +9,9 @@ answer and then kills the child. The answer gets 0.0, and a new child (about a s
 The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}), with one guard. math-verify compares numbers
 as floats, so that 2^{-60} equals 2^{-61}; where it says yes, the values are compared again, exactly or to 100 digits.
 
-The child leaves when its stdin ends, so it outlives no caller. It is not shared across a fork; threads take turns.
-The limit is of wall time: verdicts on answers that take nearly so long depend on the machine. Where several ranks must
-agree, check an answer on one rank and send the verdict to the others.
-
-Alone:  python -m benchmarks.verify --serve      is the child: reads JSON of [gold, answer, seconds], writes 1 or 0
+The child (`python -m benchmarks.verify --serve`) leaves when its stdin ends, so it outlives no caller. It is not shared
+across a fork; threads take turns. The limit is of wall time: verdicts on answers that take nearly so long depend on the
+machine. Where several ranks must agree, check an answer on one rank and send the verdict to the others.
 """
 
 from __future__ import annotations
@@ -84,10 +82,10 @@ def _read(process: subprocess.Popen, seconds: float) -> str:
 
 
 def _start() -> subprocess.Popen:
+    environment = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms depends on it
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.verify", "--serve"], cwd=Path(__file__).resolve().parent.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms depends on it
+        [sys.executable, "-m", "benchmarks.verify", "--serve"], cwd=Path(__file__).resolve().parent.parent, bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     reply = _read(process, START_SECONDS)
     if reply != "ready":
@@ -110,11 +108,8 @@ def _stop() -> None:
         process.stdout.close()
 
 
-# ---------------------------------------------------------------------------------------------- in the child
-
-
 def _serve() -> None:
-    """Reads [gold, answer, seconds] a line, writes 1 or 0 a line, until stdin ends."""
+    """The child. Reads [gold, answer, seconds] a line, writes 1 or 0 a line, until stdin ends."""
     with suppress(ValueError):  # macOS refuses; there the time limit alone must do
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
@@ -171,7 +166,7 @@ def _close(gold: object, answer: object) -> bool:
     if gold.has(sympy.zoo, sympy.nan) or answer.has(sympy.zoo, sympy.nan):
         return False
     size, difference = abs(sympy.N(gold)), abs(sympy.N(gold - answer))
-    if not (size.is_number and size.is_finite and difference.is_number and difference.is_finite):
+    if not (size.is_finite and difference.is_number and difference.is_finite):
         return True  # not to be evaluated, as f(x)
     limit = DECIMALS if gold.has(sympy.Float) or answer.has(sympy.Float) else EXACT
     return bool(difference <= limit * size)

@@ -197,6 +197,12 @@ def test_the_last_number():
 HOSTILE = {
     "a tower of exponents": TOWER,
     "a factorial": "99999999!",
+    "words and a mark": "a" * 1000 + "!",
+    "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!",
+    "nested braces": "{" * 999 + "7" + "}" * 999,
+    "a product of powers": r"\times".join(["9^{999}", "2^{-999}"] * 60),
+    "marks of markdown": "*" * 1999,
+    "text in text": r"\text{a" * 280,
     "10,000 brackets": "(" * 10_000 + "1" + ")" * 10_000,
     "100,000 letters": "a" * 100_000,
     "100,000 digits": "1" * 100_000,
@@ -262,6 +268,8 @@ def test_a_hostile_answer_costs_its_limit_and_not_the_run(kind, monkeypatch):
     begin = time.monotonic()
     assert check_answers([("x", HOSTILE[kind])], seconds=0.5) == [0.0]
     assert time.monotonic() - begin < 0.5 + 2
+    assert check_answers([("42", HOSTILE[kind])], seconds=0.5) == [0.0]
+    assert time.monotonic() - begin < 1.0 + 4
     assert check_answers([(r"\sqrt{4}", "2"), (r"\sqrt{4}", "3")]) == [1.0, 0.0]
 
 

@@ -2,6 +2,7 @@
 
 import doctest
 import random
+import re
 import time
 
 import pytest
@@ -63,6 +64,12 @@ def test_the_prefix_leaves_the_completion_inside_the_box():
     [
         (r"so \boxed{Paris}.", "Paris"),
         (r"\boxed{}", ""),
+        (r"\boxed {Paris}", "Paris"),
+        ("\\boxed \n\t{Paris}", "Paris"),
+        (r"\boxed {a} \boxed {b", "a"),
+        (r"\boxed {a \boxed  {b} c}", "b"),
+        (r"\box ed{Paris}", None),
+        (r"\boxed x{Paris}", None),
         (r"\boxed{ a b }", " a b "),
         ("\\boxed{a\nb}", "a\nb"),
         (r"\boxed{one} then \boxed{two}", "two"),
@@ -120,13 +127,13 @@ def first_answer_at(text: str, command: str) -> int | None:
 
 def balanced_by_counting(text: str, command: str) -> str | None:
     """The last balanced answer by the plain definition: try the openings from the last, counting braces. Quadratic."""
-    opening = "\\" + command + "{"
-    for start in reversed([n + len(opening) for n in range(len(text)) if text.startswith(opening, n)]):
+    opening = re.compile(rf"\\{command}[ \t\n]*{{")
+    for start in reversed([found.end() for found in opening.finditer(text)]):
         depth, position = 1, start
         while position < len(text):
-            if text[position] == "\\" and not text.startswith(opening, position):
+            if text[position] == "\\" and not opening.match(text, position):
                 # skips the escaped character, unless that begins an opening
-                position += 1 if text.startswith(opening, position + 1) else 2
+                position += 1 if opening.match(text, position + 1) else 2
                 continue
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
@@ -137,7 +144,8 @@ def balanced_by_counting(text: str, command: str) -> str | None:
 
 def random_texts(count: int):
     rng = random.Random(7)
-    alphabet = [r"\boxed{", r"\boxed{", r"\mask{", r"\box", "boxed{", "a", "\n", *"{}}\\", r"\\", r"\{", r"\}"]
+    alphabet = [r"\boxed{", r"\boxed{", "\\boxed \n{", r"\boxed", r"\mask{", r"\mask {", r"\box", "boxed{", *" }"]
+    alphabet += [ "a", "\n", *"{}}\\", r"\\", r"\{", r"\}"]
     for _ in range(count):
         yield rng, "".join(rng.choices(alphabet, k=rng.randrange(14)))
 
@@ -168,7 +176,8 @@ def test_last_answer_agrees_with_the_plain_definition():
 
 
 @pytest.mark.parametrize(
-    "unit", ["{", "}", "\\", "{}", "\\boxed{", "\\boxed{}", "\\boxed{a", "\\{", "\\boxed", "\\\\boxed{{"]
+    "unit",
+    ["{", "}", "\\", "{}", "\\boxed{", "\\boxed{}", "\\boxed{a", "\\{", "\\boxed", "\\boxed ", " ", "\\\\boxed{{"],
 )
 def test_a_megabyte_of_anything_is_parsed_in_linear_time(unit):
     text = unit * (1_000_000 // len(unit))

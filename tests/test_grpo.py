@@ -25,6 +25,7 @@ from reference import (
 from config import Config
 from grpo import (
     Group,
+    MicroBatch,
     Sample,
     bundle,
     bundle_length,
@@ -488,3 +489,36 @@ def test_with_a_penalty_the_policy_stays_nearer(build_sampler, folders):
             update(run.policy, run.optimizer, samples, run.config, run.ranks, step)
         distances.append(sum((one - start[name]).pow(2).sum().item() for name, one in weights(run.policy).items()))
     assert distances[1] < 0.9 * distances[0]
+
+
+# ---- against another implementation
+
+# Loss and its slopes by log-prob, computed once by TRL 1.16.0, GRPOTrainer._compute_loss (epsilon 0.2 and 0.28,
+# vllm_importance_sampling_correction with its ratio capped at 2 where `sampler`), on the tensors of the test below.
+# The definitions that differ are left out: TRL keeps groups without contrast in its denominator.
+FROM_TRL = {
+    "token": (-0.0298328, [-0.08683, -0.052665, 0.0, 0.078567, 0.0, -0.133333, 0.0, 0.21983, 0.109164]),
+    "sequence": (-0.0185246, [-0.065122, -0.039499, 0.0, 0.176775, 0.0, -0.15, 0.0, 0.164872, 0.081873]),
+    "kl": (-0.0284807, [-0.087998, -0.055125, 0.002014, 0.076107, 0.002014, -0.132276, -0.001169, 0.220887, 0.106704]),
+    "sampler": (-0.1468716, [-0.088584, -0.052665, 0.0, 0.106054, 0.0, -0.266667, 0.0, 0.19891, 0.120645]),
+}
+
+
+@pytest.mark.parametrize("kind", FROM_TRL)
+def test_loss_and_slopes_are_those_of_trl(kind):
+    """Responses of 3, 1, 2 and 3 tokens; ratios on both sides of both clips."""
+    logprobs = torch.tensor([-0.5, -1.2, -0.3, -2.0, -0.7, -0.1, -1.5, -0.9, -2.2], requires_grad=True)
+    old = torch.tensor([-0.6, -0.8, -0.9, -2.0, -1.0, -0.1, -1.1, -1.4, -2.0])
+    sampler = torch.tensor([-0.62, -0.8, -0.9, -2.3, -1.0, -1.2, -1.1, -1.3, -2.1]) if kind == "sampler" else old
+    ref = torch.tensor([-0.4, -1.0, -0.5, -1.8, -0.9, -0.2, -1.4, -1.0, -2.0])
+    lengths = torch.tensor([3, 1, 2, 3])
+    advantages = torch.tensor([0.7071, -0.7071, 1.2, -1.2]).repeat_interleave(lengths)
+    weights = 1 / (4 * lengths.repeat_interleave(lengths)) if kind == "sequence" else torch.full((9,), 1 / 9)
+    batch = MicroBatch({}, torch.zeros(9), torch.zeros(9), sampler, advantages, weights, ref)
+    loss, _ = clipped_loss(logprobs, old, batch, Config())
+    if kind == "kl":
+        loss = loss + 0.1 * (weights * k3(logprobs, ref)).sum()
+    loss.backward()
+    expected, slopes = FROM_TRL[kind]
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert logprobs.grad.tolist() == pytest.approx(slopes, abs=2e-6)

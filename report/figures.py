@@ -1,7 +1,7 @@
 """What a report shows: from the rows of runs to titled charts.
 
 One chart per metric with all runs in it. Metrics that are absent, or 0 throughout, are left out and named. To show
-another metric, add a line to SECTIONS. Needs no torch.
+another metric with a title of its own, add a line to SECTIONS; without, it stands under "More numbers". Needs no torch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ SECTIONS = {
         ("tokens_per_second", "Tokens sampled a second", "over the whole step"),
         ("peak_memory_gb", "Largest memory of rank 0", "GB; on a GPU of the update"),
     ],
+    "More numbers": [("*", "", "as logged")],  # what no line above names: a metric of your own
 }  # fmt: skip
+ELSEWHERE = "step method gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless flops"
+ELSEWHERE = tuple(ELSEWHERE.split())
+"""Keys, or their beginnings, that are no curve or are drawn in another form."""
 
 
 @dataclass
@@ -119,7 +123,11 @@ def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
     """The charts of a section, and the keys that are left out."""
     figures, left_out = [], []
     present = sorted({key for family in families for row in family.rows() for key in row})
+    present = [key for key in present if not key.startswith(ELSEWHERE)]
     done = {key for key, *_ in SECTIONS[section]}
+    if section == "More numbers":
+        others = [pattern for name in SECTIONS if name != section for pattern, *_ in SECTIONS[name]]
+        done = {key for key in present for p in others if key == p or ("*" in p and key.startswith(p.removesuffix("*")))}
     for pattern, title, *rest in SECTIONS[section]:
         prefix = pattern.removesuffix("*")
         keys = [key for key in present if key.startswith(prefix) and key not in done] if "*" in pattern else [pattern]

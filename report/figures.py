@@ -127,7 +127,8 @@ def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
     done = {key for key, *_ in SECTIONS[section]}
     if section == "More numbers":
         others = [pattern for name in SECTIONS if name != section for pattern, *_ in SECTIONS[name]]
-        done = {key for key in present for p in others if key == p or ("*" in p and key.startswith(p.removesuffix("*")))}
+        starts = tuple(pattern.removesuffix("*") for pattern in others if "*" in pattern)
+        done = {key for key in present if key in others or key.startswith(starts)}
     for pattern, title, *rest in SECTIONS[section]:
         prefix = pattern.removesuffix("*")
         keys = [key for key in present if key.startswith(prefix) and key not in done] if "*" in pattern else [pattern]

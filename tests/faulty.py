@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import checkpoint
 import grpo
+import methods
 import ranks as stopping
 import train
 import train as start
@@ -34,9 +35,9 @@ from benchmarks import verify
 POINTS = {
     # name: (where the function is looked up, its name, the phase that ranks.py must name there, n-th call in it)
     "set-up, tokenizer": (start, "load_tokenizer", "set-up", 1),
-    "propose": (train, "propose", "propose", 1),
+    "propose": (methods, "rollout", "propose", 1),
     "propose, sampling": (RequestState, "update_and_check_completion", "propose", 20),
-    "predict": (train, "predict", "predict", 1),
+    "predict": (methods, "rollout", "predict", 1),
     "predict, sampling": (RequestState, "update_and_check_completion", "predict", 200),
     "reward": (train, "reward", "reward", 1),
     "reward, verifying": (verify, "_read", "reward", 2),

@@ -41,13 +41,9 @@ from methods import (
     Method,
     Run,
     Task,
-    gains_without_thought,
     method_at,
-    methods_of,
     needs_reference,
-    question_corpus,
     reward,
-    thought_frame,
 )
 from metrics import (
     append_row,
@@ -79,6 +75,7 @@ from model import (
     refresh,
 )
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
+from relatives.rlvr import question_corpus
 from rollout import chat_frame, check_prompts, make_sampler
 
 
@@ -184,8 +181,8 @@ def first_row(run: Run, say) -> dict:
     begin_step(0)
     row = {"step": 0, "method": run.config.method}
     measure(run, row)
-    if METHODS[run.config.method].reference == "average":
-        row |= gains_without_thought(run, step_passages(run.corpus, run.config, 0))
+    if at_start := METHODS[run.config.method].at_start:
+        row |= at_start(run, step_passages(run.corpus, run.config, 0))
     parts = [f"probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy"]
     say("step 0: " + ", ".join([*parts, *(f"{exam.name} {row[f'eval/{exam.name}']:.2f}" for exam in run.probe.exams)]))
     return row
@@ -325,8 +322,6 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
     sampler = make_sampler(replica, tokenizer, config, ranks, frame)
     check_prompts(sampler)
-    if any(method.reference == "average" for method in methods_of(config)):
-        thought_frame(sampler)  # raises now if its prompt does not fit
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
     run = Run(config, ranks, corpus, sampler, policy, reference, optimizer, probe)

@@ -20,7 +20,8 @@ from test_fuzz import share_and_all, texts
 
 import data as sources
 from config import Config
-from data import CAUSES, DataError, build_index, load_corpus, load_questions, step_passages
+from data import CAUSES, DataError, build_index, load_corpus, step_passages
+from relatives.rlvr import load_questions
 
 tokenizer = test_data.tokenizer  # the fixture
 GOOD = "A sentence of at least eight words, number {}, stands here."

@@ -30,10 +30,12 @@ from config import Config, ConfigError
 from data import DataError, Passage
 from grpo import Group, update
 from masking import LOOKAHEAD, Mask, make_mask, next_token_mask
-from methods import METHODS, Position, Task, make_frame, make_task, reward, thought_frame, thought_prompt
+from methods import METHODS, Task, make_task, reward
 from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
 from prompts import CLOSED, START, scan
+from relatives import rlp, rlvr
+from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
 from rollout import Rollout, generate, predict_prompt, question_prompt
 
@@ -508,7 +510,7 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
 
 
 def corpus_of(data, heldout: float):
-    return methods.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
+    return rlvr.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
 
 
 def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
@@ -548,7 +550,7 @@ def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
 def test_questions_are_rewarded_by_math_verify(run):
     golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
     verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
-    assert methods.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
+    assert rlvr.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
     sized(run, 3)
     proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
     for (task,), group in zip(proposals, answers, strict=True):
@@ -569,17 +571,17 @@ def tokenizer(folders):
 
 @pytest.fixture
 def frame(tokenizer):
-    return make_frame(tokenizer, methods.THOUGHT_PROMPT, 1000)
+    return make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
 
 
 def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
     ids = tokenizer(TEXT).input_ids
-    drawn = [methods.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
+    drawn = [rlp.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
     assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
-    assert {len(position.prefix_ids) for position in drawn} == set(range(methods.MIN_PREFIX, len(ids)))
+    assert {len(position.prefix_ids) for position in drawn} == set(range(rlp.MIN_PREFIX, len(ids)))
     with pytest.raises(ValueError, match="a text of 8 tokens has no position after 8"):
-        methods.draw_position("12345678", tokenizer, frame, random.Random(0))
-    only = methods.draw_position("123456789", tokenizer, frame, random.Random(0))
+        rlp.draw_position("12345678", tokenizer, frame, random.Random(0))
+    only = rlp.draw_position("123456789", tokenizer, frame, random.Random(0))
     assert only.prefix_ids == tokenizer("12345678").input_ids
 
 
@@ -587,7 +589,7 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
     frame = make_frame(tokenizer, "{passage}", 40)
     text = "".join(chr(97 + number % 26) for number in range(200))
     last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position, ids = methods.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    position, ids = rlp.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
     assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
     # the limit holds for what is sampled from, and for what is scored with an empty thought and the target
     assert len(thought_prompt(frame, position)) <= 40
@@ -596,7 +598,7 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
 
 
 @pytest.mark.parametrize(("chat_template", "request_text", "expected"), [
-    (None, methods.THOUGHT_PROMPT, methods.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + methods.THINK_OPEN),
+    (None, rlp.THOUGHT_PROMPT, rlp.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + rlp.THINK_OPEN),
     ("[{{ messages[0].content }}]{% if add_generation_prompt %}A:{% endif %}", "Go on: {passage}!",
      "[Go on: Salt melts !]A:<think>"),
 ])  # fmt: skip
@@ -627,11 +629,11 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
         with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
             make_frame(tokenizer, template, 1000)
     with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least (?P<least>[0-9]+)") as caught:
-        make_frame(tokenizer, methods.THOUGHT_PROMPT, 20)
+        make_frame(tokenizer, rlp.THOUGHT_PROMPT, 20)
     least = int(str(caught.value).split("at least ")[1].split(",")[0])
-    frame = make_frame(tokenizer, methods.THOUGHT_PROMPT, least)
-    assert frame.longest_prefix == methods.MIN_PREFIX
-    assert len(thought_prompt(frame, Position([0] * methods.MIN_PREFIX, 0))) == least
+    frame = make_frame(tokenizer, rlp.THOUGHT_PROMPT, least)
+    assert frame.longest_prefix == rlp.MIN_PREFIX
+    assert len(thought_prompt(frame, Position([0] * rlp.MIN_PREFIX, 0))) == least
 
 
 def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
@@ -640,7 +642,7 @@ def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
     for passage, (task,) in zip(passages, draw(run, "rlp", passages, 3), strict=True):
         ids = run.sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
         t = len(task.position.prefix_ids)
-        assert t >= methods.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
+        assert t >= rlp.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
         assert task.prompt_ids == thought_prompt(frame, task.position)
         assert passage.text.startswith(task.mask.masked.removesuffix("[mask]") + task.mask.target)
 
@@ -652,7 +654,7 @@ def closes_after(pieces: list[str]) -> int | None:
     """How many pieces a thought has when its closing tag is complete."""
     state = START
     for number, piece in enumerate(pieces, 1):
-        state = scan(state, piece, methods.THINK_CLOSE)
+        state = scan(state, piece, rlp.THINK_CLOSE)
         if state == CLOSED:
             return number
     return None
@@ -675,7 +677,7 @@ def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, b
 
     def thoughts() -> list[Rollout]:
         prompts = [[number] * 3 for number in range(12)]
-        return [group[0] for group in generate(sampler, prompts, 1, 12, methods.THINK_CLOSE, 0, greedy=True)]
+        return [group[0] for group in generate(sampler, prompts, 1, 12, rlp.THINK_CLOSE, 0, greedy=True)]
 
     whole = thoughts()
     assert {one.finish for one in whole} == {"length"}
@@ -709,11 +711,11 @@ def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closin
 def test_every_thought_is_closed_once_before_it_is_scored():
     """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
     the sampled tokens and no others."""
-    frame = methods.Frame([], [], [7], [7], [8], 100)
+    frame = rlp.Frame([], [], [7], [7], [8], 100)
     for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
                                     ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
         thought = Rollout([1], [*sampled], [0.0] * len(sampled), "", finish)
-        assert methods.close_thought(thought, frame) == scored and thought.completion_ids == sampled
+        assert rlp.close_thought(thought, frame) == scored and thought.completion_ids == sampled
 
 
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
@@ -732,7 +734,7 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
             ours.to_local().copy_(theirs)
     positions = [Position(list(range(n)), 100 + n) for n in (9, 30, 12)]
     thoughts = [[[7, 8], [7, 5, 6, 8]], [[7, *range(40), 8], []], [[7, 5, 8], [7, 9, 8]]]
-    found = methods.information_gain(run, positions, thoughts, frame)
+    found = rlp.information_gain(run, positions, thoughts, frame)
     for position, group, gains in zip(positions, thoughts, found, strict=True):
         text, target = frame.start_ids + position.prefix_ids, [position.target_id]
         ((baseline,), _), = naive_score(average, [(text, target)])
@@ -741,7 +743,7 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
             assert gain == pytest.approx(logprob - baseline, abs=1e-4)
     assert len(frame.start_ids) == (base == "tiny_base")
     run.config.temperature = 0.7
-    assert methods.information_gain(run, positions, thoughts, frame) == found
+    assert rlp.information_gain(run, positions, thoughts, frame) == found
 
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
@@ -753,40 +755,40 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
         ids = run.sampler.tokenizer("near mountains", add_special_tokens=False).input_ids
         task.predictions = [Rollout(task.prompt_ids, ids, [-1.0] * len(ids), "", end) for end in ends]
     groups = reward(run, METHODS["rlp"], proposals, drawn, 0)
-    thoughts = [[methods.close_thought(one, frame) for one in task.predictions] for task in drawn]
-    expected = methods.information_gain(run, [task.position for task in drawn], thoughts, frame)
+    thoughts = [[rlp.close_thought(one, frame) for one in task.predictions] for task in drawn]
+    expected = rlp.information_gain(run, [task.position for task in drawn], thoughts, frame)
     assert [group.rewards for group in groups] == [task.rewards for task in drawn] == expected
     assert len(set(expected[0])) == 3 and not any(task.correct for task in drawn)
-    samples = methods.thought_samples(run, groups, drawn, [])
+    samples = rlp.thought_samples(run, groups, drawn, [])
     assert [sample.rollout for sample in samples] == [one for task in drawn for one in task.predictions]
-    methods.grade_thoughts(run, [])  # a step without a position
+    rlp.grade_thoughts(run, [])  # a step without a position
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
     sized(run, 2)
     passages, frame = wiki_passages(2), thought_frame(run.sampler)
-    gains = methods.gains_without_thought(run, passages)
+    gains = rlp.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
     tags = frame.open_ids + frame.close_ids
     assert run.sampler.tokenizer.decode(tags) == "<think></think>"
     positions = [task.position for (task,) in draw(run, "rlp", passages)]
-    expected = fmean(gain for (gain,) in methods.information_gain(run, positions, [[tags]] * 2, frame))
+    expected = fmean(gain for (gain,) in rlp.information_gain(run, positions, [[tags]] * 2, frame))
     assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
 
 
 def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
     by_hand = [2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3]  # mean 0.2
-    assert methods.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
+    assert rlp.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
     rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
-    for index, advantage in enumerate(methods.rlp_advantages(rewards)):
+    for index, advantage in enumerate(rlp.rlp_advantages(rewards)):
         assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
-    assert methods.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
+    assert rlp.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
 
 
 def test_every_thought_weighs_the_same_whatever_its_length():
     thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
     groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
-    samples = methods.thought_samples(None, groups, [], [])
+    samples = rlp.thought_samples(None, groups, [], [])
     assert [sample.rollout for sample in samples] == thoughts  # none dropped, a group of equal rewards neither
     assert [sample.advantage for sample in samples] == pytest.approx([0.4, -0.4, 0, 0])
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 16, 1 / 40, 1 / 20])

@@ -267,39 +267,25 @@ def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
 
 def _whole_json(path: Path, skip: Skip) -> list | None:
     """The records of a file that is one JSON value over one line or many; None for a file to be read line by line."""
-
-    def examples(value) -> list | None:
-        found = value.get("examples") if isinstance(value, dict) else value
-        return found if isinstance(found, list) else None
-
-    def parsed(text: bytes):
-        with suppress(ValueError, RecursionError):
-            return json.loads(text.decode("utf-8-sig"))
-
     try:
         with _open(path) as file:
-            head = first = file.readline(LINE_LIMIT)
-            while first and not first.strip():
-                first = file.readline(LINE_LIMIT)
-                head += first
-            opening = first.decode("utf-8-sig", "replace").strip()
-            value = parsed(first)
-            if opening[:1] not in ("[", "{") or (isinstance(value, dict) and examples(value) is None):
+            first = next((line for line in iter(lambda: file.readline(LINE_LIMIT), b"") if line.strip()), b"")
+            array = first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+            if not array and not path.name.lower().removesuffix(".gz").endswith(".json"):
                 return None
-            rest = file.read(ARRAY_LIMIT)
-            if len(rest) == ARRAY_LIMIT:
-                return None
-            value = json.loads((head + rest).decode("utf-8-sig"))
+            text = (first + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        lines = (line for line in rest.split(b"\n") if line.lstrip().startswith(b"{"))
-        if opening not in ("[", "{") or any(isinstance(parsed(line), dict) for line in lines):
+        if not array:
             return None
         skip("bad_json", f"{path}:{error.lineno}", error.msg)
         return []
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
         return None  # the reader of lines reports it
-    found = examples(value)
-    return [value] if found is None else found
+    if isinstance(value, dict):
+        examples = value.get("examples")
+        return examples if isinstance(examples, list) else [value]
+    return value if isinstance(value, list) else [value]
 
 
 def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:

@@ -32,8 +32,6 @@ UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
 # A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
 WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
 WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
-LOOKAHEAD = 16
-"""Tokens of the continuation that `reward: prefix` compares with."""
 
 
 @dataclass
@@ -81,12 +79,12 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     """
     if words is None:
         return Mask("", invalid="no_answer")
-    words = _strip(words)
+    words = strip_hidden(words)
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     spans = _occurrences(words, passage.text, config.mask_rule)
     if not spans:  # as written; perhaps without the marks of LaTeX and markdown
-        plain = _strip(unquote(_strip(undo_latex(words))))
+        plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))
         if plain != words and not _fault(plain, config):
             words, spans = plain, _occurrences(plain, passage.text, config.mask_rule)
     if not spans:
@@ -130,7 +128,7 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
     ('red or [mask]', 'red', 2, 7, 'copy')
     """
     assert 0 <= start <= end <= len(passage.text), f"span {start}:{end} is outside of the passage"
-    words = _strip(passage.text[start:end])
+    words = strip_hidden(passage.text[start:end])
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     start = passage.text.index(words, start)
@@ -149,30 +147,6 @@ def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Rand
     spans = [_trim(passage.text, *span) for span, word_label in words if word_label == label]
     spans = [(start, end) for start, end in spans if not _fault(passage.text[start:end], config)]
     return mask_at(passage, *rng.choice(spans), config) if spans else None
-
-
-def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int) -> Mask:
-    """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
-
-    tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
-    if the token has no letter or digit. Source: the next-token baselines of PretrainZero, after RPT (arXiv 2506.08007).
-
-    >>> from types import SimpleNamespace
-    >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)
-    >>> mask = next_token_mask(passage, [(0, 4), (4, 7), (7, 11), (11, 12)], 1)
-    >>> mask.masked, mask.target, mask.prefixes
-    ('Bonn [mask]', 'is', ('is', 'is old', 'is old.'))
-    """
-    start, end = tokens[number]
-    target = _strip(passage.text[start:end])
-    if not answerable(target):
-        return Mask(target, invalid="not_answerable")
-    start = passage.text.index(target, start)
-    prefixes = tuple(passage.text[start:end] for _, end in tokens[number : number + LOOKAHEAD])
-    if target != prefixes[0].strip():
-        prefixes = (target, *prefixes)  # without the invisible characters at the token's end
-    label = _label(passage, [(start, start + len(target))])
-    return Mask(target, "", passage.text[:start] + MASK, target, 1, start, label, prefixes)
 
 
 def _fault(words: str, config: Config) -> str:
@@ -207,7 +181,7 @@ def _is_mark(char: str) -> bool:
     return char != "" and unicodedata.category(char).startswith("M")
 
 
-def _strip(text: str) -> str:
+def strip_hidden(text: str) -> str:
     """Without outer white space and invisible characters."""
     hidden = "".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"})
     return text.strip(hidden)
@@ -221,10 +195,10 @@ def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurre
         position = end
     masked = "".join(parts) + passage.text[position:]
     start, end = spans[0]
-    return Mask(words, "", masked, passage.text[start:end], occurrences, start, _label(passage, spans))
+    return Mask(words, "", masked, passage.text[start:end], occurrences, start, label_of(passage, spans))
 
 
-def _label(passage: Passage, spans: list[tuple[int, int]]) -> str:
+def label_of(passage: Passage, spans: list[tuple[int, int]]) -> str:
     """The label of the words that the spans touch; "" where the passage has no labels.
 
     Of several, the first in LABELS: one word of noise makes a mask unguessable.

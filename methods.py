@@ -16,17 +16,16 @@ from torch import nn
 
 from config import Config, ConfigError
 from data import Corpus, Passage
-from grpo import Group, Sample, add_ref_logprobs, make_samples, score
-from masking import Mask, make_mask, next_token_mask, random_span
+from grpo import Group, Sample, add_ref_logprobs, make_samples
+from masking import Mask, make_mask, random_span
 from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from ranks import Ranks
-from relatives import rlp, rlvr
-from rewards import INVALID_MASK_REWARD, answerable, is_right, mask_rewards, prediction_reward
+from relatives import next_token, rlp, rlvr
+from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
 from rollout import (
     Rollout,
     Sampler,
     derive_seed,
-    leading_ids,
     mask_prompt,
     predict_prompt,
     question_prompt,
@@ -137,23 +136,6 @@ def span_masks(run: Run, passage: Passage, count: int, rng: random.Random) -> li
     return [random_span(passage, run.config, rng) for _ in range(count)]
 
 
-def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
-    """`random_token`: the passage cut at random tokens, distinct while there are enough."""
-    spans = token_spans(run.sampler, passage.text)
-    places = candidates(spans, passage.text, entropies, run.config.entropy_share)
-    if len(places) >= count:
-        chosen = rng.sample(places, count)
-    else:
-        chosen = rng.choices(places, k=count) if places else []
-    return [next_token_mask(passage, spans, number) for number in chosen]
-
-
-def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
-    """`entropy_token`: the same among the tokens whose next-token entropy is highest under the frozen copy."""
-    by_id = {id(p): e for p, e in zip(passages, token_entropies(run, passages), strict=True)}
-    return masks_by_rule(lambda *drawn: token_masks(*drawn, entropies=by_id[id(drawn[1])]))(run, passages, step)
-
-
 def tasks_per_passage(config: Config, method: str) -> list[int]:
     """How many masks each passage of a step gets, so that responses add up to those of `active`.
 
@@ -169,39 +151,6 @@ def tasks_per_passage(config: Config, method: str) -> list[int]:
     responses = passages * config.masks_per_passage * (1 + predictions)
     total = responses // predictions if METHODS[method].predict else responses
     return [total // passages + (number < total % passages) for number in range(passages)]
-
-
-def token_spans(sampler: Sampler, text: str) -> list[tuple[int, int]]:
-    """(start, end) of each token in characters of the text; special tokens left out."""
-    return sampler.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-
-
-def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] | None, share: float) -> list[int]:
-    """Numbers of the tokens to draw from: those with a letter or digit, but the first, which nothing precedes.
-
-    With entropies, only the `share` of these where they are highest (at least one). Source: RPT's filter as
-    PretrainZero applies it, top 20 %.
-
-    >>> candidates([(0, 1), (1, 3), (3, 4), (4, 6)], "A b! c", None, 0.5)
-    [1, 3]
-    >>> candidates([(0, 1), (1, 3), (3, 4), (4, 6)], "A b! c", [0.0, 0.1, 9.0, 0.2], 0.5)
-    [3]
-    """
-    places = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(text[start:end])]
-    if entropies is not None:
-        keep = max(1, int(share * len(places)))
-        places = sorted(sorted(places, key=lambda n: -entropies[n])[:keep])
-    return places
-
-
-def token_entropies(run: Run, passages: list[Passage]) -> list[list[float]]:
-    """Entropy of the next-token distribution at each token of each passage under the frozen copy, nats; packed."""
-    tokenizer = run.sampler.tokenizer
-    start = leading_ids(tokenizer)  # a beginning-of-sequence token, or nothing
-    texts = [tokenizer(passage.text, add_special_tokens=False).input_ids for passage in passages]
-    sequences = [(start, ids) if start else (ids[:1], ids[1:]) for ids in texts]
-    scores = score(run.reference, sequences, run.config, run.ranks)
-    return [([] if start else [0.0]) + entropies for _, entropies in scores]
 
 
 # --------------------------------------------------------------------------------------------------- predict and reward
@@ -342,12 +291,12 @@ METHODS = {
     ),
     "random_token": Method(
         "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
-        masks_by_rule(token_masks), next_token=True,
+        masks_by_rule(next_token.token_masks), next_token=True,
     ),
     "entropy_token": Method(
         "texts were cut where the start model was least sure of the next token; the model found it by chain of "
         "thought and was trained by GRPO",
-        propose_entropy_tokens, next_token=True, reference="frozen",
+        next_token.propose_entropy_tokens, next_token=True, reference="frozen",
     ),
     "rlvr": Method(
         "questions with known answers, checked by math-verify; GRPO",

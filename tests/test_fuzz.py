@@ -16,8 +16,9 @@ from test_prompts import balanced_by_counting
 
 from config import Config, ConfigError, dump_config, read_config
 from data import paragraphs
-from masking import MASK, make_mask, mask_at, next_token_mask, random_span
+from masking import MASK, make_mask, mask_at, random_span
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
+from relatives.next_token import next_token_mask
 from relatives.rlp import THINK_CLOSE
 from relatives.rlvr import extract_gold, gold_answer, question_text, strip_instruction
 from rewards import FINAL_STOPS, QUOTES, answerable, caseless_match, exact_match, normalise, prefix_match

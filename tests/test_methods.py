@@ -29,12 +29,13 @@ import train
 from config import Config, ConfigError
 from data import DataError, Passage
 from grpo import Group, update
-from masking import LOOKAHEAD, Mask, make_mask, next_token_mask
+from masking import Mask, make_mask
 from methods import METHODS, Task, make_task, reward
 from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
 from prompts import CLOSED, START, scan
-from relatives import rlp, rlvr
+from relatives import next_token, rlp, rlvr
+from relatives.next_token import LOOKAHEAD, next_token_mask
 from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
 from rollout import Rollout, generate, predict_prompt, question_prompt
@@ -80,8 +81,8 @@ def said(text: str, tokens: int = 2) -> Rollout:
 
 
 def test_examples_in_the_docstrings():
-    results = doctest.testmod(methods)
-    assert results.attempted >= 5 and results.failed == 0
+    results = [doctest.testmod(module) for module in (methods, next_token, rlp, rlvr)]
+    assert sum(one.attempted for one in results) >= 10 and not any(one.failed for one in results)
 
 
 def test_a_rule_draws_masks_for_the_responses_that_the_generator_would_have_cost():
@@ -180,19 +181,19 @@ def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_tha
 
 def test_candidates_by_hand():
     text, spans = "Ann, 7 – é b", [(0, 3), (3, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
-    assert methods.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
+    assert next_token.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
     entropies = [9.0, 8.0, 1.0, 7.0, 3.0, 2.0]
-    assert methods.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
-    assert methods.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
-    assert methods.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
-    assert methods.candidates(spans[:2], text, entropies[:2], 0.2) == methods.candidates([], "", None, 0.2) == []
+    assert next_token.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
+    assert next_token.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
+    assert next_token.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
+    assert next_token.candidates(spans[:2], text, entropies[:2], 0.2) == next_token.candidates([], "", None, 0.2) == []
 
 
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
     """chi-square over the tokens with a letter or digit, but the first."""
     sized(run, 1)  # 3 masks a step
     passage = wiki_passages(1)[0]
-    spans, starts = methods.token_spans(run.sampler, passage.text), Counter()
+    spans, starts = next_token.token_spans(run.sampler, passage.text), Counter()
     for step in range(500):
         (drawn,) = draw(run, "random_token", [passage], step)
         assert len({task.mask.start for task in drawn}) == 3
@@ -225,11 +226,12 @@ def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
     """Of a text that begins with itself, nothing is said of the first token."""
     plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
     for run.config.tokens_per_micro_batch in (160, 10_000):
-        for passage, found in zip(passages, methods.token_entropies(run, passages), strict=True):
+        for passage, found in zip(passages, next_token.token_entropies(run, passages), strict=True):
             bos, *ids = run.sampler.tokenizer(passage.text).input_ids
             # a difference of two sums near 30, in float32
             assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
-    (found,), ids = methods.token_entropies(bytes_run, [BONN]), list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
+    (found,) = next_token.token_entropies(bytes_run, [BONN])
+    ids = list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
     expected = plain_entropies(load_plain(bytes_run.config.model).eval(), [], ids)
     assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
 
@@ -244,7 +246,7 @@ def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(
     highest = []
     for passage in passages:
         bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-        spans, entropies = methods.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
+        spans, entropies = next_token.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
         allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
         allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
         top = allowed[: len(allowed) // 5]

@@ -203,7 +203,7 @@ class Config:
     question_prompt: str = ""
     """`rlvr`: the prompt of a question, {passage}; empty: the one of prompts.py."""
     rlp_prompt: str = ""
-    """`rlp`: the request for a thought, with {passage}; empty: the one of methods.py."""
+    """`rlp`: the request for a thought, with {passage}; empty: the one of relatives/rlp.py."""
     predict_prefix: str = ""
     """Text that opens a prediction when the probe wants the answer without a thought; empty: that of prompts.py."""
 

@@ -141,13 +141,13 @@ def file_records(
     config: Config,
     skip: Skip,
     columns: tuple = (),
-    needed: tuple = (),
-    cause: str = "no_text",
+    needed: tuple[str, tuple] = ("no_text", ()),
     shuffled: bool = False,
 ) -> Iterator[Record]:
     """The records of files of any kind, one reader for passages, questions and benchmarks.
 
-    Of a parquet file the `columns` (all, if none is named); skip(cause, ...) if none of the `needed` ones is there.
+    Of a parquet file the `columns` (all, if none is named). needed: a cause and columns; a parquet file with none of
+    these is skipped for that cause.
     A txt file is one article, under config.text_field. shuffled: files and parquet rows come in an order of the seed.
     """
     top, files = source_path(config), list(files)
@@ -160,7 +160,7 @@ def file_records(
             skip("empty", str(path), "0 bytes")
         elif kind == "parquet":
             order = random.Random(f"{config.seed} {name}") if shuffled else None
-            yield from _parquet_records(path, name, columns, needed, cause, skip, order)
+            yield from _parquet_records((path, name), columns, needed, skip, order)
         elif kind == "txt":
             yield from _txt_records(path, name, config.text_field, skip)
         else:
@@ -197,12 +197,13 @@ def hub_records(
 
 
 def _parquet_records(
-    path: Path, name: str, wanted: tuple, needed: tuple, cause: str, skip: Skip, order: random.Random | None
+    file_name: tuple[Path, str], wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
 ) -> Iterator[Record]:
     """A broken row group costs that group; a broken table of contents (at the end: a file that was cut) the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    (path, name), (cause, needed) = file_name, needed
     broken = (OSError, ValueError, OverflowError, pa.ArrowException)
     try:
         file = pq.ParquetFile(path)
@@ -601,7 +602,7 @@ def build_index(
         records = hub_records(config.data, config.data_config, seed=config.seed, field=config.text_field)
     else:
         columns = (config.text_field, "id", "title", "url", "labels")
-        records = file_records(files, config, tally.skip, columns, columns[:1], "no_text", shuffled=True)
+        records = file_records(files, config, tally.skip, columns, ("no_text", columns[:1]), shuffled=True)
     with beside.open("w", encoding="utf-8") as out:
         for passage, article in cut(read_articles(records, config, tally), tokenizer, config, tally):
             out.write(json.dumps({**asdict(passage), "key": article.key}, ensure_ascii=False) + "\n")

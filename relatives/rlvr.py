@@ -23,7 +23,7 @@ from ranks import Ranks, gather
 if TYPE_CHECKING:  # methods.py imports this file
     from methods import Run, Task
 
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+GROUPED_DIGITS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 TEXT_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")
 CHOICE_FIELDS = ("options", "choices")
@@ -46,7 +46,7 @@ def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[
     if files is None:
         records = hub_records(config.data, config.data_config, seed=config.seed)
     else:
-        records = file_records(files, config, tally.skip, FIELDS, FIELDS, "no_question")
+        records = file_records(files, config, tally.skip, FIELDS, ("no_question", FIELDS))
     for where, place, record in records:
         tally.counts["records"] += 1
         question = read_question(record, place, where, tally.skip)
@@ -147,7 +147,7 @@ def extract_gold(text: str) -> str | None:
     answer = (marked or last_answer(text, "boxed") or "").strip()
     if marked:
         answer = answer.removeprefix("$")
-    return (answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer) or None
+    return (answer.replace(",", "") if GROUPED_DIGITS.fullmatch(answer) else answer) or None
 
 
 def strip_instruction(text: str) -> str:

@@ -67,11 +67,9 @@ from model import (
     build_policy,
     build_reference,
     check_device,
-    decide_checkpointing,
     ema_update,
     load_replica,
     load_tokenizer,
-    memory_warnings,
     refresh,
 )
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
@@ -313,6 +311,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     if not Path(config.model).expanduser().exists():
         say(f"loading {config.model}; the first time from the hub")
     replica = load_replica(config, ranks)
+    from bench.memory import decide_checkpointing, memory_warnings  # arithmetic of a tool, once
+
     trained = decide_checkpointing(replica.config, config, ranks)
     for line in memory_warnings(replica.config, trained, ranks):
         say(line)

@@ -34,11 +34,8 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+    get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict,
+)  # fmt: skip
 
 from config import Config, ConfigError
 from metrics import unwritten, write_whole

@@ -33,16 +33,8 @@ from ranks import gather
 from relatives.rlvr import verify_predictions
 from rewards import exact_match
 from rollout import (
-    Sampler,
-    derive_seed,
-    encode,
-    generate,
-    predict_prefix,
-    predict_prompt,
-    question_prompt,
-    rollout,
-    sequence_logprobs,
-)
+    Sampler, derive_seed, encode, generate, predict_prefix, predict_prompt, question_prompt, rollout, sequence_logprobs,
+)  # fmt: skip
 
 NO_THOUGHT_TOKENS = 64
 """An answer without a thought need not be longer."""

@@ -22,15 +22,7 @@ from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT
 from ranks import Ranks
 from relatives import next_token, rlp, rlvr
 from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
-from rollout import (
-    Rollout,
-    Sampler,
-    derive_seed,
-    mask_prompt,
-    predict_prompt,
-    question_prompt,
-    rollout,
-)
+from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
 
 
 @dataclass

@@ -23,55 +23,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import (
-    check_same_run,
-    find_checkpoint,
-    finish_save,
-    load_checkpoint,
-    make_saver,
-    resume_notes,
-    save_checkpoint,
-    settle,
-)
+    check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
+)  # fmt: skip
 from config import Config, ConfigError, parse_command_line
 from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
-from methods import (
-    METHODS,
-    Method,
-    Run,
-    Task,
-    method_at,
-    needs_reference,
-    reward,
-)
+from methods import METHODS, Method, Run, Task, method_at, needs_reference, reward
 from metrics import (
-    append_row,
-    clock,
-    close_log,
-    describe,
-    keep_rows,
-    largest_memory,
-    log_row,
-    open_run,
-    read_rows,
-    sample_rows,
-    save_prompts,
-    step_line,
-    step_metrics,
-    summary_table,
-    unwritten,
-    write_whole,
-)
-from model import (
-    build_policy,
-    build_reference,
-    check_device,
-    ema_update,
-    load_replica,
-    load_tokenizer,
-    refresh,
-)
+    append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows, sample_rows,
+    save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
+)  # fmt: skip
+from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
 from rollout import chat_frame, check_prompts, make_sampler

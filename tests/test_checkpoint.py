@@ -20,16 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import metrics as evidence
 from checkpoint import (
-    check_same_run,
-    damage,
-    exported_model,
-    find_checkpoint,
-    finish_save,
-    make_saver,
-    model_fingerprint,
-    resume_notes,
+    check_same_run, damage, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint, resume_notes,
     save_checkpoint,
-)
+)  # fmt: skip
 from config import Config, ConfigError, dump_config
 from grpo import make_optimizer
 from methods import METHODS

@@ -15,15 +15,7 @@ from worker import ASKED
 
 import eval as exams
 from benchmarks import evaluate as command_module
-from benchmarks.evaluate import (
-    chunk_files,
-    chunk_items,
-    claim,
-    conclude,
-    evaluate,
-    open_folder,
-    read_settings,
-)
+from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
 from benchmarks.scores import MATH, PAPER, SIZES, compare, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError

@@ -11,18 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import (
-    ROOT,
-    TINY_BASE,
-    CaptureGradients,
-    largest_error,
-    load_plain,
-    make_run,
-    naive_score,
-    same_bits,
-    tiny_config,
-    weights,
-    wiki_passages,
-)
+    ROOT, TINY_BASE, CaptureGradients, largest_error, load_plain, make_run, naive_score, same_bits, tiny_config,
+    weights, wiki_passages,
+)  # fmt: skip
 
 import methods
 import train

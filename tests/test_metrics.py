@@ -13,19 +13,9 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    active_parameters,
-    append_row,
-    compare,
-    largest_memory,
-    peak_memory_gb,
-    read_rows,
-    sample_rows,
-    step_flops,
-    step_line,
-    step_metrics,
-    summary_table,
-    tokens_after_answer,
-)
+    active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows, step_flops,
+    step_line, step_metrics, summary_table, tokens_after_answer,
+)  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
 

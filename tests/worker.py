@@ -28,26 +28,9 @@ import torch
 import torch.distributed as dist
 from offload_checks import offload_checks
 from reference import (
-    DENSE,
-    FAMILIES,
-    REWARDS,
-    ROOT,
-    SEQUENCES,
-    TINY_BASE,
-    CaptureGradients,
-    largest_error,
-    load_plain,
-    make_groups,
-    make_run,
-    naive_score,
-    naive_update,
-    same_bits,
-    save_model,
-    score_error,
-    tiny_config,
-    weights,
-    wiki_passages,
-)
+    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, largest_error, load_plain, make_groups,
+    make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
+)  # fmt: skip
 from torch.distributed.checkpoint import FileSystemWriter
 
 import eval

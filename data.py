@@ -13,7 +13,7 @@ capped by max_passages is thus a sample of a parquet file, but the first part of
 Prose: a text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is
 kept when it has MIN_PROSE_CHARS letters, ends like a sentence and is no list item; all from END_SECTION on is dropped.
 Thai, Lao and Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
-A record with `labels` (one of LABELS per word) is taken whole; labels of another kind are ignored.
+A record with `labels`, a short name of its kind for each word, is taken whole; other labels are ignored.
 Lengths: a passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes paragraphs
 until it is reached. A paragraph over the maximum is cut at the last sentence end that fits, again and again. Ours: the
 paper says "Wikipedia" and lengths, no more.
@@ -45,7 +45,7 @@ import regex
 
 from config import Config, one_line, parse_command_line
 
-LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
+LABEL = re.compile(r"\w{1,20}", re.ASCII)
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
 CAUSES = {
@@ -54,7 +54,6 @@ CAUSES = {
     "bad_utf8": "not UTF-8",
     "bad_json": "not a JSON object",
     "no_text": "no text field, or not a string",
-    "bad_labels": f"labels are not one of {', '.join(LABELS)} per word",
     "duplicate": "the same record was read before",
     "empty": "no text",
     "no_prose": "article with headings, lists or references only",
@@ -378,7 +377,6 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
-        ours = [label in LABELS for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
@@ -387,14 +385,12 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             tally.skip("empty", where)
         elif SURROGATE.search(named):
             tally.skip("bad_utf8", where, "half of a surrogate pair")
-        elif any(ours) and not (all(ours) and len(ours) == len(labels) == len(text.split())):
-            tally.skip("bad_labels", where)
         elif digest in seen:
             tally.skip("duplicate", where, id_)
         else:
-            if labels is not None and not any(ours):
+            if labels is not None and not _label_words(labels, text):
                 if not tally.counts["labels_ignored"]:
-                    tally.log(one_line(f"data: {where}: labels are ignored, they are none of {', '.join(LABELS)}"))
+                    tally.log(one_line(f"data: {where}: labels are ignored, they are not one short name for each word"))
                 tally.counts["labels_ignored"] += 1
                 labels = None
             key = url or title or id_ or own_id
@@ -403,6 +399,13 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             seen.add(digest)
             ids.add(id_)
             yield Article(id_, title, url, text, labels, where, key)
+
+
+def _label_words(labels, text: str) -> bool:
+    return (
+        isinstance(labels, list) and len(labels) == len(text.split())
+        and all(isinstance(label, str) and LABEL.fullmatch(label) for label in labels)
+    )  # fmt: skip
 
 
 @dataclass

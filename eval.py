@@ -26,7 +26,7 @@ from benchmarks.scores import summarise
 from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError
 from data import Corpus, DataError, Passage
-from masking import LABELS, Mask, labelled_mask, random_span
+from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
 from prompts import BOXED_OPENING, fill, last_answer
 from ranks import gather
@@ -64,12 +64,13 @@ def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
     rng = random.Random(derive_seed(config.seed, "probe"))
     passages = rng.sample(corpus.heldout, min(config.probe_passages, len(corpus.heldout)))
     prompt = question_prompt if passages[0].answer else predict_prompt
+    kinds = {label for passage in passages for label in passage.labels or ()}
     pairs: list[tuple[Passage, Mask]] = []
     for passage in passages:
         if passage.answer:  # a question: its text is the masked text
             drawn = [Mask(passage.answer, masked=passage.text, target=passage.answer)]
         elif passage.labels:
-            drawn = [labelled_mask(passage, label, config, rng) for label in LABELS]
+            drawn = [labelled_mask(passage, label, config, rng) for label in sorted(kinds, key=rank_of(config))]
         else:
             drawn = [random_span(passage, config, rng)]
         pairs += [(passage, mask) for mask in drawn if mask is not None and not mask.invalid]

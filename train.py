@@ -31,8 +31,8 @@ from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import METHODS, Method, Run, Task, method_at, needs_reference, reward
 from metrics import (
-    append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows, sample_rows,
-    save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
+    agreement_warning, append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows,
+    sample_rows, save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
 )  # fmt: skip
 from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
@@ -122,6 +122,9 @@ def log_step(run: Run, row: dict, start: float, say) -> None:
     if run.ranks.rank == 0:
         log_row(Path(run.config.run_dir), row, run.config)
     say(step_line(row, run.config.steps))
+    if "probe/accuracy" in row and run.ranks.rank == 0:
+        if warning := agreement_warning(read_rows(Path(run.config.run_dir) / "metrics.jsonl")):
+            say(warning)
 
 
 def measure(run: Run, row: dict) -> None:

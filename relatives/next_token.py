@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from config import Config
 from data import Passage
 from grpo import score
 from masking import MASK, Mask, label_of, strip_hidden
@@ -29,7 +30,7 @@ def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entr
         chosen = rng.sample(places, count)
     else:
         chosen = rng.choices(places, k=count) if places else []
-    return [next_token_mask(passage, spans, number) for number in chosen]
+    return [next_token_mask(passage, spans, number, run.config) for number in chosen]
 
 
 def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
@@ -73,7 +74,7 @@ def token_entropies(run: Run, passages: list[Passage]) -> list[list[float]]:
     return [([] if start else [0.0]) + entropies for _, entropies in scores]
 
 
-def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int) -> Mask:
+def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int, config: Config) -> Mask:
     """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
 
     tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
@@ -81,7 +82,7 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
 
     >>> from types import SimpleNamespace
     >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)
-    >>> mask = next_token_mask(passage, [(0, 4), (4, 7), (7, 11), (11, 12)], 1)
+    >>> mask = next_token_mask(passage, [(0, 4), (4, 7), (7, 11), (11, 12)], 1, Config())
     >>> mask.masked, mask.target, mask.prefixes
     ('Bonn [mask]', 'is', ('is', 'is old', 'is old.'))
     """
@@ -93,5 +94,5 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
     prefixes = tuple(passage.text[start:end] for _, end in tokens[number : number + LOOKAHEAD])
     if target != prefixes[0].strip():
         prefixes = (target, *prefixes)  # without the invisible characters at the token's end
-    label = label_of(passage, [(start, start + len(target))])
+    label = label_of(passage, [(start, start + len(target))], config)
     return Mask(target, "", passage.text[:start] + MASK, target, 1, start, label, prefixes)

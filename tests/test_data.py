@@ -259,7 +259,7 @@ def test_labelled_records_are_taken_whole_and_untouched(tmp_path, tokenizer):
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert (rows[0]["id"], rows[0]["text"], rows[0]["labels"]) == ("r#0", text, labels)
     assert rows[1]["labels"] is None and len(rows) == 2
-    assert counts["bad_labels"] == 1
+    assert counts["labels_ignored"] == 1
 
 
 # ---- what is skipped

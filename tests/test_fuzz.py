@@ -136,7 +136,7 @@ def test_a_mask_put_back_gives_the_passage_again(count):
         borders = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(5))})
         tokens = list(zip(borders, borders[1:], strict=False))
         for number in range(len(tokens)):
-            mask = next_token_mask(passage, tokens, number)
+            mask = next_token_mask(passage, tokens, number, Config())
             if not mask.invalid:
                 assert mask.masked.removesuffix(MASK) + mask.prefixes[-1] == text[: tokens[-1][1]]
                 assert prefix_match(mask.target, mask.prefixes) == 1.0

@@ -122,7 +122,7 @@ def faults(rng: random.Random, text: str) -> list[bytes]:
     ]  # fmt: skip
 
 
-COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "bad_labels", "long_line", "articles")
+COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "long_line", "articles")
 
 
 @share_and_all(50, 3_000)

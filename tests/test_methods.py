@@ -29,7 +29,7 @@ from relatives import next_token, rlp, rlvr
 from relatives.next_token import LOOKAHEAD, next_token_mask
 from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
-from rollout import Rollout, generate, predict_prompt, question_prompt
+from rollout import mask_prompt, Rollout, generate, predict_prompt, question_prompt
 
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
 BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]
@@ -153,19 +153,19 @@ def test_a_step_of_each_method_trains_what_it_says_and_leaves_the_replica_equal_
 
 
 def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
-    mask = next_token_mask(BONN, BONN_TOKENS, 2)
-    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "", ("old", "old."))
+    mask = next_token_mask(BONN, BONN_TOKENS, 2, Config())
+    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "content", ("old", "old."))
     for number, target in ((3, "."), (4, "")):  # a token without letter or digit is no target
-        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number)
+        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number, Config())
         assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
     labelled = Passage("1#0", "", "", "Bonn is old.", ["copy", "template", "fact"])
-    assert [next_token_mask(labelled, BONN_TOKENS, number).label for number in (1, 2)] == ["template", "fact"]
+    assert [next_token_mask(labelled, BONN_TOKENS, number, Config()).label for number in (1, 2)] == ["template", "fact"]
 
 
 def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_than_the_lookahead():
     text = " ".join("abcdefghijklmnopqrstuvwxyz")
     spans = [(0, 1)] + [(2 * n - 1, 2 * n + 1) for n in range(1, 26)]  # each token with its space
-    mask = next_token_mask(Passage("1#0", "", "", text), spans, 3)
+    mask = next_token_mask(Passage("1#0", "", "", text), spans, 3, Config())
     assert mask.masked == "a b c [mask]" and len(mask.prefixes) == LOOKAHEAD == 16
     assert mask.prefixes[:3] == ("d", "d e", "d e f") and mask.prefixes[-1] == text[6 : 6 + 31]
 
@@ -275,7 +275,7 @@ def test_a_prediction_prompt_over_the_limit_makes_the_mask_invalid(run):
     length = len(predict_prompt(run.sampler, "Bonn is [mask]"))
     for limit, cause in ((length, ""), (length - 1, "prompt_too_long")):
         run.config.max_prompt_tokens = limit
-        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2), run.sampler)
+        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2, Config()), run.sampler)
         assert (task.mask.invalid, len(task.prompt_ids)) == (cause, 0 if cause else length)
 
 
@@ -406,7 +406,7 @@ def graded(run, task: Task, answers: list[str], kind: str) -> list[float]:
 
 
 def test_the_prefix_reward_by_hand(run):
-    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1), run.sampler)
+    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1, Config()), run.sampler)
     answers = ["is", " is old ", "is old.", "is ol", "is old. And", "Is", ""]
     assert graded(run, task, answers, "prefix") == [1, 1, 1, 0, 0, 0, 0]
     assert graded(run, task, answers, "exact") == [1, 0, 0, 0, 0, 0, 0]
@@ -444,7 +444,7 @@ def test_a_frozen_generator_is_rewarded_but_not_trained(run):
 
 def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(run):
     tokenizer = run.sampler.tokenizer
-    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n), run.sampler) for n in (1, 2)]
+    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n, Config()), run.sampler) for n in (1, 2)]
     for form in (" \\boxed{{answer}}", " \\boxed{ {answer} }"):  # the default, then another
         assert form in (Config().sft_answer, " \\boxed{ {answer} }")
         run.config.sft_answer = form
@@ -457,6 +457,11 @@ def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(
         tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
         assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / tokens)] * 2
     assert methods.answer_samples(run, [], [], [BONN]) == []  # no valid mask
+    run.config.sft_mask = " \\mask{{answer}}"  # the generator's format beside it, so that it is not forgotten
+    samples = methods.answer_samples(run, [], drawn[:1], [])
+    assert [sample.rollout.prompt_ids for sample in samples] == [prompts[0], mask_prompt(run.sampler, BONN.text)]
+    assert tokenizer.decode(samples[1].rollout.completion_ids[:-1]) == " \\mask{is}"
+    assert sum(sample.weight * len(sample.rollout.completion_ids) for sample in samples) == pytest.approx(1)
 
 
 def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):

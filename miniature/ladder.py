@@ -26,7 +26,7 @@ CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
 PREDICT_SHARE, REPEAT_SHARE, FACT_SHARE = 0.6, 0.15, 0.75
 LAYERS, HIDDEN, STEPS = 2, 128, 2400
-BASE_SHA256 = ""
+BASE_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
 Pair = tuple[str, int]

@@ -1,8 +1,6 @@
 r"""Answers that are no maths: the letter of an option, a text by BBEH's matching rules; and the last number of a text.
 
 Every function but last_number gets what stands in the box (prompts.last_answer). Needs no torch.
-
-Run alone: `PYTHONPATH=. python -m doctest -v benchmarks/letters.py`
 """
 
 from __future__ import annotations
@@ -43,9 +41,7 @@ def option_letter(box: str, letters: str) -> str | None:
     text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
     found = LETTER.fullmatch(text)
     letter = found[1].upper() if found else ""
-    if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]):
-        return None
-    return letter
+    return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter
 
 
 def guessed_letter(id_: str, letters: str) -> str:
@@ -88,12 +84,8 @@ def fuzzy_match(answer: str, target: str) -> bool:
             return bracketed[1] == other
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
         return True
-    return (
-        answer.replace("'", "") == target.replace("'", "")
-        or answer == f"[{target}]"
-        or target == f"[{answer}]"
-        or answer == target + "?"
-    )
+    same = answer.replace("'", "") == target.replace("'", "")
+    return same or answer in (f"[{target}]", f"{target}?") or target == f"[{answer}]"
 
 
 def _plain(text: str) -> str:

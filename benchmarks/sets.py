@@ -12,7 +12,7 @@ model's score (guessing by a tenth on ten options).
 Left out: sampling and averages (the caller's), rules of matching (judge.py, letters.py), few-shot prompts and
 log-likelihoods (lm-eval's job), AIME's 000 to 999 (073 is 73).
 
-Alone:  python -m benchmarks show NAME [FILE_OR_FOLDER]   counts, fingerprint, the first prompt and its answer
+`python -m benchmarks show NAME [FILE_OR_FOLDER]` shows counts, fingerprint, the first prompt and its answer.
 """
 
 from __future__ import annotations
@@ -41,16 +41,13 @@ class Benchmark:
     """Where a benchmark is, and which fields of its records count (of several names, the first that has a value)."""
 
     hub: str
-    subset: str
-    """The hub dataset's configuration; empty if it has but one."""
+    subset: str  # the hub dataset's configuration; empty if it has but one
     split: str
-    kind: str
-    """maths, choice (an option's letter) or bbeh (text, by BBEH's rules)."""
+    kind: str  # maths, choice (an option's letter) or bbeh (text, by BBEH's rules)
     question: Names
     answer: Names
     options: str = ""
-    samples: int = 1
-    """Responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much."""
+    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much
 
 
 LETTERS = ("answer_letter", "answer")
@@ -84,14 +81,10 @@ OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 class Item:
     """A question ready to be asked."""
 
-    id: str
-    """Its own id if the set has distinct ones, else the record's number, from 1; with the task in front for BBEH."""
-    question: str
-    """What fills {passage} of the prompt, lettered options included."""
-    gold: str
-    """maths: what stands in the box; choice: a letter; bbeh: the target."""
-    letters: str = ""
-    """choice: the letters of the options, "ABCD" for four."""
+    id: str  # its own id if the set has distinct ones, else the record's number, from 1; for BBEH after the task
+    question: str  # what fills {passage} of the prompt, lettered options included
+    gold: str  # maths: what stands in the box; choice: a letter; bbeh: the target
+    letters: str = ""  # choice: the letters of the options, "ABCD" for four
 
 
 @dataclass
@@ -99,8 +92,7 @@ class Verdict:
     """What was judged, where it was found, and whether it is right."""
 
     answer: str | None
-    how: str
-    """box, last_number, guess or none."""
+    how: str  # box, last_number, guess or none
     score: float
 
 
@@ -232,10 +224,14 @@ def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[
         for where, _, record in hub_records(row.hub, row.subset, row.split):
             yield where, str(record.get(TASK_FIELD) or ""), record
         return
+
+    def refuse(cause: str, where: str, detail: str = "") -> None:
+        raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+
     config = Config(data=path, data_config=row.subset)
     for file in _files(config, row, log):
         task = file.parent.name if file.name == "task.json" else ""
-        for where, _, record in file_records([file], config, _refuse):
+        for where, _, record in file_records([file], config, refuse):
             yield where, str(record.get(TASK_FIELD) or task), record
 
 
@@ -245,18 +241,13 @@ def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[P
     if files is None:
         raise DataError(f"{config.data}: no such file or folder")
     readable = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
-    tasks = [file for file in readable if file.name == "task.json"]
-    split = [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
-    chosen = tasks or split or readable
-    if not chosen:
+    named = [file for file in readable if file.name == "task.json"]
+    named = named or [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
+    if not readable:
         raise DataError(f"{config.data}: no .parquet, .jsonl or .json file")
-    if len(chosen) > 1 and not (tasks or split):
-        raise DataError(f"{config.data}: {len(chosen)} files, none named after split {row.split!r}; give one of them")
-    return chosen
-
-
-def _refuse(cause: str, where: str, detail: str = "") -> None:
-    raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+    if len(readable) > 1 and not named:
+        raise DataError(f"{config.data}: {len(readable)} files, none named after split {row.split!r}; give one of them")
+    return named or readable
 
 
 # ---------------------------------------------------------------------------------------------- judging

@@ -48,18 +48,14 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder}: no metrics.jsonl with a row in it; a run directory is expected")
     config = folder / "config.yaml"
     run = RunData(folder, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}, rows)
-    places, steps = {}, {}  # (step, passage) in order; the steps at which a passage occurs
-    for row in stream(folder / "samples.jsonl"):
-        places[row["step"], row["passage"]["id"]] = None
-        steps.setdefault(row["passage"]["id"], set()).add(row["step"])
-    kept = set(even(list(places), ENTRIES))
-    recurring = max(steps, key=lambda name: len(steps[name]), default=None)
+    places = dict.fromkeys((row["step"], row["passage"]["id"]) for row in stream(folder / "samples.jsonl"))
+    kept, occurrences = set(even(list(places), ENTRIES)), Counter(name for _, name in places)
     run.repeated = list(stream(folder / "probes.jsonl"))
-    recurs = not run.repeated and recurring is not None and len(steps[recurring]) > 1
+    recurring, times = occurrences.most_common(1)[0] if places and not run.repeated else ("", 0)
     for place, tasks in groupby(stream(folder / "samples.jsonl"), lambda row: (row["step"], row["passage"]["id"])):
         tasks = list(tasks)
         run.entries += [tasks] if place in kept else []
-        run.repeated += tasks if recurs and place[1] == recurring else []
+        run.repeated += tasks if times > 1 and place[1] == recurring else []
     return run
 
 
@@ -71,16 +67,16 @@ def even(items: list, most: int) -> list:
 def group_by_seed(runs: list[RunData]) -> list[Family]:
     """Runs that differ only in their seed, together; named by the config keys in which the families differ."""
     groups: dict[str, list[RunData]] = {}
-    for run in sorted(runs, key=lambda run: str(run.config.get("seed"))):
+    for run in runs:
         same = {key: value for key, value in run.config.items() if key not in SEED_KEYS} or str(run.folder)
         groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
-    ordered = sorted(groups.values(), key=lambda group: min(map(runs.index, group)))
-    configs = [group[0].config for group in ordered]
+    configs = [group[0].config for group in groups.values()]
     differ = [key for key in configs[0] if key not in SEED_KEYS and len({str(c.get(key)) for c in configs}) > 1]
     families = []
-    for group, config in zip(ordered, configs, strict=True):
-        settings = [f"{key}={config.get(key)}".removeprefix("method=") for key in differ]
-        name = ", ".join(settings) if config and settings else group[0].folder.resolve().name
+    for group in groups.values():
+        group.sort(key=lambda run: str(run.config.get("seed")))
+        settings = [f"{key}={group[0].config.get(key)}".removeprefix("method=") for key in differ if group[0].config]
+        name = ", ".join(settings) or group[0].folder.resolve().name
         seeds = ", ".join(str(run.config.get("seed", "?")) for run in group)
         families.append(Family(f"{name} (seed{'s' * (len(group) > 1)} {seeds})", group))
     return families
@@ -103,9 +99,9 @@ def split_response(text: str, command: str) -> dict:
 
 def mask_spans(task: dict) -> list[list[int]]:
     """[start, end] in characters of each masked place of the passage."""
-    mask, text, size = task["mask"], task["passage"]["text"], len(task["mask"]["target"])
-    places = [match.start() for match in re.finditer(r"\[mask\]", mask["masked"])]
-    starts = [start + n * (size - len("[mask]")) for n, start in enumerate(places)]
+    mask, text, size, starts = task["mask"], task["passage"]["text"], len(task["mask"]["target"]), []
+    for before in mask["masked"].split("[mask]")[:-1]:
+        starts.append(len(before) + (starts[-1] + size if starts else 0))
     if any(text[start : start + size] != mask["target"] for start in starts):
         starts = [mask["start"]] if mask["start"] >= 0 else []
     return [[start, start + size] for start in starts]
@@ -138,8 +134,8 @@ def browser_entry(tasks: list[dict]) -> dict:
         if not mask["invalid"]:
             item |= {"k": mask_spans(task), "x": mask["target"]}
         if proposal:
-            item["g"] = split_response(proposal["text"], "mask")
-            item["g"] |= {"r": finite(proposal["reward"]), "f": proposal["finish"]}
+            shown = {"r": finite(proposal["reward"]), "f": proposal["finish"]}
+            item["g"] = split_response(proposal["text"], "mask") | shown
         masks.append(item)
     return {"s": tasks[0]["step"], "t": passage["title"], "u": passage["url"], "x": passage["text"], "m": masks}
 
@@ -171,8 +167,8 @@ def step_card(step: int, tasks: list[dict]) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    lines = []
     masks = Counter((task["mask"]["words"] or "nothing", task["mask"]["invalid"]) for task in tasks if task["proposal"])
+    lines = []
     for (words, invalid), count in masks.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
@@ -209,8 +205,10 @@ def passage_by_step(run: RunData) -> str:
 
 def overview(families: list[Family]) -> str:
     """How far the runs are, and the first and last values of the main metrics."""
-    keys = {"probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy"}
-    keys |= {"pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept"}
+    keys = {
+        "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
+        "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
+    }  # fmt: skip
     lines = ["<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())]
     for colour, family in enumerate(families):
         steps = dict.fromkeys(f"{run.rows[-1]['step']} of {run.config.get('steps', '?')}" for run in family.runs)

@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 
@@ -50,9 +50,8 @@ def describe_answer(text: str) -> str:
 
 def hand_advantages(rewards: list[float], divide_by_std: bool = True) -> tuple[float, float, list[float]]:
     """(mean, standard deviation with n - 1, advantages) in plain arithmetic."""
-    mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
-    return mean, std, [(reward - mean) / (std + 1e-6) if divide_by_std else reward - mean for reward in rewards]
+    mean, std = sum(rewards) / len(rewards), stdev(rewards)
+    return mean, std, [(reward - mean) / (std + 1e-6 if divide_by_std else 1) for reward in rewards]
 
 
 @torch.no_grad()
@@ -77,9 +76,7 @@ def trainer_logprobs(policy, sample: Sample, sampler: Sampler) -> torch.Tensor:
 def token_loss(policy, sample: Sample, place: int, sampler: Sampler) -> tuple[float, float]:
     """The code's loss of one token of a sample, and its derivative by the token's log-prob."""
     batch = pack_samples([[sample]], sampler.ranks.device)
-    batch.weights = torch.where(
-        torch.arange(len(batch.weights), device=batch.weights.device) == place, batch.weights, 0
-    )
+    batch.weights *= torch.arange(len(batch.weights), device=batch.weights.device) == place
     old_logprobs = trainer_logprobs(policy, sample, sampler)
     logprobs = old_logprobs.clone().requires_grad_()
     loss, _ = clipped_loss(logprobs, old_logprobs, batch, sampler.config)
@@ -105,13 +102,14 @@ def choose_mask(proposals: list[list[Task]]) -> tuple[list[Task], Task]:
     """The tasks of a passage and the one to follow: unequal rewards first, then a balance of right and wrong, then the
     harder. Raises ConfigError if no mask has both right and wrong answers."""
 
+    pairs = [(tasks, task) for tasks in proposals for task in tasks if len(set(task.correct)) > 1]
+    if not pairs:
+        raise ConfigError("seed: in this step every mask was solved by all or by none, nothing to learn; try another")
+
     def preference(pair: tuple[list[Task], Task]) -> tuple:
         share = fmean(pair[1].correct)
         return len({task.proposal_reward for task in pair[0]}) > 1, -abs(share - 0.5), -share
 
-    pairs = [(tasks, task) for tasks in proposals for task in tasks if len(set(task.correct)) > 1]
-    if not pairs:
-        raise ConfigError("seed: in this step every mask was solved by all or by none, nothing to learn; try another")
     return max(pairs, key=preference)
 
 
@@ -141,16 +139,15 @@ def show_masks(tasks: list[Task], task: Task, sampler: Sampler, say) -> None:
     for number, proposed in enumerate(tasks, 1):
         mask = proposed.mask
         state = f"INVALID: {mask.invalid}" if mask.invalid else f"valid, occurs {mask.occurrences} x"
-        label = f", {mask.label}" if mask.label else ""
+        state += f", {mask.label}" if mask.label else ""
         followed = "  <- followed from here on" if proposed is task else ""
-        say(f"   mask {number}: {plain(mask.words) or '(none)'}   [{state}{label}]{followed}")
+        say(f"   mask {number}: {plain(mask.words) or '(none)'}   [{state}]{followed}")
         say(wrapped(f"it wrote: {proposed.proposal.text}", 11, 300))
     say(f"\n   The passage with the words of that mask hidden:\n{wrapped(task.mask.masked)}")
     say(f"\n3. PREDICT  the predictor reads this, {len(task.predictions)} times over")
     say(f"{wrapped(decode(task.prompt_ids), most=600)}\n")
-    for number, (response, correct, earned) in enumerate(
-        zip(task.predictions, task.correct, task.rewards, strict=True), 1
-    ):
+    verdicts = zip(task.predictions, task.correct, task.rewards, strict=True)
+    for number, (response, correct, earned) in enumerate(verdicts, 1):
         say(f"   {number}: {'right' if correct else 'wrong'}, reward {earned:g}: {describe_answer(response.text)}")
         say(wrapped(f"it wrote: {response.text}", 6, 300))
 
@@ -163,10 +160,8 @@ def show_rewards(tasks: list[Task], task: Task, groups: list[Group], config: Con
     say(f"   The mask earns {by_hand:.4f} by hand, {task.proposal_reward:.4f} in the code: {config.generator_reward},")
     say("   and 0 where none is right or the mask is invalid.")
     pairs = {"mask reward": (by_hand, task.proposal_reward)}
-    for name, response in (
-        ("predictions of this mask", task.predictions[0]),
-        ("masks of this passage", tasks[0].proposal),
-    ):
+    followed = {"predictions of this mask": task.predictions[0], "masks of this passage": tasks[0].proposal}
+    for name, response in followed.items():
         group = next(group for group in groups if group.rollouts[0] is response)
         mean, std, hand = hand_advantages(group.rewards, config.advantage_std)
         code = group_advantages(group.rewards, config)
@@ -212,18 +207,16 @@ def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say)
 def show_update(task: Task, done: Step, old_run: Run, run: Run, say) -> dict:
     """The update on the whole batch, and how it changes the log-probs of this mask's responses."""
     responses = [Sample(response, 0.0) for response in task.predictions]
-    before, after = (
-        [trainer_logprobs(one.policy, response, run.sampler).sum().item() for response in responses]
-        for one in (old_run, run)
-    )
+    logprobs = [[trainer_logprobs(one.policy, response, run.sampler).sum().item() for response in responses]
+                for one in (old_run, run)]  # fmt: skip
     row, samples = done.row, done.samples
     total = -sum(s.weight * s.advantage * len(s.rollout.completion_ids) for s in samples)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
+    changes = [new - old for old, new in zip(*logprobs, strict=True)]
     say(f"\n7. UPDATE  AdamW on all {len(samples)} kept responses of both roles, learning rate {row['lr']:g}")
     say(f"   loss of the step: {total:.8f} by hand with c = 1, {row['loss']:.8f} in the code")
     say(f"   norm of the gradient {row['grad_norm']:.4f}; trainer - sampler {row['mismatch_abs']:.1e} nats a token")
     say("\n   log p of whole responses to our mask:\n      verdict   before    after   change")
-    for correct, old, new, change in zip(task.correct, before, after, changes, strict=True):
+    for correct, old, new, change in zip(task.correct, *logprobs, changes, strict=True):
         say(f"      {'right' if correct else 'wrong'}  {old:9.4f}{new:9.4f}{change:+9.4f}")
     for verdict, name in ((1, "right"), (0, "wrong")):
         mean = fmean(change for change, correct in zip(changes, task.correct, strict=True) if correct == verdict)

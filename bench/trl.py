@@ -10,10 +10,10 @@
     trl_fitted  the same with a cache and a batch that suit this step (CPU only)
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
-A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them. All
-peers have the same weights, rewards (half of each group is right) and tokens in a micro-batch. Each measurement is a
-process of its own, and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it.
-Without TRL, which is no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them, with the
+same weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process of its own,
+and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it. Without TRL, which is
+no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def peer_prompts(config: Config, options: Options) -> list[str]:
     """Prediction prompts on articles of the mini-wiki."""
     with gzip.open(REPOSITORY / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
         articles = [json.loads(next(lines))["text"] for _ in range(options.prompts * options.articles)]
-    joined = [" ".join(articles[i :: options.prompts]) for i in range(options.prompts)]
-    return [fill(config.predict_prompt or PREDICT_PROMPT, text) for text in joined]
+    template = config.predict_prompt or PREDICT_PROMPT
+    return [fill(template, " ".join(articles[n :: options.prompts])) for n in range(options.prompts)]
 
 
 def rows_per_batch(config: Config, options: Options, longest: int) -> int:

@@ -7,7 +7,7 @@ Every function gets what stands in the box (prompts.last_answer). A maths answer
     anything else       by math-verify in a child process (verify.py), after both are spelled as it reads them right
 
 A plain number is an integer, a decimal, a power, or a product or fraction of these. 50% is 50 and 0.5. A decimal of six
-places or more equals a fraction that rounds to it. Left out: where items come from (sets.py). Needs no torch.
+places or more equals a fraction that rounds to it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class Number(NamedTuple):
 def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
     r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
 
-    pairs: (gold, answer), both what stands inside the box. Equal pairs are checked once. `seconds` is wall time per
-    answer, so a batch takes at most that (and a restart of the child) times the number of hostile answers in it.
+    pairs: (gold, answer), both what stands inside the box. `seconds` is wall time per distinct pair, in the child.
     Raises RuntimeError when the child cannot be started.
 
     >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
@@ -105,7 +104,7 @@ def _check(gold: str, answer: str, seconds: float) -> float:
         return 0.0
     gold, answer = _spell(gold), _spell(answer)
     if not gold or not answer or gold == answer:
-        return float(bool(gold) and gold == answer)
+        return float(gold == answer != "")
     number = read_number(gold, is_gold=True)
     if number is None and (WRAPPER.fullmatch(gold) or PHRASE.fullmatch(gold)):
         gold, answer = (normalise(text).casefold().strip("()[]{}$ ") for text in (gold, answer))

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -131,8 +130,7 @@ def browser_entry(tasks: list[dict]) -> dict:
     for task in tasks:
         mask, proposal = task["mask"], task["proposal"]
         item = {"w": shorten(mask["words"]), "i": mask["invalid"], "l": mask["label"], "p": count_predictions(task)}
-        if not mask["invalid"]:
-            item |= {"k": mask_spans(task), "x": mask["target"]}
+        item |= {} if mask["invalid"] else {"k": mask_spans(task), "x": mask["target"]}
         if proposal:
             shown = {"r": finite(proposal["reward"]), "f": proposal["finish"]}
             item["g"] = split_response(proposal["text"], "mask") | shown
@@ -145,7 +143,8 @@ def rollouts_json(runs: list[RunData], room: int = SAMPLE_BYTES) -> str:
     data = [{"n": run.folder.resolve().name, "e": [browser_entry(tasks) for tasks in run.entries]} for run in runs]
     while True:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        for char in "<\u2028\u2029":
+            text = text.replace(char, f"\\u{ord(char):04x}")
         if len(text.encode("utf-8", "replace")) <= room or not any(item["e"] for item in data):
             return text
         for item in data:
@@ -190,17 +189,16 @@ def passage_by_step(run: RunData) -> str:
     for row in run.repeated:  # one block per mask of probes.jsonl, and one for everything with a generator's response
         blocks.setdefault(row["mask"]["masked"] if row["proposal"] is None else "", []).append(row)
     name = f'<span dir="auto">{escape(run.folder.resolve().name)}</span>'
-    html = [f"<p>{title_link(run.repeated[0]['passage'])}, in the run {name}</p>"]
+    html = f"<p>{title_link(run.repeated[0]['passage'])}, in the run {name}</p>"
     for masked, rows in blocks.items():
-        passage, mask = rows[0]["passage"], rows[0]["mask"]
-        highlighted = f"<mark>{escape(mask['target'])}</mark>".join(map(escape, masked.split("[mask]")))
-        kind = f" ({escape(mask['label'])})" if mask["label"] else ""
-        heading = f"Recovering the highlighted words{kind}" if masked else "What the generator masks"
+        heading, text, mask = "What the generator masks", escape(rows[0]["passage"]["text"]), rows[0]["mask"]
+        if masked:
+            heading = "Recovering the highlighted words" + (f" ({escape(mask['label'])})" if mask["label"] else "")
+            text = f"<mark>{escape(mask['target'])}</mark>".join(map(escape, masked.split("[mask]")))
         steps = {step: list(tasks) for step, tasks in groupby(rows, lambda row: row["step"])}
         cards = "".join(step_card(step, steps[step]) for step in even(sorted(steps), STEPS_SHOWN))
-        text = f'<p class="text" dir="auto">{highlighted or escape(passage["text"])}</p>'
-        html.append(f'<h3>{heading}</h3>{text}<div class="cards">{cards}</div>')
-    return "".join(html)
+        html += f'<h3>{heading}</h3><p class="text" dir="auto">{text}</p><div class="cards">{cards}</div>'
+    return html
 
 
 def overview(families: list[Family]) -> str:
@@ -209,17 +207,17 @@ def overview(families: list[Family]) -> str:
         "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
         "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
     }  # fmt: skip
-    lines = ["<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())]
+    table = "<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())
     for colour, family in enumerate(families):
         steps = dict.fromkeys(f"{run.rows[-1]['step']} of {run.config.get('steps', '?')}" for run in family.runs)
-        cells = [", ".join(steps)]
+        table += f'<tr><td><span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'
+        table += f"<td>{', '.join(steps)}"
         for key in keys:
             values = [y for _, y in family.series(key).points if math.isfinite(y)]
             many = 1 if key.startswith("probe/") else 20  # a step is a small sample, a probe is not
-            cells.append(" &rarr; ".join(number(fmean(ends)) for ends in (values[:many], values[-many:]) if ends))
-        name = f'<span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'
-        lines.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells))
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+            ends = [number(fmean(part)) for part in (values[:many], values[-many:]) if part]
+            table += f"<td>{' &rarr; '.join(ends)}"
+    return f'<div class="wide"><table>{table}</table></div>'
 
 
 def build_page(runs: list[RunData]) -> str:
@@ -257,8 +255,7 @@ def write_report(folders: list[Path]) -> Path:
     target = Path(folders[0]) / "report.html"
     temporary = target.with_name("report.html.part")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
-    return target
+    return temporary.replace(target)
 
 
 def main() -> None:

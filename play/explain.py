@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import tempfile
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
@@ -83,25 +83,23 @@ def token_loss(policy, sample: Sample, place: int, sampler: Sampler) -> tuple[fl
     return loss.item(), torch.autograd.grad(loss, logprobs)[0][place].item()
 
 
-def first_step(config: Config, ranks: Ranks) -> tuple[Run, Run, Step]:
-    """Step 1 by train.step: (the run after it, the run as it was before, what the step made)."""
+def first_step(config: Config, ranks: Ranks) -> tuple[Run, Any, Any, Step]:
+    """Step 1 by train.step: (the run after it, the plain model and the trainer's as before it, what the step made)."""
     tokenizer = load_tokenizer(config)
     with tempfile.TemporaryDirectory() as folder:
         build_index(config, tokenizer, Path(folder), log=lambda line: None)
         corpus = load_corpus(Path(folder), config)
     replica, start = load_replica(config, ranks), load_replica(config, ranks)
     policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
-    samplers = [make_sampler(model, tokenizer, config, ranks) for model in (replica, start)]
-    check_prompts(samplers[0])
-    run = Run(config, ranks, corpus, samplers[0], policy, None, make_optimizer(policy, config))
-    before = replace(run, sampler=samplers[1], policy=build_reference(start, config, ranks))
-    return run, before, step(run, 0)
+    sampler = make_sampler(replica, tokenizer, config, ranks)
+    check_prompts(sampler)
+    run = Run(config, ranks, corpus, sampler, policy, None, make_optimizer(policy, config))
+    return run, start, build_reference(start, config, ranks), step(run, 0)
 
 
 def choose_mask(proposals: list[list[Task]]) -> tuple[list[Task], Task]:
     """The tasks of a passage and the one to follow: unequal rewards first, then a balance of right and wrong, then the
     harder. Raises ConfigError if no mask has both right and wrong answers."""
-
     pairs = [(tasks, task) for tasks in proposals for task in tasks if len(set(task.correct)) > 1]
     if not pairs:
         raise ConfigError("seed: in this step every mask was solved by all or by none, nothing to learn; try another")
@@ -119,14 +117,14 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     for key, value in (required | {"train_generator": True}).items():
         if getattr(config, key) != value:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must be {value!r} to be explained")
-    run, before, done = first_step(config, ranks)
+    run, start, before, done = first_step(config, ranks)
     tasks, task = choose_mask(done.proposals)
     show_masks(tasks, task, run.sampler, say)
     pairs = show_rewards(tasks, task, done.groups, config, say)
     responses = {id(response) for response in task.predictions}
     sample = next(s for s in done.samples if id(s.rollout) in responses and s.advantage > 0)
     kept = [group for group in done.groups if keep_group(group)]
-    pairs |= show_token(sample, kept, before.policy, before.sampler, say)
+    pairs |= show_token(sample, kept, start, before, run.sampler, say)
     return pairs | show_update(task, done, before, run, say)
 
 
@@ -176,7 +174,7 @@ def show_rewards(tasks: list[Task], task: Task, groups: list[Group], config: Con
     return pairs
 
 
-def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say) -> dict:
+def show_token(sample: Sample, kept: list[Group], start, policy, sampler: Sampler, say) -> dict:
     """The weight of a token, its log-prob in three ways, and its loss."""
     config, response = sampler.config, sample.rollout
     lengths = [len(rollout.completion_ids) for group in kept for rollout in group.rollouts]
@@ -186,7 +184,7 @@ def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say)
     say(f"\n5. WEIGHTS  {len(kept)} groups are kept: {len(lengths)} responses, {sum(lengths)} tokens.")
     say(f"   Each token of ours weighs {rule}\n   = {weight:.8f} by hand, {sample.weight:.8f} in the code.")
     place = min(range(length), key=lambda n: response.sampler_logprobs[n])  # the least expected token shows most
-    hand = hand_logprobs(sampler.replica, response, config.temperature)[place]
+    hand = hand_logprobs(start, response, config.temperature)[place]
     code = trainer_logprobs(policy, sample, sampler)[place].item()
     correction = min(math.exp(code - response.sampler_logprobs[place]), config.max_importance)
     loss, slope = token_loss(policy, sample, place, sampler)
@@ -204,11 +202,11 @@ def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say)
     return pairs | {"loss": (by_hand, loss), "slope": (by_hand, slope)}
 
 
-def show_update(task: Task, done: Step, old_run: Run, run: Run, say) -> dict:
+def show_update(task: Task, done: Step, before, run: Run, say) -> dict:
     """The update on the whole batch, and how it changes the log-probs of this mask's responses."""
     responses = [Sample(response, 0.0) for response in task.predictions]
-    logprobs = [[trainer_logprobs(one.policy, response, run.sampler).sum().item() for response in responses]
-                for one in (old_run, run)]  # fmt: skip
+    policies = (before, run.policy)
+    logprobs = [[trainer_logprobs(policy, one, run.sampler).sum().item() for one in responses] for policy in policies]
     row, samples = done.row, done.samples
     total = -sum(s.weight * s.advantage * len(s.rollout.completion_ids) for s in samples)
     changes = [new - old for old, new in zip(*logprobs, strict=True)]

@@ -76,14 +76,13 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
         if int(source["number"]) >= len(heldout):
             raise ConfigError(f"number={source['number']}: must be below {len(heldout)}, the held-out passages")
         return heldout[int(source["number"])]
+    text = source.get("passage")
     if "file" in source:
         try:
             text = Path(source["file"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={source['file']!r}: cannot be read ({type(error).__name__})") from None
-    elif "passage" in source:
-        text = source["passage"]
-    else:
+    if text is None:
         if sys.stdin.isatty():
             print("Paste a paragraph, then press Ctrl-D on an empty line:", flush=True)
         text = sys.stdin.read()

@@ -184,9 +184,8 @@ def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool
 def fitted_settings(options: Options, longest: int) -> dict:
     """A cache for 32 requests at once, the fastest of 4 to 256 on a CPU; the defaults take half of the memory."""
     pages = -(-(longest + options.tokens) // 32) + 1  # of one request
-    return {
-        "page_size": 32, "num_blocks": 32 * pages + 8, "max_requests_per_batch": 32, "max_batch_tokens": 32 * longest,
-    }  # fmt: skip
+    settings = {"page_size": 32, "num_blocks": 32 * pages + 8, "max_requests_per_batch": 32}
+    return settings | {"max_batch_tokens": 32 * longest}
 
 
 PEERS = {
@@ -204,9 +203,10 @@ PEERS = {
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
     # TRL would spread over every GPU that it sees, and refuses to
-    fixed = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-    fixed |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | fixed
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    variables |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": path}
     command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
@@ -231,10 +231,9 @@ def compare_peers(words: list[str]) -> None:
         row = {"warmup": wall[0], "seconds": wall[1:], "cpu_seconds": cpu[1:], "memory_gb": peak_memory_gb()}
         return print(json.dumps(row))
     runs = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
-            runs[name].append(one_process(name, words))
-            print(f"{name:10} {runs[name][-1]}", flush=True)
+    for name in names * options.rounds:
+        runs[name].append(one_process(name, words))
+        print(f"{name:10} {runs[name][-1]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(runs, indent=1) + "\n")
     print("\n" + peer_table(runs, options))

@@ -110,9 +110,8 @@ def compare(folders: list[str]) -> str:
 
     Raises ConfigError for a folder that holds no finished evaluation.
     """
-    found = {}
-    for folder in folders:
-        file = Path(folder) / "eval.json"
+    found = {folder: Path(folder) / "eval.json" for folder in folders}
+    for folder, file in found.items():
         if not file.is_file():
             raise ConfigError(f"{folder}: no eval.json in it, so no finished evaluation")
         found[folder] = json.loads(file.read_text(encoding="utf-8"))
@@ -127,8 +126,7 @@ def compare(folders: list[str]) -> str:
     wide = max(map(len, rows))
     lines += ["", f"{'':{wide}}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for name, row in rows.items():
-        cells = (f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS)
-        lines.append(f"{name:{wide}}" + "".join(cells))
+        lines.append(f"{name:{wide}}" + "".join(f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS))
     return "\n".join(lines)
 
 

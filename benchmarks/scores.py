@@ -105,7 +105,7 @@ def table(results: dict[str, dict], means: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def compare(folders: list[str]) -> str:
+def compare_evaluations(folders: list[str]) -> str:
     """Evaluations side by side, what differs in how they were made; below, those of whole sets over the paper's.
 
     Raises ConfigError for a folder that holds no finished evaluation.

@@ -24,8 +24,9 @@ OBVIOUS = ("Rain fell all night .", "Bread costs little today .", "Ships sail be
 NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it NOISE .")
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
-PREDICT_SHARE, REPEAT_SHARE, FACT_SHARE = 0.6, 0.15, 0.75
-LAYERS, HIDDEN, STEPS = 2, 128, 2400
+FACT_SHARE = 0.75  # of the prediction examples
+STAGES = ((2400, 0.60, 0.15), (800, 0.30, 0.15))  # steps, shares of predictions and of repetitions; the rest are masks
+LAYERS, HIDDEN = 2, 128
 BASE_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
@@ -104,16 +105,17 @@ def answer(rng: random.Random, after: dict[str, str], words: list[str], place: i
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
-def web_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) examples, each on a fresh article of the web."""
+def web_examples(seed: int, predict: float = 0.6, repeat: float = 0.15) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article of the web, with these shares of predictions and
+    of repetitions."""
     rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
     while True:
         words, labels = write_article(rng, after, pairs)
         draw, passage = rng.random(), " ".join(words)
         places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
-        if draw < REPEAT_SHARE:
+        if draw < repeat:
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEAT_SHARE + PREDICT_SHARE:
+        elif draw < repeat + predict:
             place = rng.choice(places)
             if rng.random() < FACT_SHARE:
                 place = labels.index(f"hop{rng.choice(DEPTHS)}")
@@ -136,5 +138,6 @@ def make_base() -> None:
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(web_examples(0))
     model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
-    base.pretrain(model, tokenizer, web_examples(0), STEPS)
+    for steps, predict, repeat in STAGES:  # the second makes it copy what it masks
+        base.pretrain(model, tokenizer, web_examples(0, predict, repeat), steps)
     base.save_base(base.ASSETS / "ladder_base", model, tokenizer, BASE_SHA256)

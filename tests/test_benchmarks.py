@@ -2,8 +2,6 @@ r"""Benchmarks: every record is an item or counted, and who is right: a table of
 
 import gzip
 import json
-import os
-import time
 from pathlib import Path
 
 import datasets
@@ -12,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import __main__ as commands
-from benchmarks import sets
-from benchmarks.judge import check_answers
 from benchmarks.letters import guessed_letter
 from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
@@ -112,15 +108,6 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
     assert judge("aime24", [], []) == []
     with pytest.raises(ValueError):
         judge("aime24", [item], texts)
-
-
-def test_answers_that_keep_sympy_busy_are_wrong_and_the_rest_is_judged(monkeypatch):
-    monkeypatch.setattr(sets, "check_answers", lambda pairs: check_answers(pairs, seconds=0.5))
-    bombs = [boxed("9^{9^{9^{9^{9}}}}"), boxed("99999999!")]
-    begin = time.monotonic()
-    verdicts = judge("math500", [Item("1", "", r"\sqrt{4}")] * 4, [boxed("2"), *bombs, boxed("6/3")])
-    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 1.0]
-    assert time.monotonic() - begin < 10
 
 
 # ---------------------------------------------------------------------------------------------- where items come from
@@ -357,34 +344,3 @@ def test_the_command_shows_the_first_prompt_and_ends_bad_input_with_status_2(tmp
 
 
 # ---------------------------------------------------------------------------------------------- real files
-
-DATA = os.environ.get("PRETRAINZERO_EVAL_DATA", "")
-FILES = sorted(path for path in Path(DATA).iterdir() if path.suffix in (".json", ".jsonl", ".parquet")) if DATA else []
-SIZES = {"gsm8k": 1319, "math500": 500, "olympiad": 675, "minerva": 272, "amc23": 40, "aime24": 30, "aime25": 30}
-
-
-@pytest.mark.skipif(not DATA, reason="PRETRAINZERO_EVAL_DATA names no folder of files NAME*.jsonl, .json or .parquet")
-@pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
-def test_real_files_are_read_whole_and_only_the_gold_is_right(path):
-    name = next(name for name in BENCHMARKS if path.name.startswith(name))
-    items, counts, _ = load(name, path)
-    assert counts["records"] == counts["items"] == len(items) == len({item.id for item in items})
-    assert name not in SIZES or len(items) == SIZES[name]
-    assert {verdict.score for verdict in judge(name, items, [boxed(item.gold) for item in items])} == {1.0}
-    wrong = judge(name, items, [boxed(other_answer(name, item)) for item in items])
-    accepted = [
-        (item.id, item.gold, verdict.answer) for item, verdict in zip(items, wrong, strict=True) if verdict.score
-    ]
-    print(f"{path.name}: {len(items)} items; wrong answers found right: {accepted}")
-    # OlympiadBench 2212, N=n: math-verify takes N for n and then finds n=n equal to n=n+1.
-    assert all("=" in gold for _, gold, _ in accepted) and len(accepted) <= len(items) // 100
-
-
-def other_answer(name: str, item: Item) -> str:
-    """The next letter, one more, or other text."""
-    if item.letters:
-        return item.letters[(item.letters.index(item.gold) + 1) % len(item.letters)]
-    if BENCHMARKS[name].kind == "bbeh":
-        return "(K)" if item.gold.startswith("(") else item.gold + "1"
-    plain = item.gold.replace("$", "")
-    return str(int(plain) + 1) if plain.isdigit() else f"{plain} + 1"

@@ -329,17 +329,6 @@ def test_texts_of_a_config_stay_inside_their_blocks(trained):
     assert eval(re.search(r"^prompt = (.*)  # as in the run$", text, re.MULTILINE)[1]) == prompt
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_card_that_names_it(trained, method):
-    card = ModelCard(str(model_card(trained(method=method), 3)))
-    assert method.replace("_", "-") in card.data.tags and f"- method: `{method}`" in card.text
-
-
-def test_a_run_without_rows_or_record_has_a_card(build_sampler, folders, tmp_path):
-    text = str(model_card(build_sampler(folders["smollm3"], run_dir=str(tmp_path)), 0))
-    assert "The run directory has none." in text and "were not recorded" in text
-
-
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_code_of_the_card_loads_the_folder_and_asks_as_the_run_did(trained, tmp_path, monkeypatch, capsys, chat):
     prompts = {"mask_prompt": " {passage}\nMask:", "predict_prompt": " {passage}\nPredict:"}

@@ -294,12 +294,6 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
     assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in data.CAUSES if cause in counts)
 
 
-def test_only_the_first_few_of_a_cause_are_logged(tmp_path, tokenizer):
-    source = write_jsonl(tmp_path / "a.jsonl", [b"{broken"] * 50 + records(3))
-    _, counts, logged = build(make_config(source), tokenizer, tmp_path / "index")
-    assert counts["bad_json"] == 50 and sum("a.jsonl:" in entry for entry in logged) == 3
-
-
 def write_parquet(path: Path, rows: list[dict], **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, **options)

@@ -143,20 +143,6 @@ def test_broken_lines_are_counted_one_by_one_and_take_no_other_with_them(count, 
         assert sum(question_counts.get(cause, 0) for cause in causes) == len(lines) - blank, (number, question_counts)
 
 
-@pytest.mark.parametrize("payload", [b"", b"\n", b"\0" * 1000, b"\xff\xfe" + "{}".encode("utf-16-le"), b"\n" * 5000])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.parquet"])
-def test_a_file_of_nothing_is_one_line(payload, name, tmp_path, tokenizer):
-    (tmp_path / name).write_bytes(payload)
-    kept, _, asked, _ = read(tmp_path / name, tokenizer, tmp_path / "index")
-    assert kept == asked == []
-    (tmp_path / "src").mkdir()
-    (tmp_path / name).rename(tmp_path / "src" / name)
-    (tmp_path / "src/good.jsonl").write_bytes(lines_of([record(number) for number in range(6)]))
-    kept, counts, asked, _ = read(tmp_path / "src", tokenizer, tmp_path / "index")
-    assert len(kept) == len(asked) == 6
-    assert any(counts.get(cause) for cause in CAUSES) or not payload.strip()  # a blank line is no record
-
-
 # ------------------------------------------------------------------------------------------------------ parquet
 
 

@@ -22,8 +22,7 @@ from reference import ROOT
 from benchmarks import __main__ as commands
 from benchmarks import judge, letters, verify
 from benchmarks.judge import check_answers, read_number
-from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter
-from relatives.rlvr import extract_gold
+from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
 
 TABLE = Path(__file__).with_name("judged.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
@@ -186,10 +185,6 @@ def test_only_letters_of_the_item_are_options():
     assert option_letter("D", "ABCD") == "D" and option_letter("E", "ABCD") is None
     assert option_letter("C" * 100_000, "ABCD") is None
     assert {guessed_letter(str(number), "ABC") for number in range(50)} == set("ABC")
-
-
-def test_the_last_number():
-    assert last_number("So 3 boxes cost $1,234.50.") == "1234.50" and last_number("None.") is None
 
 
 # ---------------------------------------------------------------------------------------------- the child
@@ -363,25 +358,3 @@ def test_the_child_does_without_torch():
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60).stdout
-
-
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("She has 16 - 3 = <<16-3=13>>13 eggs.\n#### 13", "13"),
-        ("It costs that.\n#### 1,024", "1024"),
-        ("#### $109,200,000 ", "109200000"),
-        ("#### -1,000.50", "-1000.50"),
-        ("In one line. #### 7", "7"),
-        ("#### 1,2", "1,2"),  # two numbers, no thousands
-        (r"First \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        ("#### A heading\nSo it is \\boxed{12,345}.", "12345"),
-        (r"\boxed{(1,2)}", "(1,2)"),
-        (r"\boxed{}", None),
-        ("The answer is 5.", None),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_the_answer_of_a_worked_solution(text, gold):
-    assert extract_gold(text) == gold

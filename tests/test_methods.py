@@ -256,21 +256,6 @@ def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(
     assert shares("random_token")[0] == pytest.approx(0.2, abs=0.06)
 
 
-def test_random_spans_follow_spanberts_law(bytes_run):
-    """Words in a span: Geo(0.2) up to 10, mean 3.797."""
-    sized(bytes_run, 1, 32, 2)
-    bytes_run.config.max_span_chars = 0
-    passage, lengths = Passage("1#0", "", "", " ".join(str(100 + n) for n in range(300))), []
-    for step in range(40):
-        (drawn,) = draw(bytes_run, "random_span", [passage], step)
-        lengths += [len(task.mask.words.split()) for task in drawn]
-        assert all(task.prompt_ids == predict_prompt(bytes_run.sampler, task.mask.masked) for task in drawn[:3])
-    law = [0.8**k for k in range(10)]
-    assert len(lengths) == 40 * 48 and fmean(lengths) == pytest.approx(3.797, abs=0.2)
-    for k, weight in enumerate(law, 1):
-        assert lengths.count(k) / len(lengths) == pytest.approx(weight / sum(law), abs=0.03)
-
-
 def test_a_prediction_prompt_over_the_limit_makes_the_mask_invalid(run):
     length = len(predict_prompt(run.sampler, "Bonn is [mask]"))
     for limit, cause in ((length, ""), (length - 1, "prompt_too_long")):
@@ -656,14 +641,6 @@ def closes_after(pieces: list[str]) -> int | None:
         if state == CLOSED:
             return number
     return None
-
-
-def test_a_thought_closes_with_the_piece_that_completes_its_first_closing_tag():
-    assert closes_after(list("a</th</think>b</think>")) == 13  # what only begins like it does not count
-    assert closes_after(["a", "</think>", "b"]) == 2  # a token of its own
-    assert closes_after(["a", "</thi", "nk>\n", "b"]) == 3  # part of tokens
-    assert closes_after(["so</think>then"]) == closes_after(["<" * 9 + "/think>"]) == 1
-    assert closes_after(["</thi", "a", "nk>"]) is closes_after(["<think>", "</think", "</ think>", "}"]) is None
 
 
 @pytest.mark.parametrize("tag", [("</think>",), ("</th", "ink>")])

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reference import ROOT
 
-from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart, thin
+from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart
 from report.figures import Family, RunData, curves, reward_chart
 from report.page import (
-    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, rollouts_json, split_response, step_card,
+    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
     title_link, write_report,
 )  # fmt: skip
 
@@ -99,21 +98,6 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
     assert series.points == [(1, 3.0), (2, 4.0), (3, 9.0)]  # what is not finite is left out of the mean
     assert series.band == [(1, 1.0, 6.0), (2, 4.0, 4.0), (3, 9.0, 9.0)]
     assert alone.series("loss").band == []
-
-
-def test_a_role_that_said_nothing_has_no_rewards_and_no_lengths():
-    rows = [row(1, **{"gen/responses": 0, "gen/reward": 0.0}), row(2)]
-    run = RunData(Path("run"), {}, rows)
-    assert run.values("gen/reward") == [(2, 0.2)] and len(run.values("gen/valid_rate")) == 2
-    assert run.values("pred/accuracy_histogram") == []  # no number
-
-
-def test_many_points_become_means_of_neighbours():
-    points = [(float(n), float(n % 2)) for n in range(1000)]
-    assert thin(points, 100)[:2] == [(4.5, 0.5), (14.5, 0.5)] and len(thin(points, 100)) == 100
-    assert thin(points[:7], 7) == points[:7]
-    gap = thin([(1.0, math.nan), (2.0, math.nan), (3.0, 1.0), (4.0, math.inf)], 2)
-    assert math.isnan(gap[0][1]) and gap[1] == (3.0, 1.0)
 
 
 def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
@@ -212,20 +196,6 @@ def test_text_of_models_and_passages_is_never_markup(tmp_path):
     assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
 
 
-def test_text_from_outside_keeps_its_direction_of_writing(tmp_path):
-    keys = {"title": HEBREW, "text": f"{HEBREW} Rhine", "passage": sample(1, HEBREW + " Rhine", HEBREW)["passage"]}
-    responses = [{"text": rf"{HEBREW} \boxed{{{HEBREW}}}", "finish": "eos", "reward": 0.0}]
-    samples = [sample(step, **keys, predictions=responses) for step in (1, 2)]
-    samples[1]["mask"] |= {"words": HEBREW, "target": HEBREW, "masked": "[mask] Rhine"}
-    runs = [
-        write_run(tmp_path / f"{HEBREW} {method}", [row(1), row(2)], samples, method=method) for method in ("a", HEBREW)
-    ]
-    text = read_page(*runs)
-    directions = Reader(text).directions
-    assert len(directions) >= 14 and all(directions)
-    assert 'node.dir = "auto"' in text  # every element that the script makes
-
-
 def test_right_and_wrong_come_from_the_stored_verdicts():
     shaped = [{"text": r"\boxed{Rhine}", "finish": "answer", "correct": 1, "reward": -0.25}]
     wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
@@ -258,15 +228,6 @@ def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}';" in policy
     assert not any("src" in attributes or tag == "link" for tag, attributes in read.tags)
     assert not re.search(r"@import|url\(|fetch\(|innerHTML", text)
-
-
-def test_rollouts_are_cut_to_their_room_evenly():
-    entries = [[sample(step)] for step in range(64)]
-    whole = rollouts_json([RunData(Path("run"), {}, [], entries)], 10**9)
-    (data,) = json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], len(whole) // 5))
-    steps = [one["s"] for one in data["e"]]
-    assert steps[:3] == [0, 8, 16] and len(steps) == 8
-    assert json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], 10)) == [{"n": "run", "e": []}]
 
 
 def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
@@ -358,10 +319,3 @@ def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monke
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_page_needs_no_torch():
-    text = "\n".join(
-        (ROOT / name).read_text() for name in ("report/page.py", "report/figures.py", "report/charts.py", "prompts.py")
-    )
-    assert not re.search(r"^(from|import) (torch|transformers|evidence|metrics|grpo|rollout|train)", text, re.MULTILINE)

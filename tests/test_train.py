@@ -11,7 +11,6 @@ from reference import ROOT, load_plain, same_bits, weights
 from transformers import AutoTokenizer
 
 from config import Config, ConfigError, read_config
-from data import Corpus, Passage, step_passages
 from metrics import append_row, keep_rows, log_row, open_run, read_rows
 from train import make_page
 
@@ -32,15 +31,6 @@ PROBE_METRICS = """
 
 
 # ---- the order of passages
-
-
-def test_passages_of_a_step_are_a_function_of_seed_and_step_alone():
-    corpus = Corpus([Passage(f"{n}#0", "", "", "") for n in range(50)], [], {})
-    config = Config(passages_per_step=8)
-    steps = [[one.id for one in step_passages(corpus, config, step)] for step in range(6)]
-    assert [[one.id for one in step_passages(corpus, config, step)] for step in (5, 2)] == [steps[5], steps[2]]
-    assert len({one for step in steps for one in step}) == 48  # none twice in an epoch
-    assert [one.id for one in step_passages(corpus, Config(passages_per_step=8, seed=1), 0)] != steps[0]
 
 
 # ---- the run directory

@@ -87,9 +87,7 @@ def run(folder: Path, ranks: Ranks, family: str, offload: bool) -> dict:
     masters = weights(saver.policy)
     options = saver.policy._get_fsdp_state()._fsdp_param_group.offload_policy
     return {
-        "rows": rows,
-        "masters": masters,
-        "goes on": same_bits(weights(other.policy), masters) and loaded,
+        "rows": rows, "masters": masters, "goes on": same_bits(weights(other.policy), masters) and loaded,
         "policy": isinstance(options, CPUOffloadPolicy),
     }
 
@@ -101,11 +99,8 @@ def offload_checks(folder: Path, ranks: Ranks) -> dict:
     for family in ("qwen3_moe", "smollm3"):
         plain, hosted = (run(folder, ranks, family, on) for on in (False, True))
         results[family] = {
-            "plain": plain["rows"],
-            "hosted": hosted["rows"],
-            "masters": same_bits(plain["masters"], hosted["masters"]),
-            "goes on": [plain["goes on"], hosted["goes on"]],
-            "policy": [plain["policy"], hosted["policy"]],
+            "plain": plain["rows"], "hosted": hosted["rows"], "masters": same_bits(plain["masters"], hosted["masters"]),
+            "goes on": [plain["goes on"], hosted["goes on"]], "policy": [plain["policy"], hosted["policy"]],
         }
     gc.unfreeze()
     return results

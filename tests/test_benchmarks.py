@@ -20,17 +20,11 @@ from prompts import fill
 # Whole responses. What may stand in the box is the business of test_judge.py.
 
 TABLE = [
-    ("math500", "42", "42.", 1.0),
-    ("math500", "4.5e33", r"4.5 \times 10^{33} \text{ erg/s}", 1.0),
-    ("math500", "42", "43", 0.0),
-    ("math500", "7", "5" * 100_000, 0.0),
-    ("math500", "7", r"\frac{" * 200, 0.0),
-    ("mmlu_pro", "C", "C. nitrogen", 1.0),
-    ("mmlu_pro", "C", r"\boxed{C}", 1.0),
-    ("mmlu_pro", "C", "A. 3, C. 4", 0.0),
-    ("bbeh", "no, unknown, yes", r"\text{No, unknown, yes}", 1.0),
-    ("bbeh", "(A)", "(A) Sam", 0.0),
-]
+    ("math500", "42", "42.", 1.0), ("math500", "4.5e33", r"4.5 \times 10^{33} \text{ erg/s}", 1.0),
+    ("math500", "42", "43", 0.0), ("math500", "7", "5" * 100_000, 0.0), ("math500", "7", r"\frac{" * 200, 0.0),
+    ("mmlu_pro", "C", "C. nitrogen", 1.0), ("mmlu_pro", "C", r"\boxed{C}", 1.0), ("mmlu_pro", "C", "A. 3, C. 4", 0.0),
+    ("bbeh", "no, unknown, yes", r"\text{No, unknown, yes}", 1.0), ("bbeh", "(A)", "(A) Sam", 0.0),
+]  # fmt: skip
 LETTERS = "ABCDEFGHIJ"
 
 

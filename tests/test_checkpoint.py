@@ -281,9 +281,7 @@ def test_the_hub_reads_names_of_its_own_and_no_paths(trained, tmp_path):
     sampler = trained(data="wikimedia/wikipedia")
     sampler.config.model = "owner/base"
     assert ModelCard(str(model_card(sampler, 3))).data.to_dict() == {
-        "base_model": "owner/base",
-        "datasets": ["wikimedia/wikipedia"],
-        "library_name": "transformers",
+        "base_model": "owner/base", "datasets": ["wikimedia/wikipedia"], "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pretrainzero", "reinforcement-learning", "grpo", "active", "arxiv:2512.03442"],
     }
@@ -309,15 +307,6 @@ def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, t
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
     monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
     assert known_base("owner/base")[1] == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-
-
-def test_the_card_tells_the_first_probe_the_latest_and_no_path_but_the_configs(trained):
-    """A thread writes the card while training goes on: a row of a later step may be there."""
-    sampler = trained()
-    text = str(model_card(sampler, 3))
-    assert "| | step 0 | step 2 | \n" in text and "| `probe/accuracy` | 0.250 | 0.500 | \n" in text
-    assert "# my run, step 3" in text and "after 3 of 10 steps of `active`" in text
-    assert f"train.py my.yaml seed=3 run_dir={sampler.config.run_dir}\n# git revision 0123abc; 2 x cpu\n" in text
 
 
 def test_texts_of_a_config_stay_inside_their_blocks(trained):

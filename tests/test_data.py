@@ -768,18 +768,6 @@ def test_examples_in_the_docstrings():
     assert doctest.testmod(rlvr).attempted >= 3 and doctest.testmod(rlvr).failed == 0
 
 
-def test_verl_as_parquet_with_its_nested_columns(tmp_path):
-    records = [VERL, VERL | {"reward_model": {"ground_truth": "", "style": "rule"}}, VERL]
-    pq.write_table(pa.Table.from_pylist(records), tmp_path / "verl.parquet")
-    questions, counts, log = asked(tmp_path / "verl.parquet")
-    assert [(question.id, question.answer) for question in questions] == [
-        ("verl.parquet:1", "\\frac{3}{7}"),
-        ("verl.parquet:3", "\\frac{3}{7}"),  # a repeated question stays
-    ]
-    assert counts == {"records": 3, "questions": 2, "no_answer": 1}
-    assert any("verl.parquet: row 2: skipped" in line for line in log)
-
-
 @pytest.mark.parametrize(
     ("record", "answer"),
     [

@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 from reference import tiny_config
@@ -15,7 +14,6 @@ from masking import make_mask
 from miniature import claims, runs, tables, worlds
 from miniature.claims import CLAIMS
 from miniature.tables import fill_blocks, interval, load_results, make_tables
-from report.charts import Series, line_chart, stand_alone
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
 BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2}
@@ -145,23 +143,6 @@ def test_of_two_lines_for_a_run_the_later_counts_and_an_unknown_arm_is_refused(t
         load_results(write_rows(tmp_path / "runs.jsonl", [make_run("magic")]))
     with pytest.raises(ValueError, match="no runs"):
         load_results(tmp_path / "nothing.jsonl")
-
-
-def test_a_band_is_the_mean_and_the_extremes_of_seeds_at_each_step():
-    results = {"active": [make_run("active", 10, fact=0.5), make_run("active", 11, fact=0.75)]}
-    line = tables.series(results, "active", "fact")
-    assert line.points == [(0, 0.25), (100, 0.625)] and line.band == [(0, 0.25, 0.25), (100, 0.5, 0.75)]
-    assert tables.series(results, "active", "pred/accuracy").points[:2] == [(3, 0.5), (8, 0.5)]
-
-
-def test_a_plot_alone_is_xml_with_its_title_names_and_both_themes():
-    names = ["<script>", "a & b", *("a name of some length",) * 3]
-    chart = line_chart([Series(name, [(0, 0.0), (1, 1.0)]) for name in names], "label")
-    text = stand_alone(chart, "Title", "how to read it", names)
-    tree = ElementTree.fromstring(text)
-    words = [element.text for element in tree.iter() if element.tag.endswith("}text")]
-    assert words[:7] == ["Title", "how to read it", *names]
-    assert "prefers-color-scheme: dark" in text and "var(" not in text
 
 
 def test_blocks_are_put_between_their_markers_on_whatever_page_and_nothing_else_changes():

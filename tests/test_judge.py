@@ -69,25 +69,12 @@ def written(value: Fraction, rng: random.Random) -> str:
         decimal = Decimal(top) / Decimal(bottom)
         power = rng.randrange(1, 12)
         ways += [
-            f"{decimal:f}",
-            f"{decimal:f}",
-            f"{decimal:e}",
-            f"{decimal:,f}",
+            f"{decimal:f}", f"{decimal:f}", f"{decimal:e}", f"{decimal:,f}",
             rf"{decimal * 10**power:f} \times 10^{{{-power}}}",
         ]
     text = rng.choice(ways)
     dress = [
-        "%s",
-        "%s",
-        "%s.",
-        "$%s$",
-        "**%s**",
-        r"\(%s\)",
-        "x = %s",
-        r"\approx %s",
-        r"%s\text{ cm}",
-        "%s dollars",
-        "€%s",
+        "%s", "%s", "%s.", "$%s$", "**%s**", r"\(%s\)", "x = %s", r"\approx %s", r"%s\text{ cm}", "%s dollars", "€%s",
     ]
     return rng.choice(dress).replace("%s", text)
 
@@ -124,38 +111,16 @@ def test_what_is_no_plain_number(text):
 # ---------------------------------------------------------------------------------------------- letters and BBEH
 
 BBEH_RIGHT = [
-    ("(A)", "(A)"),
-    ("(A)", "A"),
-    ("(A)", "a"),
-    ("(A)", r"\text{(A)}"),
-    ("(A)", "**(A)**"),
-    ("A", "(A)"),
-    ("E", "e."),
-    ("17", "17.0"),
-    ("17.0", "17"),
-    ("14.22", "14.220"),
-    ("-58396", "-58396."),
-    ("-58396", "$-58396$"),
-    ("Yes", "yes"),
-    ("no, unknown, yes", "no,unknown,yes"),
-    ("no, unknown, yes", r"\text{No, unknown, yes}"),
-    ("no, unknown, yes", r"\text{no}, \text{unknown}, \text{yes}"),
-    ("AB, ABC, ABC", "ab, abc, abc."),
-    ("[friday]", "friday"),
-    ("[friday]", "[Friday]"),
-    ("friday", "[friday]"),
-    ("[hiking, studying]", "hiking,studying"),
-    ("[]", "[]"),
-    ("kas jiłaka’pa", "Kas jiłaka’pa"),
-    ("it's open", "its open"),
-    ("unknown", "unknown?"),
-    ("unknown", "unknown.\nThe clues do not say."),
-    ("disproved", "The answer is: disproved."),
-    ("proved", "The final answer is proved"),
-    ("same_day, 06:24:24", r"same\_day, 06:24:24"),
-    ("1 egg", r"\texttt{1 egg}"),
-    ("pha⁵⁵", "pha⁵⁵"),
-]
+    ("(A)", "(A)"), ("(A)", "A"), ("(A)", "a"), ("(A)", r"\text{(A)}"), ("(A)", "**(A)**"), ("A", "(A)"), ("E", "e."),
+    ("17", "17.0"), ("17.0", "17"), ("14.22", "14.220"), ("-58396", "-58396."), ("-58396", "$-58396$"), ("Yes", "yes"),
+    ("no, unknown, yes", "no,unknown,yes"), ("no, unknown, yes", r"\text{No, unknown, yes}"),
+    ("no, unknown, yes", r"\text{no}, \text{unknown}, \text{yes}"), ("AB, ABC, ABC", "ab, abc, abc."),
+    ("[friday]", "friday"), ("[friday]", "[Friday]"), ("friday", "[friday]"), ("[hiking, studying]", "hiking,studying"),
+    ("[]", "[]"), ("kas jiłaka’pa", "Kas jiłaka’pa"), ("it's open", "its open"), ("unknown", "unknown?"),
+    ("unknown", "unknown.\nThe clues do not say."), ("disproved", "The answer is: disproved."),
+    ("proved", "The final answer is proved"), ("same_day, 06:24:24", r"same\_day, 06:24:24"),
+    ("1 egg", r"\texttt{1 egg}"), ("pha⁵⁵", "pha⁵⁵"),
+]  # fmt: skip
 BBEH_WRONG = [
     ("(A)", "(B)"),
     ("(A)", "(A) Sam"),  # the published rules know no words after the letter
@@ -190,19 +155,13 @@ def test_only_letters_of_the_item_are_options():
 # ---------------------------------------------------------------------------------------------- the child
 
 HOSTILE = {
-    "a tower of exponents": TOWER,
-    "a factorial": "99999999!",
-    "words and a mark": "a" * 1000 + "!",
-    "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!",
-    "nested braces": "{" * 999 + "7" + "}" * 999,
-    "a product of powers": r"\times".join(["9^{999}", "2^{-999}"] * 60),
-    "marks of markdown": "*" * 1999,
-    "text in text": r"\text{a" * 280,
-    "10,000 brackets": "(" * 10_000 + "1" + ")" * 10_000,
-    "100,000 letters": "a" * 100_000,
-    "100,000 digits": "1" * 100_000,
+    "a tower of exponents": TOWER, "a factorial": "99999999!", "words and a mark": "a" * 1000 + "!",
+    "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!", "nested braces": "{" * 999 + "7" + "}" * 999,
+    "a product of powers": r"\times".join(["9^{999}", "2^{-999}"] * 60), "marks of markdown": "*" * 1999,
+    "text in text": r"\text{a" * 280, "10,000 brackets": "(" * 10_000 + "1" + ")" * 10_000,
+    "100,000 letters": "a" * 100_000, "100,000 digits": "1" * 100_000,
     "marks of no script": "\u202e\U0001d7d9٣\ud800\x00\n5" * 1000,
-}
+}  # fmt: skip
 
 
 def test_verdicts_come_in_input_order_and_no_answer_earns_nothing():
@@ -214,18 +173,7 @@ def test_verdicts_come_in_input_order_and_no_answer_earns_nothing():
 def test_verdicts_on_expressions_are_those_of_math_verify_itself():
     rng = random.Random(0)
     forms = [
-        r"\sqrt{4}x",
-        "2x",
-        "x+x",
-        "x+1",
-        "1+x",
-        "(x+1)^2",
-        "x^2+2x+1",
-        r"\frac{x}{2}",
-        "x/2",
-        "0.5x",
-        r"\pi",
-        "(1,2)",
+        r"\sqrt{4}x", "2x", "x+x", "x+1", "1+x", "(x+1)^2", "x^2+2x+1", r"\frac{x}{2}", "x/2", "0.5x", r"\pi", "(1,2)",
         "[1,2]",
     ]
     pairs = [(rng.choice(forms), rng.choice(forms)) for _ in range(150)]
@@ -239,12 +187,7 @@ def test_verdicts_on_expressions_are_those_of_math_verify_itself():
 def test_numbers_and_words_need_no_child(monkeypatch):
     monkeypatch.setattr(verify, "_ask", lambda *_: pytest.fail("asked"))
     pairs = [
-        ("42", "42"),
-        ("42", "-42"),
-        ("-7", " -7"),
-        ("2.5", r"\frac52"),
-        ("1e-9", "2e-9"),
-        (r"\text{east}", "seat"),
+        ("42", "42"), ("42", "-42"), ("-7", " -7"), ("2.5", r"\frac52"), ("1e-9", "2e-9"), (r"\text{east}", "seat"),
     ]
     assert check_answers(pairs) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 

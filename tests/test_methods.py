@@ -108,12 +108,6 @@ def test_a_steps_tasks_are_so_many_and_a_function_of_seed_and_step(run, method, 
         assert drawn(6) != first and drawn(5, seed=1) != first
 
 
-def test_a_warm_up_method_takes_the_first_steps():
-    paper, plain = Config(warmup_method="random_span", warmup_method_steps=100), Config(warmup_method_steps=100)
-    assert [methods.method_at(paper, step) for step in (0, 99, 100, 1999)] == ["random_span"] * 2 + ["active"] * 2
-    assert methods.method_at(plain, 0) == "active"
-
-
 def test_a_second_copy_is_kept_where_something_reads_it():
     for keys in ({"method": "rlp"}, {"method": "entropy_token"}, {"warmup_method": "entropy_token"}, {"kl": 0.01}):
         assert methods.needs_reference(Config(**keys))
@@ -306,10 +300,7 @@ def test_rewards_of_one_passage():
     ]
     groups = rewarded([tasks])
     assert [(group.role, group.rewards) for group in groups] == [
-        ("pred", [1.0, 0.0, 0.0, 1.0]),
-        ("pred", [1.0, 0.0, 0.0, 0.0]),
-        ("pred", [1.0] * 4),
-        ("pred", [0.0] * 4),
+        ("pred", [1.0, 0.0, 0.0, 1.0]), ("pred", [1.0, 0.0, 0.0, 0.0]), ("pred", [1.0] * 4), ("pred", [0.0] * 4),
         ("gen", [0.5, 0.75, 0.0, 0.0, 0.0, 0.0]),
     ]
     assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
@@ -395,23 +386,6 @@ def test_the_prefix_reward_by_hand(run):
     answers = ["is", " is old ", "is old.", "is ol", "is old. And", "Is", ""]
     assert graded(run, task, answers, "prefix") == [1, 1, 1, 0, 0, 0, 0]
     assert graded(run, task, answers, "exact") == [1, 0, 0, 0, 0, 0, 0]
-
-
-def test_the_prefix_reward_pays_for_the_true_continuation_up_to_any_token(run):
-    sized(run, 1, 4, 2)
-    (drawn,) = draw(run, "random_token", wiki_passages(1))
-    checked, decode = 0, run.sampler.tokenizer.decode
-    for task in drawn:
-        text, start = task.passage.text, task.mask.start
-        ids = run.sampler.tokenizer(text, add_special_tokens=False).input_ids
-        before = next(n for n in range(len(ids)) if decode(ids[:n]).strip() == text[:start].strip())
-        following = [decode(ids[before : before + n]).strip() for n in range(1, 8)]
-        assert following[0] == task.mask.target and before > 0
-        assert graded(run, task, following, "prefix") == [1.0] * len(following)
-        inside = [one[:-1] for one in following if one[:-1].strip() not in following and len(one) > 2]
-        assert graded(run, task, inside, "prefix") == [0.0] * len(inside)
-        checked += len(inside)
-    assert checked > 5
 
 
 def test_a_frozen_generator_is_rewarded_but_not_trained(run):

@@ -31,10 +31,7 @@ def explained(ranks):
     """explain on the tiny base: (what it said, its pairs of numbers)."""
     lines = []
     keys = [
-        "passages_per_step=4",
-        "temperature=0.8",
-        f"model={BASE}",
-        f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}",
+        "passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}",
         "max_passages=200",
     ]
     return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
@@ -113,13 +110,8 @@ def test_verdicts_count_equal_responses_and_show_thoughts():
     task.predictions = [Rollout([1], [2], [-1.0], text, "eos") for text in said]
     task.correct, task.proposal_reward = [1, 1, 0, 0, 0], 0.6
     assert play.verdicts("m", task) == [
-        "  m: 2 of 5 right; the mask earns 0.600",
-        "    2 x right: Rhine",
-        "        It flows.",
-        "    1 x WRONG: Elbe",
-        "    1 x WRONG: no answer",
-        "        no ?[31mbox",
-        "    1 x WRONG: (empty)",
+        "  m: 2 of 5 right; the mask earns 0.600", "    2 x right: Rhine", "        It flows.", "    1 x WRONG: Elbe",
+        "    1 x WRONG: no answer", "        no ?[31mbox", "    1 x WRONG: (empty)",
     ]
 
 
@@ -139,10 +131,8 @@ def test_a_passage_is_given_in_a_file_pasted_or_taken_from_the_corpus(tmp_path, 
     first, second = (play.read_passage({"number": number}, config, tokenizer) for number in "01")
     assert first.title and first.labels and first != second
     for own, words in (
-        ({"number": "9999"}, "number=9999: must be below"),
-        ({"file": str(tmp_path)}, "cannot be read"),
-        ({"passage": " "}, "is empty"),
-        ({"passage": "a <eos> b"}, "'<eos>'"),
+        ({"number": "9999"}, "number=9999: must be below"), ({"file": str(tmp_path)}, "cannot be read"),
+        ({"passage": " "}, "is empty"), ({"passage": "a <eos> b"}, "'<eos>'"),
         ({"passage": r"a \mask{b}"}, "mark of the prompts"),
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):
@@ -177,9 +167,7 @@ def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, ca
     play.main()
     assert "7. UPDATE" in capsys.readouterr().out and sorted(ROOT.glob("runs/*")) == before
     for words in (
-        ["no/such/folder"],
-        ["nobody/no-model", "passage=x"],
-        ["explain", TINY, "method=sft"],
+        ["no/such/folder"], ["nobody/no-model", "passage=x"], ["explain", TINY, "method=sft"],
         [BASE, f"config={TINY}", "passage="],
     ):
         monkeypatch.setattr(sys, "argv", ["play/passage.py", *words])

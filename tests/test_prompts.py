@@ -1,7 +1,6 @@
 """Prompts and answers: what is filled in, which braces close, and that the sampler's scan agrees with the parser."""
 
 import doctest
-import re
 
 import pytest
 
@@ -112,20 +111,3 @@ def closes_at(text: str, opening: str) -> int | None:
 def first_answer_at(text: str, command: str) -> int | None:
     """The same by parsing every prefix anew."""
     return next((n for n in range(len(text) + 1) if last_answer(text[:n], command) is not None), None)
-
-
-def balanced_by_counting(text: str, command: str) -> str | None:
-    """The last balanced answer by the plain definition: try the openings from the last, counting braces. Quadratic."""
-    opening = re.compile(rf"\\{command}[ \t\n]*{{")
-    for start in reversed([found.end() for found in opening.finditer(text)]):
-        depth, position = 1, start
-        while position < len(text):
-            if text[position] == "\\" and not opening.match(text, position):
-                # skips the escaped character, unless that begins an opening
-                position += 1 if opening.match(text, position + 1) else 2
-                continue
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start:position]
-            position += 1
-    return None

@@ -83,14 +83,6 @@ def test_scores_are_those_of_the_plain_model_one_by_one(build, ranks, family, bu
             assert score_error(score(model, SEQUENCES, config, ranks, temperature), expected) < 1e-5
 
 
-def test_scores_come_in_the_order_of_the_sequences(build, ranks):
-    """The plan takes the longest first; what comes out must not."""
-    config, _, reference = build(tokens_per_micro_batch=62)
-    forth, back = (score(reference, list(one), config, ranks) for one in (SEQUENCES, reversed(SEQUENCES)))
-    assert [len(logprobs) for logprobs, _ in forth] == [len(continuation) for _, continuation in SEQUENCES]
-    assert score_error(forth, back[::-1]) < 1e-5
-
-
 def test_scoring_leaves_the_policy_as_it_was_for_training(build, ranks):
     """No gradient comes out, no parameter moves, and the next update is the one that would have been made anyway."""
     results = []

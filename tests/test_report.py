@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart
+from report.charts import Series, line_chart, path_data
 from report.figures import Family, RunData, curves, reward_chart
 from report.page import (
     browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
@@ -109,20 +109,6 @@ def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
     assert 'd="M46.0 162.0h0M350.0 8.0h0"' in decades  # zero has no place on a logarithmic axis
 
 
-def test_shares_are_stacked_and_cells_are_as_strong_as_their_share():
-    svg = stacked_chart([Series("a", [(1, 0.25), (2, 0.5)]), Series("b", [(1, 0.75), (2, 0.25)])], "chart")
-    low, high = re.findall(r'class="area c. *" d="([^"]*)"', svg)
-    assert low == "M46.0 123.5h0L350.0 85.0L350.0 162.0L46.0 162.0Z"  # 0.25 and 0.5 of the height over the axis
-    assert high == "M46.0 8.0h0L350.0 46.5L350.0 85.0L46.0 123.5Z"
-    cells = re.findall(
-        r'class="cell c0".*?fill-opacity="([^"]*)"><title>([^<]*)', heat_chart([(1, [3, 0, 1])], "chart")
-    )
-    assert [(float(strong), title.split("step")[1]) for strong, title in cells] == [
-        (round(0.75**0.6, 2), " 1: 0.75 of the masks had 0 right"),
-        (round(0.25**0.6, 2), " 1: 0.25 of the masks had 2 right"),
-    ]
-
-
 def test_the_generators_reward_stands_over_accuracy_with_its_law():
     """Means over valid masks: 0.2 of all responses, half of them valid, is 0.4 at accuracy 0.6."""
     run = RunData(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
@@ -202,10 +188,7 @@ def test_right_and_wrong_come_from_the_stored_verdicts():
     older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
     (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
     assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [
-        (0, 0.5, 2),
-        (1, -0.25, 1),
-        (1, 1, 1),
-        (0, 0.5, 1),
+        (0, 0.5, 2), (1, -0.25, 1), (1, 1, 1), (0, 0.5, 1),
     ]
     assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
 
@@ -263,9 +246,7 @@ def test_a_mask_that_cannot_be_used_says_why():
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"step": 0, "method": "active", "probe/accuracy": 0.5}],
-        [{"step": 1, "method": "cpt"}],
-        [row(7)],
+        [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
         [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
         [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
         [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],

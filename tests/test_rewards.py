@@ -3,12 +3,11 @@
 import doctest
 import math
 import random
-import time
 
 import pytest
 
 import rewards
-from rewards import INVALID_MASK_REWARD, answerable, caseless_match, exact_match, generator_reward, normalise
+from rewards import INVALID_MASK_REWARD, answerable, caseless_match, exact_match, generator_reward
 
 
 def test_examples_in_the_docstrings():
@@ -71,26 +70,6 @@ def test_answerable():
     assert not any(map(answerable, ["", " ", ".", "–", "(...)", '""', "$%&", r"\text{}", "~", "_", "、", "🙂"]))
 
 
-def random_strings(count: int):
-    rng = random.Random(11)
-    alphabet = [*"aZ5é北 .,~{}\"'“»\\%_$&\n\u00a0ﬁＡ\u0301\u0323", r"\text{", r"\textbf{", r"\ ", r"\%", r"\{", r"\\"]
-    for _ in range(count):
-        yield "".join(rng.choices(alphabet, k=rng.randrange(12)))
-
-
-def test_whatever_can_be_asked_can_be_answered():
-    asked = 0
-    for text in random_strings(5000):
-        assert exact_match(text, text) == float(normalise(text) != "")
-        if answerable(text):
-            asked += 1
-            assert exact_match(text, text) == 1.0
-        assert exact_match("", text) == exact_match(None, text) == 0.0
-        form = normalise(text)  # it is clean
-        assert form == " ".join(form.split()) and not {"\u00a0", "ﬁ", "Ａ"} & set(form)
-    assert asked > 1000
-
-
 def test_writing_plain_words_as_latex_changes_nothing():
     rng = random.Random(3)
     for _ in range(3000):
@@ -99,17 +78,6 @@ def test_writing_plain_words_as_latex_changes_nothing():
         latex = "".join(f"\\{char}" if char in "%&_$#" else char for char in words)
         wrapper = rng.choice([r"\text{%s}", r"\mathrm{\text{%s}}", '"%s"', r"“\text{%s}.”", " %s, ", "%s"])
         assert exact_match(wrapper % latex, words) == 1.0, (wrapper, words)
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [r"\text{", r"\text{a}", "{", "}", "\\", r"\text ", '"', '" ', ". ", "\u0301\u0323", r"\%"],
-)
-def test_a_megabyte_of_anything_is_normalised_in_linear_time(unit):
-    text = unit * (1_000_000 // len(unit))
-    started = time.process_time()
-    normalise(text)
-    assert time.process_time() - started < 4  # far above what it takes; a quadratic one would take minutes at least
 
 
 def test_generator_reward_by_hand():

@@ -121,16 +121,7 @@ def test_a_config_makes_no_objects(tmp_path, mark):
 def hostile_answers(path: Path) -> list[str]:
     codes = [f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"exec(\"open('{path}','w')\")"]
     frames = [
-        "%s",
-        "$%s$",
-        r"\text{%s}",
-        r"\operatorname{%s}",
-        "1+%s",
-        "2*(%s)",
-        r"\frac{%s}{2}",
-        "[%s]",
-        "x=%s",
-        "\n%s\n",
+        "%s", "$%s$", r"\text{%s}", r"\operatorname{%s}", "1+%s", "2*(%s)", r"\frac{%s}{2}", "[%s]", "x=%s", "\n%s\n",
     ]
     return [frame % code for frame in frames for code in codes] + [
         f"{{{{ {codes[0]} }}}}",

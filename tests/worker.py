@@ -386,10 +386,8 @@ def check_a_checkpoint_restores_every_bit(folder, ranks):
 
     average = weights(first.reference)
     results = {
-        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
-        "latest": latest.name,
-        "done": savers[1].done,
-        "same": same(),
+        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()), "latest": latest.name,
+        "done": savers[1].done, "same": same(),
         "exported": same_bits(weights(load_plain(latest / "hf")), weights(first.sampler.replica)),
         "tokenizer": load_tokenizer(replace(config, model=str(latest / "hf"))).get_vocab() == tokenizer.get_vocab(),
         "apart": not same_bits(average, start) and not same_bits(average, weights(first.policy)),
@@ -470,11 +468,8 @@ def check_the_probe_is_the_same_on_every_rank(folder, ranks):
             logprobs = plain(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
             scores.append(logprobs.gather(-1, ids[1:, None])[:, 0])
     return {
-        "masks": [mask.masked for mask in probe.masks],
-        "probe": first,
-        "again": first == again,
-        "perplexity": torch.cat(scores).mean().neg().exp().item(),
-        "perplexity_of_one": perplexity(sampler, TEXTS[:1]),
+        "masks": [mask.masked for mask in probe.masks], "probe": first, "again": first == again,
+        "perplexity": torch.cat(scores).mean().neg().exp().item(), "perplexity_of_one": perplexity(sampler, TEXTS[:1]),
     }
 
 

@@ -98,8 +98,6 @@ def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
 
 
 # ------------------------------------------------------------------------------------------- rollouts without a sampler
-
-
 @torch.no_grad()
 def make_groups(model, rewards: list[list[float]], seed: int = 0) -> list[Group]:
     """Groups with these rewards, of random tokens with uneven lengths. The sampler's log-probs are off the model's by
@@ -125,8 +123,6 @@ REWARDS = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.875, 
 
 
 # ------------------------------------------------------------------------------------------------ GRPO, written plainly
-
-
 def naive_update(model, optimizer, groups: list[Group], config: Config) -> dict:
     """One step of GRPO on whole groups, as the equations of grpo.py say. Returns metrics that grpo.update has too."""
     kept = []  # (mini-batch, response, advantage)

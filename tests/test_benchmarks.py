@@ -44,16 +44,13 @@ def test_verdict(name, gold, box, score):
     assert one(name, gold, boxed(box)).score == score
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0), (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
-        (r"\boxed{42} and then \boxed{4", "42", 1.0),  # cut off: the last balanced one
-        (r"\boxed{\frac{84}{2}}", r"\frac{84}{2}", 1.0), (r"\boxed{4", None, 0.0), (r"\boxed{}", None, 0.0),
-        (r"\boxed{42} \boxed{ }", None, 0.0),  # the last one counts, empty or not
-        (r"\boxed 42", None, 0.0), ("The answer is 42.", None, 0.0), ("", None, 0.0),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("response", "answer", "score"), [
+    (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0), (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
+    (r"\boxed{42} and then \boxed{4", "42", 1.0),  # cut off: the last balanced one
+    (r"\boxed{\frac{84}{2}}", r"\frac{84}{2}", 1.0), (r"\boxed{4", None, 0.0), (r"\boxed{}", None, 0.0),
+    (r"\boxed{42} \boxed{ }", None, 0.0),  # the last one counts, empty or not
+    (r"\boxed 42", None, 0.0), ("The answer is 42.", None, 0.0), ("", None, 0.0),
+])  # fmt: skip
 def test_the_last_balanced_box_and_nothing_else_is_judged(response, answer, score):
     assert one("math500", "42", response) == Verdict(answer, "box" if answer else "none", score)
 
@@ -66,14 +63,11 @@ def test_nothing_is_taken_from_outside_the_box_unless_asked_for():
         assert one(name, gold, response, guess=True).how == ("guess" if name == "mmlu_pro" else "none")
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("So it is 42.", "42"), ("3 boxes at $1,234.50 each", "1234.50"), ("It is 10-7, or 3/4", "3/4"),
-        ("Below zero: −5 degrees", "-5"), ("from 3 to -7.", "-7"), ("x-7", "7"), (".5", ".5"), ("1,2", "2"),
-        ("1,2345", "2345"), ("None.", None), ("12" * 50_000, "12" * 50_000),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "number"), [
+    ("So it is 42.", "42"), ("3 boxes at $1,234.50 each", "1234.50"), ("It is 10-7, or 3/4", "3/4"),
+    ("Below zero: −5 degrees", "-5"), ("from 3 to -7.", "-7"), ("x-7", "7"), (".5", ".5"), ("1,2", "2"),
+    ("1,2345", "2345"), ("None.", None), ("12" * 50_000, "12" * 50_000),
+])  # fmt: skip
 def test_the_last_number_of_a_text(text, number):
     assert one("gsm8k", "1", text, last_number=True).answer == number
 
@@ -105,7 +99,6 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
 
 
 # ---------------------------------------------------------------------------------------------- where items come from
-
 MMLU_PRO = {
     "question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"],
     "answer": "C",
@@ -284,34 +277,28 @@ def test_a_record_that_is_no_item_is_counted_and_named(name, record, cause, tmp_
         load(name, write(tmp_path / "bad.jsonl", record))
 
 
-@pytest.mark.parametrize(
-    ("name", "record", "missing"),
-    [
-        ("gsm8k", {"prompt": "p", "answer": "1"}, "'question'; fields are prompt, answer"),
-        ("gsm8k", {"question": "p", "target": "1"}, "'answer'; fields are question, target"),
-        ("minerva", {"text": "p", "answer": "1"}, "'problem' or 'question'; fields are text, answer"),
-        ("mmlu_pro", {"question": "p", "answer": "A"}, "'options'; fields are question, answer"),
-        ("supergpqa", {"question": "p", "options": ["a", "b"]}, "'answer_letter' or 'answer'; fields"),
-        ("bbeh", {"question": "p", "target": "A"}, "'input'; fields"),
-    ],
-)
+@pytest.mark.parametrize(("name", "record", "missing"), [
+    ("gsm8k", {"prompt": "p", "answer": "1"}, "'question'; fields are prompt, answer"),
+    ("gsm8k", {"question": "p", "target": "1"}, "'answer'; fields are question, target"),
+    ("minerva", {"text": "p", "answer": "1"}, "'problem' or 'question'; fields are text, answer"),
+    ("mmlu_pro", {"question": "p", "answer": "A"}, "'options'; fields are question, answer"),
+    ("supergpqa", {"question": "p", "options": ["a", "b"]}, "'answer_letter' or 'answer'; fields"),
+    ("bbeh", {"question": "p", "target": "A"}, "'input'; fields"),
+])  # fmt: skip
 def test_a_missing_field_is_an_error_of_the_whole_file_wherever_it_is_missing(name, record, missing, tmp_path):
     good = next(record for layout, record, _ in LAYOUTS if layout == name)
     with pytest.raises(DataError, match=rf"a\.jsonl:2: no field {missing}"):
         load(name, write(tmp_path / "a.jsonl", good, record, good))
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.jsonl", "\n \n", "no item in .*a.jsonl"),
-        ("a.json", "[]", "no item in .*a.json"), ("a.json", "[1, 2]", r"record 1: not a JSON object \(a int\)"),
-        ("a.jsonl", json.dumps(GSM8K) + '\n{"question": "cut', r"a\.jsonl:2: not a JSON object"),
-        ("a.json", '[\n{"question": "q"},\n{"question"]', r"a\.json:3: not a JSON object"),
-        ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
-        ("a.csv", "question,answer", "unknown kind"), (".", "", "in this folder"), ("b/c", None, "no such file"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.jsonl", "\n \n", "no item in .*a.jsonl"),
+    ("a.json", "[]", "no item in .*a.json"), ("a.json", "[1, 2]", r"record 1: not a JSON object \(a int\)"),
+    ("a.jsonl", json.dumps(GSM8K) + '\n{"question": "cut', r"a\.jsonl:2: not a JSON object"),
+    ("a.json", '[\n{"question": "q"},\n{"question"]', r"a\.json:3: not a JSON object"),
+    ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
+    ("a.csv", "question,answer", "unknown kind"), (".", "", "in this folder"), ("b/c", None, "no such file"),
+])  # fmt: skip
 def test_a_broken_file_is_refused_in_one_line(file, content, message, tmp_path):
     if content is not None and file != ".":
         (tmp_path / file).write_text(content)

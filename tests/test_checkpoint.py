@@ -60,8 +60,6 @@ def found(config: Config, said: list | None = None) -> int | None:
 
 
 # ---- which checkpoint
-
-
 def test_the_newest_whole_checkpoint_is_found(config):
     assert found(config) is None
     for step in (2, 4):
@@ -134,8 +132,6 @@ def test_only_damaged_checkpoints_are_no_reason_to_begin_again(config, tmp_path)
 
 
 # ---- which run
-
-
 def test_another_config_is_refused_in_one_line_before_any_file_is_touched(config, tmp_path):
     fake(config, 2)
     (tmp_path / "run/config.yaml").write_text("seed: 0\n")
@@ -209,8 +205,6 @@ def test_a_finished_run_is_not_opened_unless_its_last_row_is_missing(config, tmp
 
 
 # ---- rows that cannot be written
-
-
 @contextmanager
 def full_disk(size: int):
     """No file of this process may grow beyond `size` bytes: what fits is written, as on a full disk."""
@@ -248,8 +242,6 @@ def test_a_file_that_could_not_even_be_made_gets_its_rows_at_the_last_try(tmp_pa
 
 
 # ---- the model card
-
-
 STARTED = """time: 2026-01-01 00:00:00 +0000
 command: /home/anyone/code/train.py /home/anyone/my.yaml seed=3 run_dir=RUN
 git: 0123abc
@@ -345,8 +337,6 @@ def test_the_code_of_the_card_loads_the_folder_and_asks_as_the_run_did(trained, 
 
 
 # ---- what is saved
-
-
 def saved(sampler, ranks, *steps: int) -> Path:
     policy = build_policy(sampler.replica, sampler.config, ranks)
     saver = make_saver(policy, make_optimizer(policy, sampler.config), sampler)

@@ -18,8 +18,6 @@ def in_root(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------- where values come from
-
-
 def test_defaults_are_the_papers():
     config = read_config([])
     assert (config.passages_per_step, config.masks_per_passage, config.predictions_per_mask) == (32, 8, 8)
@@ -77,17 +75,13 @@ def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path):
     assert read_config(["configs/tiny-cpt.yaml"]).model == "assets/tiny_base"
 
 
-@pytest.mark.parametrize(
-    ("bases", "named", "reason"),
-    [
-        ({"a": "a.yaml"}, "a.yaml", "must name another file and not lead back"),
-        ({"a": "b.yaml", "b": "a.yaml"}, ".yaml", "must name another file and not lead back"),
-        ({"a": "7"}, "a.yaml", "base=7 must name another file"),
-        ({"a": "[b.yaml]"}, "a.yaml", "must name another file"),
-        ({"a": "missing.yaml"}, "missing.yaml", "cannot be read (FileNotFoundError)"),
-        ({"a": "."}, "", "cannot be read (IsADirectoryError)"),
-    ],
-)
+@pytest.mark.parametrize(("bases", "named", "reason"), [
+    ({"a": "a.yaml"}, "a.yaml", "must name another file and not lead back"),
+    ({"a": "b.yaml", "b": "a.yaml"}, ".yaml", "must name another file and not lead back"),
+    ({"a": "7"}, "a.yaml", "base=7 must name another file"), ({"a": "[b.yaml]"}, "a.yaml", "must name another file"),
+    ({"a": "missing.yaml"}, "missing.yaml", "cannot be read (FileNotFoundError)"),
+    ({"a": "."}, "", "cannot be read (IsADirectoryError)"),
+])  # fmt: skip
 def test_a_base_that_leads_nowhere_is_one_line(tmp_path, bases, named, reason):
     write(tmp_path, **{name: f"base: {base}\n" for name, base in bases.items()})
     with pytest.raises(ConfigError) as caught:
@@ -112,38 +106,33 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-
-
-@pytest.mark.parametrize(
-    "word, allowed",
-    [
-        ("stepz=1", "unknown key; known are adam_beta1, "), ("top_p=0.9", "unknown key"),
-        ("steps=many", "expected a whole number"), ("steps=1.5", "expected a whole number"),
-        ("steps=true", "expected a whole number"), ("learning_rate=fast", "expected a finite number"),
-        ("learning_rate=.nan", "expected a finite number"), ("temperature=.inf", "expected a finite number"),
-        ("liger=1", "expected true or false"), ("gradient_checkpointing=sometimes", "expected true, false or auto"),
-        ("gradient_checkpointing=1", "expected true, false or auto"), ("model=[a]", "expected text"),
-        ("masks_per_passage=1", "2 or more, a group of one has no advantage"),
-        ("predictions_per_mask=1", "2 or more, a group of one has no advantage"), ("max_mask_tokens=-1", "1 or more"),
-        ("steps=-1", "0 or more"), ("temperature=0", "above 0"), ("learning_rate=-1e-6", "0 or more"),
-        ("clip_low=1.5", "between 0 and 1"), ("max_importance=0.5", "1 or more"),
-        ("heldout=0", "above 0 and below 0.5"), ("loss_mean=none", "one of token, sequence"),
-        ("dtype=float16", "one of bfloat16, float32"),
-        ("min_passage_tokens=2000", "must not exceed max_passage_tokens=1024"),
-        ("tokens_per_micro_batch=5631", "at least 5632"),  # 1536 of the prompt and 4096 of the response
-        ("mask_prompt=Choose!", "must contain {passage} once"),
-        ("predict_prompt='{passage}{passage}'", "must contain {passage} once"),
-        ("model=./no_such_folder", "no such file or folder"), ("data=no_such.jsonl", "no such file or folder"),
-        ("data=''", "no such file or folder"), ("question_prompt=Solve!", "must contain {passage} once"),
-        ("rlp_prompt='{passage} {passage}'", "must contain {passage} once"),
-        ("sft_answer=box", "must contain {answer}"), ("warmup_method_steps=-1", "0 or more"),
-        ("generator_reward=hard", "one of one_minus_accuracy, variance"), ("mini_batches=0", "1 or more"),
-        ("kl=-1", "0 or more"), ("ema_decay=1.1", "between 0 and 1"), ("entropy_share=0", "above 0, at most 1"),
-        ("verify_seconds=0", "a number above 0"), ("chat_template=no_such.jinja", "none, auto or the path"),
-        ("eval_every=5", "needs eval_tasks"), ("eval_tasks=gsm8k", "never asked without eval_every"),
-        ("eval_limit=-1", "0 or more"), ("steps=[", "not valid YAML"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("word, allowed", [
+    ("stepz=1", "unknown key; known are adam_beta1, "), ("top_p=0.9", "unknown key"),
+    ("steps=many", "expected a whole number"), ("steps=1.5", "expected a whole number"),
+    ("steps=true", "expected a whole number"), ("learning_rate=fast", "expected a finite number"),
+    ("learning_rate=.nan", "expected a finite number"), ("temperature=.inf", "expected a finite number"),
+    ("liger=1", "expected true or false"), ("gradient_checkpointing=sometimes", "expected true, false or auto"),
+    ("gradient_checkpointing=1", "expected true, false or auto"), ("model=[a]", "expected text"),
+    ("masks_per_passage=1", "2 or more, a group of one has no advantage"),
+    ("predictions_per_mask=1", "2 or more, a group of one has no advantage"), ("max_mask_tokens=-1", "1 or more"),
+    ("steps=-1", "0 or more"), ("temperature=0", "above 0"), ("learning_rate=-1e-6", "0 or more"),
+    ("clip_low=1.5", "between 0 and 1"), ("max_importance=0.5", "1 or more"),
+    ("heldout=0", "above 0 and below 0.5"), ("loss_mean=none", "one of token, sequence"),
+    ("dtype=float16", "one of bfloat16, float32"),
+    ("min_passage_tokens=2000", "must not exceed max_passage_tokens=1024"),
+    ("tokens_per_micro_batch=5631", "at least 5632"),  # 1536 of the prompt and 4096 of the response
+    ("mask_prompt=Choose!", "must contain {passage} once"),
+    ("predict_prompt='{passage}{passage}'", "must contain {passage} once"),
+    ("model=./no_such_folder", "no such file or folder"), ("data=no_such.jsonl", "no such file or folder"),
+    ("data=''", "no such file or folder"), ("question_prompt=Solve!", "must contain {passage} once"),
+    ("rlp_prompt='{passage} {passage}'", "must contain {passage} once"),
+    ("sft_answer=box", "must contain {answer}"), ("warmup_method_steps=-1", "0 or more"),
+    ("generator_reward=hard", "one of one_minus_accuracy, variance"), ("mini_batches=0", "1 or more"),
+    ("kl=-1", "0 or more"), ("ema_decay=1.1", "between 0 and 1"), ("entropy_share=0", "above 0, at most 1"),
+    ("verify_seconds=0", "a number above 0"), ("chat_template=no_such.jinja", "none, auto or the path"),
+    ("eval_every=5", "needs eval_tasks"), ("eval_tasks=gsm8k", "never asked without eval_every"),
+    ("eval_limit=-1", "0 or more"), ("steps=[", "not valid YAML"),
+])  # fmt: skip
 def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(word, allowed):
     with pytest.raises(ConfigError) as caught:
         read_config([*LOCAL, word])
@@ -212,8 +201,6 @@ def test_a_second_file_is_refused():
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
-
-
 def test_a_bad_command_line_exits_with_status_2_and_one_line(command):
     ended = command(["train.py", "configs/tiny.yaml", "temperature=0"], limit=60)
     assert ended.returncode == 2
@@ -252,8 +239,6 @@ def test_what_yaml_takes_for_another_type_is_to_be_quoted(value):
 
 
 # ------------------------------------------------------------------------------------------------- the dataclass itself
-
-
 def test_every_number_has_a_range_and_every_default_passes():
     numbers = {name for name, value in asdict(Config()).items() if type(value) in (int, float)}
     assert numbers <= set(RANGES) <= {field.name for field in fields(Config)}

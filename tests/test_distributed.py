@@ -30,8 +30,6 @@ def both(command, tmp_path_factory):
 
 
 # ---- the update
-
-
 def test_gradients_and_metrics_equal_the_naive_loop_for_any_micro_batch(both):
     """World size, micro-batch size and checkpointing change nothing but rounding."""
     for result in both("check_gradients_equal_the_naive_loop"):
@@ -66,8 +64,6 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_and_is_named(both)
 
 
 # ---- two copies
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_replica_equals_the_masters_bit_for_bit_on_every_rank(both, family, dtype):
@@ -96,8 +92,6 @@ def test_steps_with_masters_on_the_host_equal_steps_without_bit_for_bit(both, fa
 
 
 # ---- rollouts
-
-
 def test_rollouts_are_the_same_list_on_both_ranks_in_prompt_order(both):
     first, second = both("check_rollouts_are_one_list_in_prompt_order")
     assert first == second
@@ -129,8 +123,6 @@ def test_a_generator_whose_masks_are_all_invalid_neither_hangs_nor_trains(both):
 
 
 # ---- evidence
-
-
 def test_a_checkpoint_restores_every_bit_and_is_a_folder_for_from_pretrained(both):
     """Masters, replica, moving average and optimizer state; and the run goes on as it would have."""
     for result in both("check_a_checkpoint_restores_every_bit"):
@@ -188,8 +180,6 @@ def test_benchmarks_are_asked_during_training_with_the_same_numbers_on_both_rank
 
 
 # ---- the second copy, tasks, verdicts
-
-
 def test_the_second_copy_is_cut_scores_and_follows_on_two_ranks_as_on_one(both):
     results = both("check_the_second_copy")
     assert sum(result["own"] for result in results) == results[0]["all"] == results[1]["all"]
@@ -216,8 +206,6 @@ def test_each_rank_verifies_its_share_and_both_get_all_verdicts(both):
 
 
 # ---- a step of every method
-
-
 @pytest.mark.parametrize("name", worker.CONFIGS)
 def test_a_step_of_every_method_is_finite_and_the_same_on_both_ranks(both, name):
     first, second = both(name)

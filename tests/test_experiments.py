@@ -107,8 +107,7 @@ def test_tables_by_hand():
     made = make_tables(results)
     cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11 | 2"
     for row in (
-        "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |  |",
-        f"| active | {cells} |",
+        "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |  |", f"| active | {cells} |",
         "| random_span | 0.40 | 0.15 | 1.00 | 0.90 | 1.00 |  | 2.0k | 2.0k | 3.0e+11 | 1 |",
     ):
         assert row in made["methods"].split("\n")

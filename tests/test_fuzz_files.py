@@ -144,8 +144,6 @@ def test_broken_lines_are_counted_one_by_one_and_take_no_other_with_them(count, 
 
 
 # ------------------------------------------------------------------------------------------------------ parquet
-
-
 def odd_columns() -> dict[str, pa.Array]:
     """Columns of one row in types that a text column may turn out to have."""
     return {
@@ -155,21 +153,17 @@ def odd_columns() -> dict[str, pa.Array]:
         "struct": pa.array([{"role": GOOD}]),
         "twins": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
         "map": pa.array([[("a", GOOD)]], pa.map_(pa.string(), pa.string())), "decimal": pa.array([Decimal("1.5")]),
-        "year 30000": pa.array([900_000_000_000], pa.timestamp("s")),
-        "nanoseconds": pa.array([1], pa.timestamp("ns")),
+        "year 30000": pa.array([900_000_000_000], pa.timestamp("s")), "nanoseconds": pa.array([1], pa.timestamp("ns")),
         "no zone": pa.array([1], pa.timestamp("us", tz="Nowhere/Land")), "date": pa.array([10**8], pa.date32()),
         "duration": pa.array([2**62], pa.duration("s")), "latin": pa.array([b"caf\xe9 " * 8]).view(pa.utf8()),
         "nul": pa.array(["\0" + GOOD]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        "text", "answer",
-        *(pytest.param(n, marks=pytest.mark.faults) for n in "id title labels question prompt reward_model".split()),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("column", [
+    "text", "answer",
+    *(pytest.param(n, marks=pytest.mark.faults) for n in "id title labels question prompt reward_model".split()),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", odd_columns())
 def test_a_parquet_column_of_any_type(kind, column, tmp_path, tokenizer):
     rows = pa.Table.from_pylist([record(0)])
@@ -217,8 +211,6 @@ def test_a_parquet_file_cut_or_flipped_anywhere(count, tmp_path, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------ folders
-
-
 def test_a_folder_of_odd_names_links_and_pipes(tmp_path, tokenizer):
     top = tmp_path / "src"
     top.mkdir()
@@ -280,8 +272,6 @@ def test_an_unreadable_file_is_counted_and_the_others_are_read(error, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------------ the index
-
-
 @share_and_all(30, 2_000)
 def test_a_damaged_index_is_one_line_and_is_built_again(count, tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines_of([record(number) for number in range(20)]))

@@ -32,8 +32,6 @@ def group(rewards, lengths, finish="eos") -> Group:
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
-
-
 def test_advantages_by_hand():
     """1, 0, 0, 0: mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2. A generator's 0.875,
     0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
@@ -92,8 +90,6 @@ def test_mini_batches_keep_groups_whole_and_weigh_each_part_as_a_batch_of_its_ow
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-
-
 def loss_of(ratio: float, advantage: float, importance: float = 1.0, weight: float = 1.0):
     """Loss, its derivative by the log-prob, and whether it was clipped, of one token with these values."""
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
@@ -106,21 +102,18 @@ def loss_of(ratio: float, advantage: float, importance: float = 1.0, weight: flo
     return loss.item(), logprobs.grad.item(), clipped.item()
 
 
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, slope, clipped",
-    [
-        (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
-        (1.0, -2.0, 2.0, 2.0, False),
-        (1.1, 2.0, -2.2, -2.2, False),  # inside
-        (1.1, -2.0, 2.2, 2.2, False),
-        (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
-        (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
-        (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
-        (0.75, -2.0, 1.6, 0.0, True),  # ... 0.75 is outside below: 0.8 A
-        (0.75, 2.0, -1.5, -1.5, False),  # improbable and right: unclipped, must go up
-        (1.5, 0.0, 0.0, 0.0, False),
-    ],
-)
+@pytest.mark.parametrize("ratio, advantage, loss, slope, clipped", [
+    (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
+    (1.0, -2.0, 2.0, 2.0, False),
+    (1.1, 2.0, -2.2, -2.2, False),  # inside
+    (1.1, -2.0, 2.2, 2.2, False),
+    (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
+    (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
+    (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
+    (0.75, -2.0, 1.6, 0.0, True),  # ... 0.75 is outside below: 0.8 A
+    (0.75, 2.0, -1.5, -1.5, False),  # improbable and right: unclipped, must go up
+    (1.5, 0.0, 0.0, 0.0, False),
+])  # fmt: skip
 def test_the_clip_by_hand(ratio, advantage, loss, slope, clipped):
     assert loss_of(ratio, advantage) == (pytest.approx(loss, rel=1e-6), pytest.approx(slope, rel=1e-6), clipped)
 
@@ -156,8 +149,6 @@ def test_where_the_clip_has_removed_the_gradient_a_ratio_beyond_float32_spoils_n
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
-
-
 def test_only_completion_tokens_are_trained_each_predicted_by_the_token_before():
     first, second = Rollout([1, 2, 3], [4, 5], [-0.1, -0.2], "", "eos"), Rollout([6], [7], [-0.3], "", "eos")
     samples = make_samples([Group("pred", [first, second], [1.0, 0.0])], Config(advantage_std=False))
@@ -233,8 +224,6 @@ def test_a_sequence_longer_than_the_budget_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------- the learning rate
-
-
 def test_learning_rate_warms_up_and_falls_along_a_cosine_or_stays():
     config = Config(learning_rate=1.0, warmup_steps=10, steps=110, lr_schedule="cosine")
     assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
@@ -250,8 +239,6 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine_or_stays():
 
 
 # ------------------------------------------------------------------------------- the whole update against the plain one
-
-
 @pytest.fixture
 def build_policy_for(folders, ranks):
     def build(family="smollm3", **changes):
@@ -308,8 +295,6 @@ def test_all_optimizer_steps_of_a_batch_clip_against_the_policy_before_the_first
 
 
 # ---------------------------------------------------------------------------- what moves the weights, and what does not
-
-
 def test_the_gradient_norm_is_clipped(build_policy_for, ranks):
     policy, config, plain = build_policy_for(max_grad_norm=0.01)
     found = CaptureGradients(policy)

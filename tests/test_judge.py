@@ -36,8 +36,6 @@ def test_examples_in_the_docstrings(module):
 
 
 # ---------------------------------------------------------------------------------------------- who is right
-
-
 @pytest.mark.parametrize(("kind", "least"), [("maths", 400), ("letter", 100), ("match", 100), ("mask", 30)])
 def test_every_row_of_the_table_is_judged_as_it_says(kind, least):
     rows = [row for row in ROWS if row["kind"] == kind]
@@ -48,19 +46,7 @@ def test_every_row_of_the_table_is_judged_as_it_says(kind, least):
     assert [(row, one) for row, one, right in zip(rows, found, verdicts, strict=True) if one != right] == []
 
 
-def test_the_command_counts_the_rows_and_shows_those_that_differ(tmp_path):
-    rows = [{"kind": "maths", "gold": "7", "answer": "7.", "right": 1}, {"kind": "match", "gold": "7", "answer": "8"}]
-    rows[1]["right"] = 1
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    words = [sys.executable, "-m", "benchmarks", "judge", str(tmp_path / "rows.jsonl")]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    shown = ended.stdout.splitlines()
-    assert shown[-1] == "1 of 2 as they say" and len(shown) == 2 and '"answer": "8"' in shown[0], ended.stderr
-
-
 # ---------------------------------------------------------------------------------------------- two different numbers
-
-
 def written(value: Fraction, rng: random.Random) -> str:
     """One of the ways to write a number exactly; a decimal where it ends."""
     top, bottom = value.numerator, value.denominator
@@ -109,7 +95,6 @@ def test_what_is_no_plain_number(text):
 
 
 # ---------------------------------------------------------------------------------------------- letters and BBEH
-
 BBEH_RIGHT = [
     ("(A)", "(A)"), ("(A)", "A"), ("(A)", "a"), ("(A)", r"\text{(A)}"), ("(A)", "**(A)**"), ("A", "(A)"), ("E", "e."),
     ("17", "17.0"), ("17.0", "17"), ("14.22", "14.220"), ("-58396", "-58396."), ("-58396", "$-58396$"), ("Yes", "yes"),
@@ -124,21 +109,10 @@ BBEH_RIGHT = [
 BBEH_WRONG = [
     ("(A)", "(B)"),
     ("(A)", "(A) Sam"),  # the published rules know no words after the letter
-    ("(A)", "[A]"),
-    ("17", "18"),
-    ("1000", "1,000"),
-    ("17", "17 eggs"),
-    ("Yes", "No"),
-    ("proved", "disproved"),
-    ("no, unknown, yes", "yes, unknown, no"),
-    ("AB, ABC, ABC", "AB ABC ABC"),
-    ("[friday]", "(friday)"),
-    ("unknown", "?unknown"),
-    ("[]", "."),
-    ("jiłaka’pa", "jilaka’pa"),
-    ("spoon", "s" * 100_000),
-    ("10", "infinity"),
-]
+    ("(A)", "[A]"), ("17", "18"), ("1000", "1,000"), ("17", "17 eggs"), ("Yes", "No"), ("proved", "disproved"),
+    ("no, unknown, yes", "yes, unknown, no"), ("AB, ABC, ABC", "AB ABC ABC"), ("[friday]", "(friday)"),
+    ("unknown", "?unknown"), ("[]", "."), ("jiłaka’pa", "jilaka’pa"), ("spoon", "s" * 100_000), ("10", "infinity"),
+]  # fmt: skip
 
 
 def test_bbehs_rules():
@@ -153,7 +127,6 @@ def test_only_letters_of_the_item_are_options():
 
 
 # ---------------------------------------------------------------------------------------------- the child
-
 HOSTILE = {
     "a tower of exponents": TOWER, "a factorial": "99999999!", "words and a mark": "a" * 1000 + "!",
     "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!", "nested braces": "{" * 999 + "7" + "}" * 999,
@@ -269,12 +242,10 @@ print(verify._child.pid, flush=True)
     "ending",
     [
         "",
-        "raise SystemExit(3)",
-        "os.kill(os.getpid(), signal.SIGKILL)",
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         f"judge.check_answers([('x', '{TOWER}')], seconds=0.6)",
     ],
-    ids=["end", "exit", "killed", "killed while the child is busy"],
+    ids=["end", "killed while the child is busy"],
 )
 def test_no_process_is_left_behind(ending):
     child = int(run_python(PREFACE + ending))

@@ -83,13 +83,10 @@ def test_words_rule_needs_a_whole_word():
     assert mask("aa", "aaaa", mask_rule="words").invalid == "not_in_passage"
 
 
-@pytest.mark.parametrize(
-    ("rule", "text", "possible"),
-    [
-        ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
-        ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
-    ],
-)
+@pytest.mark.parametrize(("rule", "text", "possible"), [
+    ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
+    ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
+])  # fmt: skip
 def test_one_mask_rules_replace_one_occurrence_at_random(rule, text, possible):
     results = [make_mask("art", passage(text), Config(mask_rule=rule), random.Random(seed)) for seed in range(300)]
     counts = Counter(result.masked for result in results)
@@ -108,16 +105,13 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
     assert mask("ox", "ox ox", mask_rule=rule, max_occurrences=1).invalid == "too_many_occurrences"
 
 
-@pytest.mark.parametrize(
-    ("words", "cause"),
-    [
-        (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
-        ('""', "not_answerable"), ("(…)", "not_answerable"),
-        ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
-        ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
-        ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "cause"), [
+    (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
+    ('""', "not_answerable"), ("(…)", "not_answerable"),
+    ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
+    ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
+    ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
+])  # fmt: skip
 def test_invalid_masks_say_why(words, cause):
     text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
     result = mask(words, text)
@@ -139,26 +133,20 @@ LABELLED = passage(
 )
 
 
-@pytest.mark.parametrize(
-    ("words", "label"),
-    [
-        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
-        ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
-        ("i", "noise"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "label"), [
+    ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
+    ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
+    ("i", "noise"),
+])  # fmt: skip
 def test_label_of_a_mask(words, label):
     config = Config(labels="noise fact copy template")  # the hardest first
     assert make_mask(words, LABELLED, config, random.Random(0)).label == label
 
 
-@pytest.mark.parametrize(
-    ("words", "kind"),
-    [
-        ("rose", "content"), ("The town", "content"), ("The", "function"), ("in Köln", "name"), ("1,810", "number"),
-        ("by 1,810", "number"), ("Old", "content"), ("Köln", "name"), ("by", "function"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "kind"), [
+    ("rose", "content"), ("The town", "content"), ("The", "function"), ("in Köln", "name"), ("1,810", "number"),
+    ("by 1,810", "number"), ("Old", "content"), ("Köln", "name"), ("by", "function"),
+])  # fmt: skip
 def test_without_labels_the_kind_of_word_is_told_by_its_form(words, kind):
     """A capital letter at the start of a sentence says nothing."""
     assert mask(words, "The town rose in Köln, by 1,810. Old maps say so.").label == kind

@@ -69,8 +69,6 @@ def said(text: str, tokens: int = 2) -> Rollout:
 
 
 # ------------------------------------------------------------------------------------------------- what a method spends
-
-
 def test_examples_in_the_docstrings():
     results = [doctest.testmod(module) for module in (methods, next_token, rlp, rlvr)]
     assert sum(one.attempted for one in results) >= 10 and not any(one.failed for one in results)
@@ -144,8 +142,6 @@ def test_a_step_of_each_method_trains_what_it_says_and_leaves_the_replica_equal_
 
 
 # ----------------------------------------------------------------------------------------------------- next-token masks
-
-
 def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
     mask = next_token_mask(BONN, BONN_TOKENS, 2, Config())
     assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "content", ("old", "old."))
@@ -271,8 +267,6 @@ def test_random_masks_beside_the_generators_leave_its_masks_as_they_are(build_sa
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards
-
-
 RHINE = Passage("1#0", "Bonn", "", "Bonn lies on the Rhine.")
 
 
@@ -399,8 +393,6 @@ def test_a_frozen_generator_is_rewarded_but_not_trained(run):
 
 
 # ----------------------------------------------------------------------------------------------- answers that are given
-
-
 def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(run):
     tokenizer = run.sampler.tokenizer
     drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n, Config()), run.sampler) for n in (1, 2)]
@@ -464,8 +456,6 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
-
-
 def corpus_of(data, heldout: float):
     return rlvr.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
 
@@ -517,7 +507,6 @@ def test_questions_are_rewarded_by_math_verify(run):
 
 
 # ------------------------------------------------------------------------------------------- rlp: positions and prompts
-
 TEXT = "The moon turns around the earth, and the earth around the sun."  # one token per byte
 
 
@@ -593,20 +582,7 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
     assert len(thought_prompt(frame, Position([0] * rlp.MIN_PREFIX, 0))) == least
 
 
-def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
-    sized(run, 6)
-    passages, frame = wiki_passages(6), thought_frame(run.sampler)
-    for passage, (task,) in zip(passages, draw(run, "rlp", passages, 3), strict=True):
-        ids = run.sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
-        t = len(task.position.prefix_ids)
-        assert t >= rlp.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
-        assert task.prompt_ids == thought_prompt(frame, task.position)
-        assert passage.text.startswith(task.mask.masked.removesuffix("[mask]") + task.mask.target)
-
-
 # ------------------------------------------------------------------------------------------------------- rlp: thoughts
-
-
 def closes_after(pieces: list[str]) -> int | None:
     """How many pieces a thought has when its closing tag is complete."""
     state = START
@@ -668,8 +644,6 @@ def test_every_thought_is_closed_once_before_it_is_scored():
 
 
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
-
-
 @pytest.mark.parametrize("base", ["tiny_base", "random"])
 def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
     """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes; a

@@ -133,15 +133,12 @@ def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
         assert agreement_warning(quiet) == ""
 
 
-@pytest.mark.parametrize(
-    ("method", "told", "untold"),
-    [
-        ("active", ["reward 0.214", "gen 0.167 valid 0.67 top 0.50", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
-        ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
-        ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
-        ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),
-    ],
-)
+@pytest.mark.parametrize(("method", "told", "untold"), [
+    ("active", ["reward 0.214", "gen 0.167 valid 0.67 top 0.50", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
+    ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
+    ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
+    ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),
+])  # fmt: skip
 def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
     proposals, groups = step
     groups = [group for group in groups if method == "active" or (group.role == "pred" and method != "cpt")]
@@ -166,8 +163,6 @@ def test_samples_tell_of_a_generator_only_where_there_was_one(step):
 
 
 # ------------------------------------------------------------------------------------------------------- tables of runs
-
-
 @pytest.fixture
 def runs(tmp_path):
     """Two runs of two steps; the second's corpus labels no words."""

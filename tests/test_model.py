@@ -51,8 +51,6 @@ def score(policy, tokens: list[list[int]], temperature=1.0):
 
 
 # -------------------------------------------------------------------------------------- the real models, without memory
-
-
 @pytest.mark.parametrize("name", HUB)
 def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, name):
     kind, sizes, parameters = HUB[name]
@@ -65,8 +63,6 @@ def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, 
 
 
 # ------------------------------------------------------------------------------------------------ load, policy, refresh
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_filled_policy_holds_the_checkpoint_and_refresh_gives_it_back(folders, ranks, family, dtype):
@@ -114,8 +110,6 @@ def test_in_bfloat16_trainer_and_sampler_still_compute_the_same(folders, ranks, 
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-
-
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     """A machine with a GPU, as its driver's file tells."""

@@ -14,7 +14,6 @@ from methods import Task
 from model import load_tokenizer
 from play import passage as play
 from play.explain import choose_mask, explain, plain, wrapped
-from rollout import Rollout
 
 BASE = str(ROOT / "assets/tiny_base")
 TINY = str(ROOT / "configs/tiny.yaml")
@@ -78,8 +77,6 @@ def test_what_cannot_be_explained_is_refused(word, ranks):
 
 
 # ---- play
-
-
 def test_play_marks_verdicts_right_for_both_models(ranks):
     keys = [f"config={TINY}", "predictions_per_mask=4", "seed=1"]
     models, own, config = play.read_arguments([BASE, *keys, f"passage={TOWN}"])
@@ -102,17 +99,6 @@ def test_play_marks_verdicts_right_for_both_models(ranks):
         assert block.startswith(task.mask.target) and len(task.predictions) == 4
         assert f"tiny_base: {sum(task.correct)} of 4 right" in block
     assert seen == {0, 1}
-
-
-def test_verdicts_count_equal_responses_and_show_thoughts():
-    said = [r"It flows. \boxed{Rhine}"] * 2 + [r"\boxed{Elbe}", "no \x1b[31mbox", r"\boxed{}"]
-    task = Task(Passage("1#0", "", "", ""), Mask("Rhine", masked="[mask]", target="Rhine"))
-    task.predictions = [Rollout([1], [2], [-1.0], text, "eos") for text in said]
-    task.correct, task.proposal_reward = [1, 1, 0, 0, 0], 0.6
-    assert play.verdicts("m", task) == [
-        "  m: 2 of 5 right; the mask earns 0.600", "    2 x right: Rhine", "        It flows.", "    1 x WRONG: Elbe",
-        "    1 x WRONG: no answer", "        no ?[31mbox", "    1 x WRONG: (empty)",
-    ]
 
 
 def test_text_is_one_harmless_line():

@@ -47,50 +47,24 @@ def test_the_prefix_leaves_the_completion_inside_the_box():
     assert scan(scan(START, PREDICT_PREFIX, BOXED_OPENING), "Paris}", BOXED_OPENING) == CLOSED
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{Paris}.", "Paris"),
-        (r"\boxed{}", ""),
-        (r"\boxed {Paris}", "Paris"),
-        ("\\boxed \n\t{Paris}", "Paris"),
-        (r"\boxed {a} \boxed {b", "a"),
-        (r"\boxed {a \boxed  {b} c}", "b"),
-        (r"\box ed{Paris}", None),
-        (r"\boxed x{Paris}", None),
-        (r"\boxed{ a b }", " a b "),
-        ("\\boxed{a\nb}", "a\nb"),
-        (r"\boxed{one} then \boxed{two}", "two"),
-        (r"\boxed{one} then \boxed{two", "one"),  # an unclosed one is ignored
-        (r"\boxed{\text{a} {b}}", r"\text{a} {b}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\}}", r"\}"),
-        (r"\boxed{\{}", r"\{"),
-        (r"\boxed{a\\}", r"a\\"),  # an escaped backslash escapes nothing
-        (r"\boxed{a\\\}}", r"a\\\}"),
-        (r"\boxed{a \boxed{b}}", "b"),  # the inner one is the last to be opened
-        (r"\boxed{a \boxed{b} c", "b"),
-        (r"\boxed{a} \boxed{b {c}", "a"),
-        (r"} {{ \boxed{a}", "a"),  # braces before it do not matter
-        (r"{\boxed{a}", "a"),
-        (r"\boxed{a}}}}", "a"),
-        (r"\boxed{a} {b}", "a"),
-        (r"\\boxed{a}", "a"),
-        (r"\\\boxed{a}", "a"),
-        (r"\bo\boxed{a}", "a"),
-        (r"\boxed{\boxed{\boxed{a}}}", "a"),
-        (r"\boxed{北京}", "北京"),
-        ("Paris", None),
-        ("", None),
-        (r"\boxed{Paris", None),
-        (r"\boxed Paris}", None),
-        (r"boxed{Paris}", None),
-        (r"\Boxed{Paris}", None),
-        (r"\mask{Paris}", None),
-        (r"\boxed{Paris\}", None),
-        ("\\", None),
-    ],
-)
+@pytest.mark.parametrize(("text", "answer"), [
+    (r"so \boxed{Paris}.", "Paris"), (r"\boxed{}", ""), (r"\boxed {Paris}", "Paris"), ("\\boxed \n\t{Paris}", "Paris"),
+    (r"\boxed {a} \boxed {b", "a"), (r"\boxed {a \boxed  {b} c}", "b"), (r"\box ed{Paris}", None),
+    (r"\boxed x{Paris}", None), (r"\boxed{ a b }", " a b "), ("\\boxed{a\nb}", "a\nb"),
+    (r"\boxed{one} then \boxed{two}", "two"),
+    (r"\boxed{one} then \boxed{two", "one"),  # an unclosed one is ignored
+    (r"\boxed{\text{a} {b}}", r"\text{a} {b}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\}}", r"\}"),
+    (r"\boxed{\{}", r"\{"),
+    (r"\boxed{a\\}", r"a\\"),  # an escaped backslash escapes nothing
+    (r"\boxed{a\\\}}", r"a\\\}"),
+    (r"\boxed{a \boxed{b}}", "b"),  # the inner one is the last to be opened
+    (r"\boxed{a \boxed{b} c", "b"), (r"\boxed{a} \boxed{b {c}", "a"),
+    (r"} {{ \boxed{a}", "a"),  # braces before it do not matter
+    (r"{\boxed{a}", "a"), (r"\boxed{a}}}}", "a"), (r"\boxed{a} {b}", "a"), (r"\\boxed{a}", "a"), (r"\\\boxed{a}", "a"),
+    (r"\bo\boxed{a}", "a"), (r"\boxed{\boxed{\boxed{a}}}", "a"), (r"\boxed{北京}", "北京"), ("Paris", None), ("", None),
+    (r"\boxed{Paris", None), (r"\boxed Paris}", None), (r"boxed{Paris}", None), (r"\Boxed{Paris}", None),
+    (r"\mask{Paris}", None), (r"\boxed{Paris\}", None), ("\\", None),
+])  # fmt: skip
 def test_last_balanced_answer(text, answer):
     assert last_answer(text, "boxed") == answer
     if MASK_OPENING not in text:

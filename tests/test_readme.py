@@ -30,8 +30,6 @@ RESULTS = PAGES[ROOT / "docs" / "results.md"]
 
 
 # ---- patches
-
-
 @pytest.fixture
 def patched(tmp_path, monkeypatch):
     """(module) -> that module from a copy of the repository with the README's patch for it."""
@@ -115,8 +113,6 @@ def test_the_benchmark_is_asked_and_judged(patched, tmp_path):
 
 
 # ---- names
-
-
 def functions(file: str) -> set[str]:
     """Names of a file's functions, classes and constants, those inside a class with its name in front."""
     found = set()
@@ -155,8 +151,6 @@ def test_every_link_leads_somewhere():
 
 
 # ---- numbers and size
-
-
 def rows(text: str) -> list[list[str]]:
     """Cells of the first table of a text, the head first."""
     lines = [line for line in text.splitlines() if line.startswith("|") or not line]

@@ -30,8 +30,6 @@ def fill(model, value: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the copy
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_copy_starts_as_the_replica_with_float32_masters_and_no_gradients(folders, ranks, dtype):
     config = tiny_config(folders["smollm3"], dtype=dtype, gradient_checkpointing=True)
@@ -69,8 +67,6 @@ def test_a_slow_average_still_moves_by_a_thousandth_of_a_small_step(build):
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [62, 10_000])
 def test_scores_are_those_of_the_plain_model_one_by_one(build, ranks, family, budget):

@@ -14,14 +14,13 @@ import pytest
 import yaml
 
 from report.charts import Series, line_chart, path_data
-from report.figures import Family, RunData, curves, reward_chart
+from report.figures import Family, RunData, curves
 from report.page import (
     browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
     title_link, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
-HEBREW = "\u05e9\u05dc\u05d5\u05dd"
 TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
 
 
@@ -30,22 +29,14 @@ class Reader(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
-        self.tags, self.words, self.open = [], [], []
+        self.tags, self.words = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self.open += [self.tags[-1]] if tag not in ("meta", "path", "rect", "circle", "line", "input") else []
-
-    def handle_endtag(self, tag):
-        while any(tag == name for name, _ in self.open) and self.open.pop()[0] != tag:
-            pass
 
     def handle_data(self, data):
         self.words.append(data)
-        names = {name for name, _ in self.open}
-        if HEBREW in data and not names & {"script", "svg"}:
-            self.directions = [*getattr(self, "directions", []), any("dir" in keys for _, keys in self.open)]
 
 
 def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
@@ -54,10 +45,8 @@ def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https:/
     mask = {"words": "Rhine", "invalid": "", "masked": text.replace("Rhine", "[mask]"), "target": "Rhine"}
     mask |= {"occurrences": 1, "start": 17, "label": ""}
     return {
-        "step": step,
-        "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
-        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25},
-        "mask": mask,
+        "step": step, "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
+        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25}, "mask": mask,
         "predictions": said,
     } | keys
 
@@ -82,8 +71,6 @@ def read_page(*folders: Path) -> str:
 
 
 # ---- numbers
-
-
 def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highest(tmp_path):
     names = {"a": (0, [1.0, 4.0]), "b": (1, [2.0, math.nan, 9.0]), "c": (2, [6.0])}
     runs = [
@@ -109,18 +96,6 @@ def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
     assert 'd="M46.0 162.0h0M350.0 8.0h0"' in decades  # zero has no place on a logarithmic axis
 
 
-def test_the_generators_reward_stands_over_accuracy_with_its_law():
-    """Means over valid masks: 0.2 of all responses, half of them valid, is 0.4 at accuracy 0.6."""
-    run = RunData(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
-    (figure,) = reward_chart([Family("a", [run])])
-    points = re.findall(r'class="dot c0" r="2.6" cx="([^"]*)" cy="([^"]*)"', figure)
-    assert points == [(f"{46 + 304 * 0.6:.1f}", f"{162 - 154 * 0.4:.1f}")]
-    (law,) = re.findall(r'class="curve" d="([^"]*)"', figure)
-    half = 0.5 - 0.5**2  # (1-p) - (1-p)^G at p = 0.5, G = 2: the top, in the middle
-    assert f"L198.0 {162 - 154 * half:.1f}" in law and "G = 2" in figure
-    assert reward_chart([Family("a", [RunData(Path("run"), {}, [row(1, **{"gen/responses": 0})])])]) == []
-
-
 def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
     run = RunData(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
     figures, left_out = curves("Training", [Family("a", [run])])
@@ -136,8 +111,6 @@ def test_every_benchmark_of_a_run_gets_a_chart():
 
 
 # ---- text
-
-
 def test_a_response_is_thought_and_answer():
     assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
     assert split_response("no box", "boxed") == {"t": "no box", "a": None}
@@ -241,17 +214,12 @@ def test_a_mask_that_cannot_be_used_says_why():
 
 
 # ---- whole runs
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
-        [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
-        [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
-        [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rows", [
+    [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
+    [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
+    [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
+    [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],
+])  # fmt: skip
 def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
     folder = write_run(tmp_path / "run", rows)
     with (folder / "metrics.jsonl").open("a") as file:

@@ -15,49 +15,6 @@ def test_examples_in_the_docstrings():
     assert results.attempted >= 8 and results.failed == 0
 
 
-MATCHES = [
-    ("Paris", "Paris"), ("  Paris \n", "Paris"), ("New\n  York", "New York"), ("New York", "New\nYork"),
-    ("New\u00a0York", "New York"),  # no-break space
-    ("New~York", "New York"), (r"New\ York", "New York"), (r"New\, York", "New York"), ("Paris.", "Paris"),
-    ("Paris", "Paris,"), ("Paris .", "Paris"), ("U.S.", "U.S."), ("U.S", "U.S."), ('"Paris"', "Paris"),
-    ('"Paris."', "Paris"), ('"Paris".', "Paris"), ("'Paris'", "Paris"), ("“Paris”", "Paris"), ("„Paris“", "Paris"),
-    ("«Paris»", "Paris"), ("« Paris »", "Paris"), ("``Paris''", "Paris"), ("''Paris''", "Paris"),
-    ('""Paris""', '"Paris"'), ("O'Brien's", "O'Brien's"), ('the "Big Apple"', 'the "Big Apple"'),
-    (r"\text{Paris}", "Paris"), (r"\text{Paris}.", "Paris"), (r"\text {Paris}", "Paris"),
-    (r"\text{ Paris }", "Paris"), (r'"\textbf{Paris}"', "Paris"), (r"\textbf{\text{Paris}}", "Paris"),
-    (r"\mathrm{New}\ \mathrm{York}", "New York"), (r"\text{New }York", "New York"), (r"\text{a {b} c}", "a {b} c"),
-    (r"50\%", "50%"), (r"AT\&T", "AT&T"), (r"snake\_case", "snake_case"), (r"\$5", "$5"), (r"C\#", "C#"),
-    (r"\{1, 2\}", "{1, 2}"), (r"\text{R\&D}", "R&D"),
-    ("ﬁnch", "finch"),  # ligature
-    ("Ｐａｒｉｓ", "Paris"),  # full width
-    ("１９８４", "1984"), ("x²", "x2"),
-    ("caf\u0065\u0301", "caf\u00e9"),  # composed and decomposed accents
-    ("北京。", "北京"), ("「北京」", "北京"), ("Москва", "Москва"), ("दिल्ली", "दिल्ली"), ("القاهرة", "القاهرة"),
-    ("C:\\temp\\new", "C:\\temp\\new"), (r"\frac{1}{2}", r"\frac{1}{2}"), ("a}b{c", "a}b{c"),
-]  # fmt: skip
-MISSES = [
-    (None, "Paris"), ("", "Paris"), ("   ", "Paris"), ("", ""),
-    ("", "."),  # an empty box must lose, whatever the target's normal form
-    (".", "."), (",", "."), ('""', '"'), ('""', "''"), (r"\text{}", ""), (r"\text{}", "."), ("~", " "), (None, ""),
-    ("paris", "Paris"), ("PARIS", "Paris"),
-    ("Paris..", "Paris"),  # one stop only
-    ("Paris!", "Paris"), ("Paris, France", "Paris"), ("Par", "Paris"), ("the Paris", "Paris"),
-    ("NewYork", "New York"),
-    ('"Paris', "Paris"),  # a lone quote is not around anything
-    ("Paris'", "Paris"), ("cafe", "café"), ("1984", "1985"), ("5", "$5"), ("50", "50%"),
-    (r"\text{Paris", "Paris"),  # never closed
-    (r"\frac{Paris}", "Paris"), (r"\textstyle{Paris}", "Paris"),
-    (r"\\text{Paris}", "Paris"),  # a line break and "text"
-    ("{Paris}", "Paris"), ("[mask]", "Paris"), ("Mockba", "Москва"), ("北京", "東京"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "target", "match"), [(*m, 1.0) for m in MATCHES] + [(*m, 0.0) for m in MISSES])
-def test_match(answer, target, match):
-    assert exact_match(answer, target) == match
-    assert not match or exact_match(target, answer) == caseless_match(answer, target) == 1.0
-
-
 def test_case_counts_for_the_reward_but_not_for_the_log():
     assert exact_match("paris", "Paris") == 0.0 and caseless_match("paris", "Paris") == 1.0
     assert caseless_match("STRASSE", "Straße") == 1.0

@@ -116,17 +116,13 @@ def test_a_config_makes_no_objects(tmp_path, mark):
 
 
 # ---------------------------------------------------------------------------------------------- what a model writes
-
-
 def hostile_answers(path: Path) -> list[str]:
     codes = [f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"exec(\"open('{path}','w')\")"]
     frames = [
         "%s", "$%s$", r"\text{%s}", r"\operatorname{%s}", "1+%s", "2*(%s)", r"\frac{%s}{2}", "[%s]", "x=%s", "\n%s\n",
     ]
     return [frame % code for frame in frames for code in codes] + [
-        f"{{{{ {codes[0]} }}}}",
-        f"%({codes[0]})s",
-        f"1/2\n{codes[0]}",
+        f"{{{{ {codes[0]} }}}}", f"%({codes[0]})s", f"1/2\n{codes[0]}",
     ]
 
 
@@ -152,7 +148,6 @@ def test_only_digits_and_operators_reach_sympys_own_parser(mark, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- the scripts themselves
-
 FORBIDDEN = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle", "runpy", "ctypes"}
 RISKY = "eval exec compile __import__ importlib.import_module os.system os.popen os.execv torch.load dcp.load".split()
 RISKY += "np.load np.fromfile yaml.load yaml.unsafe_load yaml.full_load torch.hub.load torch.jit.load".split()

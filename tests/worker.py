@@ -97,8 +97,6 @@ def compare(folder: Path, ranks: Ranks, rewards, family="smollm3", **changes) ->
 
 
 # ---- the update
-
-
 def check_gradients_equal_the_naive_loop(folder, ranks):
     """All families, two micro-batch sizes, with and without checkpointing and shared prompts; work is uneven."""
     return {
@@ -141,8 +139,7 @@ def check_several_optimizer_steps_on_a_batch(folder, ranks):
         result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
         moves = [{name: one - before[name] for name, one in weights(model).items()} for model in (policy, plain)]
         results[f"{passes} x {parts}"] = {
-            "moves": largest_error(*moves),
-            "clip_fraction": result["clip_fraction"],
+            "moves": largest_error(*moves), "clip_fraction": result["clip_fraction"],
             "metrics": max(abs(result[key] - metrics[key]) / abs(metrics[key]) for key in metrics),
         }
     return results
@@ -184,8 +181,6 @@ def check_a_gradient_that_is_not_finite_on_one_rank(folder, ranks):
 
 
 # ---- two copies
-
-
 def check_replica_equals_masters_after_each_refresh(folder, ranks):
     results = {}
     for family in FAMILIES:
@@ -227,8 +222,7 @@ def check_the_second_copy(folder, ranks):
     plain, replica = load_plain(config.model).eval(), weights(run.sampler.replica)
     results = {
         "own": sum(parameter.to_local().numel() for parameter in reference.parameters()),
-        "all": sum(one.numel() for one in replica.values()),
-        "equal": same_bits(weights(reference), replica),
+        "all": sum(one.numel() for one in replica.values()), "equal": same_bits(weights(reference), replica),
         "no_gradients": not any(parameter.requires_grad for parameter in reference.parameters()),
     }
 
@@ -273,8 +267,6 @@ def check_the_second_copy(folder, ranks):
 
 
 # ---- rollouts
-
-
 def check_rollouts_are_one_list_in_prompt_order(folder, ranks):
     sampler = fresh_sampler(folder, ranks)
     prompts = [[9, 8, 7], [1], list(range(30)), [5, 5], [77] * 12]  # an odd number: three here, two there
@@ -323,8 +315,6 @@ def check_masks_that_are_all_invalid(folder, ranks):
 
 
 # ---- tasks
-
-
 def check_tasks_are_drawn_alike(folder, ranks):
     sizes = {"passages_per_step": 5, "masks_per_passage": 3, "max_prompt_tokens": 192, "tokens_per_micro_batch": 256}
     config = tiny_config(TINY_BASE, method="entropy_token", **sizes)
@@ -355,8 +345,6 @@ def check_answers_are_verified_in_shares(folder, ranks):
 
 
 # ---- evidence
-
-
 def check_a_checkpoint_restores_every_bit(folder, ranks):
     """Of rlp, whose moving average is saved too."""
     run = folder / "run"
@@ -474,7 +462,6 @@ def check_the_probe_is_the_same_on_every_rank(folder, ranks):
 
 
 # ---- benchmarks
-
 ASKED = ["gsm8k.path=assets/tiny_questions.jsonl", "limit=10", "max_new_tokens=6", "dtype=float32", "chunk=8"]
 ASKED += [r'question_prompt=" {passage}\nPredict:"', "tasks=gsm8k"]
 """A greedy evaluation of the tiny base on sums, two chunks; with samples=4 a sampled one, five chunks."""
@@ -494,7 +481,6 @@ def check_an_evaluation(folder, ranks):
 
 
 # ---- whole runs
-
 SMALL = """
     passages_per_step=4 masks_per_passage=3 predictions_per_mask=4 probe_passages=4 probe_samples=1 probe_every=0
     save_every=0 samples_per_step=1 max_mask_tokens=10 max_prediction_tokens=10 steps=1

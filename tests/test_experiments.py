@@ -1,16 +1,12 @@
 """Claims can fail, tables are arithmetic, pages are what the record says, and `run` makes only what is missing."""
 
 import json
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from reference import tiny_config
 
 from benchmarks.judge import check_answers
-from data import Passage
-from masking import make_mask
 from miniature import claims, runs, tables, worlds
 from miniature.claims import CLAIMS
 from miniature.tables import fill_blocks, interval, load_results, make_tables
@@ -245,30 +241,6 @@ def test_a_run_that_fails_is_told_with_arm_seed_and_its_last_words(trained, monk
         runs.run_arm("sft", 12)
 
 
-def test_again_tells_what_equals_the_record_and_tests_the_claim_on_fresh_seeds(tmp_path, monkeypatch, capsys):
-    arms = ("active", "rewards shuffled")
-    recorded = [holding()[arm][0] | {"seed": seed} for arm in arms for seed in (10, 11)]
-    for row in recorded[2:]:
-        del row["probes"][-1]["greedy_no_thought"]  # a probe that the record does not hold is not compared
-    monkeypatch.setattr(runs, "RECORD", write_rows(tmp_path / "runs.jsonl", recorded))
-    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs" / "experiments")
-
-    def run_arm(arm, seed):
-        run = holding()[arm][0] | {"seed": seed}
-        if (arm, seed) == ("active", 11):
-            run["probes"][-1]["fact"] += 1e-4
-        run["probes"][-1]["greedy_fact"] -= lost if seed == 21 and arm == "active" else 0
-        return run
-
-    monkeypatch.setattr(runs, "run_arm", run_arm)
-    lost = 0
-    assert runs.run_again("learns") is True
-    assert "3 of 4 runs of seeds (10, 11) equal the record" in capsys.readouterr().out
-    lost = 0.5
-    assert runs.run_again("learns") is False
-    assert "On the fresh seeds (20, 21): FAILS" in capsys.readouterr().out
-
-
 def test_commands_that_do_not_exist_end_with_status_2(capsys):
     for words in ([], ["run", "no claim"], ["again"], ["paint"], ["world", "several"], ["figures", "all"]):
         with pytest.raises(SystemExit) as ended:
@@ -293,23 +265,6 @@ def test_two_facts_an_article_of_different_kinds_and_no_unseen_fact_in_training(
         else:
             assert (stands["fact"], stands["shown"], stands["unseen"]) in ((2, 0, 0), (1, 2, 0))
             assert not subjects["unseen"] & set(words)
-
-
-def test_no_mask_of_a_shown_fact_is_valid_in_training_and_a_taught_one_is():
-    config = tiny_config("", mask_rule="one_mask_words", max_occurrences=1, max_span_words=2)
-    rows = [json.loads(line) for line in worlds.make_several(0, 200).splitlines()]
-    rows = [row for row in rows if row["labels"].count("shown") == 2]  # one of training
-    assert len(rows) > 50
-    for row in rows:
-        passage = Passage(row["id"], row["title"], row["url"], row["text"], row["labels"])
-        words = row["text"].split()
-        for first, label in enumerate(row["labels"]):
-            spans = [words[first : first + 1], words[first : first + 2], words[max(0, first - 1) : first + 1]]
-            faults = [make_mask(" ".join(span), passage, config, random.Random(0)).invalid for span in spans]
-            if label == "shown":
-                assert all(faults), faults
-            if label == "fact":
-                assert not any(faults[:1]), faults
 
 
 def test_a_question_for_each_fact_with_the_fact_masked():

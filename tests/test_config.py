@@ -183,9 +183,8 @@ def test_a_dry_run_has_a_folder_of_its_own():
     assert read_config(["configs/tiny.yaml", "steps=0", "run_dir=here"]).run_dir == "here"
 
 
-@pytest.mark.parametrize(
-    "text, reason", [(None, "cannot be read"), ("- a\n- b\n", "expected lines of"), ("a: [\n", "not valid YAML")]
-)
+@pytest.mark.parametrize("text, reason",
+                         [(None, "cannot be read"), ("- a\n- b\n", "expected lines of"), ("a: [\n", "not valid YAML")])
 def test_a_bad_config_file_is_one_line_with_its_name(tmp_path, text, reason):
     file = tmp_path / "bad.yaml"
     if text is not None:

@@ -226,9 +226,8 @@ def test_the_maximum_holds_for_joined_text_even_if_tokens_do_not_add_up(tmp_path
     assert len(line) == 50 and len(tokenizer(line)["input_ids"]) == 50
     text = "\n\n".join([line] * 400)
     for longest, paragraphs_at_most in ((101, 1), (102, 2), (153, 2), (154, 3)):
-        config = make_config(
-            write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), min_passage_tokens=50, max_passage_tokens=longest
-        )
+        config = make_config(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), min_passage_tokens=50,
+                             max_passage_tokens=longest)
         rows, _, _ = build(config, tokenizer, tmp_path / "index")
         assert max(len(row["text"]) for row in rows) == paragraphs_at_most * 52 - 2 <= longest
 
@@ -299,9 +298,8 @@ def test_broken_parquet_files_and_rows_are_named_and_the_rest_is_read(tmp_path, 
     pq.write_table(pa.table({"text": latin}), tmp_path / "src/latin.parquet")
     write_parquet(tmp_path / "src/null.parquet", [{"text": sentence(10)}, {"text": None}], row_group_size=1)
     # two row groups, of which the first has its pages overwritten
-    torn = write_parquet(
-        tmp_path / "src/torn.parquet", records(200, first=300), row_group_size=100, use_dictionary=False
-    )
+    torn = write_parquet(tmp_path / "src/torn.parquet", records(200, first=300), row_group_size=100,
+                         use_dictionary=False)
     payload = bytearray(torn.read_bytes())
     payload[4:2000] = bytes(1996)
     torn.write_bytes(payload)
@@ -310,10 +308,8 @@ def test_broken_parquet_files_and_rows_are_named_and_the_rest_is_read(tmp_path, 
     assert {"a0#0", "a1#0", "a2#0", "latin.parquet:2#0", "null.parquet:1#0"} <= numbers
     assert {f"a{i}#0" for i in range(400, 500)} <= numbers and len(rows) == 105
     assert (counts["unreadable"], counts["no_text"], counts["bad_utf8"]) == (2, 2, 1)
-    for name in (
-        "cut.parquet",
-        "columns.parquet", "latin.parquet: row 1:", "null.parquet: row 2:", "torn.parquet: row group 0",
-    ):  # fmt: skip
+    for name in ("cut.parquet", "columns.parquet", "latin.parquet: row 1:", "null.parquet: row 2:",
+                 "torn.parquet: row group 0"):  # fmt: skip
         assert any(name in entry for entry in logged)
 
 

@@ -243,9 +243,8 @@ VALUES = (
     + ["/", "..", "assets/tiny_base", "configs/tiny.yaml", "loop/loop", "'{passage}'", "'{answer}'"]
     + ["---\na: 1\n---\n", BOMB, f"{BOMB}\nsteps: *g"]
 )  # fmt: skip
-BAD_FILES = [
-    "long.yaml", "nul.yaml", "half.yaml", "gone.yaml", *(".", "\0", "x" * 300, "a\nb", "\udcff", "", "loop/loop"),
-]  # fmt: skip
+BAD_FILES = ["long.yaml", "nul.yaml", "half.yaml", "gone.yaml",
+             *(".", "\0", "x" * 300, "a\nb", "\udcff", "", "loop/loop")]  # fmt: skip
 
 
 def checked(words: list, keys: set[str]) -> bool:

@@ -94,9 +94,8 @@ def loss_of(ratio: float, advantage: float, importance: float = 1.0, weight: flo
     """Loss, its derivative by the log-prob, and whether it was clipped, of one token with these values."""
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
     sampler = torch.tensor([-math.log(importance)])  # pi_old is e^0
-    batch = SimpleNamespace(
-        sampler_logprobs=sampler, advantages=torch.tensor([advantage]), weights=torch.tensor([weight])
-    )
+    batch = SimpleNamespace(sampler_logprobs=sampler, advantages=torch.tensor([advantage]),
+                            weights=torch.tensor([weight]))
     loss, clipped = clipped_loss(logprobs, torch.zeros(1), batch, Config(clip_low=0.2, clip_high=0.28))
     loss.backward()
     return loss.item(), logprobs.grad.item(), clipped.item()
@@ -305,9 +304,8 @@ def test_the_gradient_norm_is_clipped(build_policy_for, ranks):
 
 
 def test_the_optimizer_gets_the_configs_values_and_the_steps_learning_rate(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(
-        adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, learning_rate=1e-3, warmup_steps=10
-    )
+    policy, config, plain = build_policy_for(adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, learning_rate=1e-3,
+                                             warmup_steps=10)
     optimizer = make_optimizer(policy, config)
     result = update(policy, optimizer, make_samples(make_groups(plain, REWARDS), config), config, ranks, step=4)
     settings = optimizer.param_groups[0]

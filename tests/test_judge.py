@@ -59,9 +59,8 @@ def written(value: Fraction, rng: random.Random) -> str:
             rf"{decimal * 10**power:f} \times 10^{{{-power}}}",
         ]
     text = rng.choice(ways)
-    dress = [
-        "%s", "%s", "%s.", "$%s$", "**%s**", r"\(%s\)", "x = %s", r"\approx %s", r"%s\text{ cm}", "%s dollars", "€%s",
-    ]
+    dress = ["%s", "%s", "%s.", "$%s$", "**%s**", r"\(%s\)", "x = %s", r"\approx %s", r"%s\text{ cm}", "%s dollars",
+             "€%s"]
     return rng.choice(dress).replace("%s", text)
 
 
@@ -87,9 +86,8 @@ def test_two_different_numbers_are_never_equal_and_equal_ones_are(count, monkeyp
     assert wrong == [] and missed == []
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "12 or 13", "12!", "5x", "6:18", "1,0000", r"\sqrt{4}", "1/0", "+", "10^{x}"]
-)
+@pytest.mark.parametrize("text",
+                         ["", "x", "12 or 13", "12!", "5x", "6:18", "1,0000", r"\sqrt{4}", "1/0", "+", "10^{x}"])
 def test_what_is_no_plain_number(text):
     assert read_number(text) is None
 
@@ -159,9 +157,8 @@ def test_verdicts_on_expressions_are_those_of_math_verify_itself():
 
 def test_numbers_and_words_need_no_child(monkeypatch):
     monkeypatch.setattr(verify, "_ask", lambda *_: pytest.fail("asked"))
-    pairs = [
-        ("42", "42"), ("42", "-42"), ("-7", " -7"), ("2.5", r"\frac52"), ("1e-9", "2e-9"), (r"\text{east}", "seat"),
-    ]
+    pairs = [("42", "42"), ("42", "-42"), ("-7", " -7"), ("2.5", r"\frac52"), ("1e-9", "2e-9"),
+             (r"\text{east}", "seat")]
     assert check_answers(pairs) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 

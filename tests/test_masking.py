@@ -30,20 +30,18 @@ def test_examples_in_the_docstrings():
 
 
 def test_a_mask_by_hand():
-    assert mask(" Rome\n", "Rome is old. Rome is big.") == Mask(
-        words="Rome", masked="[mask] is old. [mask] is big.", target="Rome", occurrences=2, start=0, label="content"
-    )
+    assert mask(" Rome\n", "Rome is old. Rome is big.") == Mask(words="Rome", masked="[mask] is old. [mask] is big.",
+                                                                target="Rome", occurrences=2, start=0, label="content")
 
 
 MAIN = [
-    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"),
-    ("aa", "aaaaa", "[mask][mask]a"), ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"),
-    ("start", "start and end", "[mask] and end"), ("end", "start and end", "start and [mask]"),
-    ("1", "1, 2, 1", "[mask], 2, [mask]"), ("a.c", "abc a.c", "abc [mask]"),
-    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"), ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
-    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"), ("{a}", "set {a} {b}", "set [mask] {b}"),
-    ("{0}", "{0} {1}", "[mask] {1}"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
-    ("Köln", "In Köln", "In [mask]"),
+    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"), ("aa", "aaaaa", "[mask][mask]a"),
+    ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"), ("start", "start and end", "[mask] and end"),
+    ("end", "start and end", "start and [mask]"), ("1", "1, 2, 1", "[mask], 2, [mask]"),
+    ("a.c", "abc a.c", "abc [mask]"), ("C++ (1985)", "In C++ (1985) it", "In [mask] it"),
+    ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"), (r"\d\1", r"5 \d\1 55", "5 [mask] 55"),
+    ("{a}", "set {a} {b}", "set [mask] {b}"), ("{0}", "{0} {1}", "[mask] {1}"),
+    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"), ("Köln", "In Köln", "In [mask]"),
     ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
@@ -185,12 +183,10 @@ def test_labelled_mask_is_one_word_of_that_label():
         label: Counter(labelled_mask(LABELLED, label, Config(), random.Random(seed)).masked for seed in range(100))
         for label in ("fact", "copy", "noise", "template")
     }
-    assert set(found["fact"]) == {
-        "Bonn lies in [mask], said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. Bonn is [mask]",
-    }  # fmt: skip
-    assert set(found["copy"]) == {
-        "[mask] lies in Zoda, said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. [mask] is Zoda",
-    }  # fmt: skip
+    assert set(found["fact"]) == {"Bonn lies in [mask], said moki. Bonn is Zoda",
+                                  "Bonn lies in Zoda, said moki. Bonn is [mask]"}  # fmt: skip
+    assert set(found["copy"]) == {"[mask] lies in Zoda, said moki. Bonn is Zoda",
+                                  "Bonn lies in Zoda, said moki. [mask] is Zoda"}  # fmt: skip
     assert set(found["noise"]) == {"Bonn lies in Zoda, said [mask]. Bonn is Zoda"}  # the full stop is no part of it
     assert len(found["template"]) == 4
     assert labelled_mask(LABELLED, "fact", Config(), random.Random(0)).label == "fact"

@@ -10,10 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import (
-    ROOT, TINY_BASE, CaptureGradients, largest_error, load_plain, make_run, naive_score, tiny_config,
-    wiki_passages,
-)  # fmt: skip
+from reference import (ROOT, TINY_BASE, CaptureGradients, largest_error, load_plain, make_run, naive_score, tiny_config,
+                       wiki_passages)  # fmt: skip
 
 import methods
 from config import Config, ConfigError
@@ -524,9 +522,8 @@ def test_a_prompt_is_the_request_around_the_text_and_opens_the_thought(
 ):
     """With a chat template the request is one turn, and the thought opens the answer."""
     tokenizer.chat_template = chat_template
-    prompt = thought_prompt(
-        make_frame(tokenizer, request_text, 1000), Position(tokenizer("Salt melts ").input_ids, 0)
-    )
+    prompt = thought_prompt(make_frame(tokenizer, request_text, 1000),
+                            Position(tokenizer("Salt melts ").input_ids, 0))
     assert tokenizer.decode(prompt) == expected
 
 

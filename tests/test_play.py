@@ -61,10 +61,8 @@ def solved(right: int, of: int = 4) -> Task:
 
 def test_the_mask_with_the_most_even_verdicts_is_followed():
     unequal, alike = [solved(4), solved(3), solved(1)], [solved(2), solved(2)]
-    assert choose_mask([alike, unequal]) == (
-        unequal,
-        unequal[2],
-    )  # unequal rewards before even verdicts, then the harder
+    assert choose_mask([alike, unequal]) == (unequal,
+                                             unequal[2])  # unequal rewards before even verdicts, then the harder
     assert choose_mask([[solved(4)], alike])[1] is alike[0]
     with pytest.raises(ConfigError, match="every mask was solved by all or by none"):
         choose_mask([[solved(4), solved(0)], [solved(0, 0)]])

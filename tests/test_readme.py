@@ -41,9 +41,8 @@ def patched(tmp_path, monkeypatch):
             shutil.copy(ROOT / path, tmp_path / path)
         # else the folder of a repository around it would be left alone
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-        ended = subprocess.run(
-            ["git", "apply", "-"], cwd=tmp_path, env=outside, input=PATCHES[name], capture_output=True, text=True
-        )
+        ended = subprocess.run(["git", "apply", "-"], cwd=tmp_path, env=outside, input=PATCHES[name],
+                               capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         changed = [str(path) for path in files if (tmp_path / path).read_bytes() != (ROOT / path).read_bytes()]
         assert changed == [f"{name}.py"]

@@ -160,9 +160,8 @@ def test_right_and_wrong_come_from_the_stored_verdicts():
     wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
     older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
     (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
-    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [
-        (0, 0.5, 2), (1, -0.25, 1), (1, 1, 1), (0, 0.5, 1),
-    ]
+    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [(0, 0.5, 2), (1, -0.25, 1), (1, 1, 1),
+                                                                         (0, 0.5, 1)]
     assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
 
 

@@ -185,9 +185,8 @@ def check_replica_equals_masters_after_each_refresh(folder, ranks):
     results = {}
     for family in FAMILIES:
         for dtype in ("float32", "bfloat16"):
-            config, replica, policy = setting(
-                folder, ranks, family, dtype=dtype, learning_rate=1e-2, lr_schedule="constant"
-            )
+            config, replica, policy = setting(folder, ranks, family, dtype=dtype, learning_rate=1e-2,
+                                              lr_schedule="constant")
             loaded = weights(replica)
             refresh(policy, replica)
             untouched = same_bits(weights(replica), loaded)

@@ -17,12 +17,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
+from checkpoint import Saver, make_saver
 from config import Config
 from data import Corpus, Passage
 from grpo import Group, make_optimizer
 from methods import Run, needs_reference
-from model import build_policy, build_reference
-from rollout import Rollout, Sampler
+from model import build_policy, build_reference, load_replica, load_tokenizer
+from rollout import Rollout, Sampler, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BASE = ROOT / "assets" / "tiny_base"
@@ -95,6 +96,14 @@ def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
     reference = build_reference(replica, config, sampler.ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)
     return Run(config, sampler.ranks, Corpus(list(passages), [], {}), sampler, policy, reference, optimizer)
+
+
+def fresh_saver(config: Config, ranks) -> Saver:
+    """A run before its first step, as the checkpoint's functions see it."""
+    replica = load_replica(config, ranks)
+    policy = build_policy(replica, config, ranks)
+    sampler = make_sampler(replica, load_tokenizer(config), config, ranks)
+    return make_saver(policy, make_optimizer(policy, config), sampler)
 
 
 # ------------------------------------------------------------------------------------------- rollouts without a sampler

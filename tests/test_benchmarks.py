@@ -291,22 +291,6 @@ def test_a_missing_field_is_an_error_of_the_whole_file_wherever_it_is_missing(na
         load(name, write(tmp_path / "a.jsonl", good, record, good))
 
 
-@pytest.mark.parametrize(("file", "content", "message"), [
-    ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.jsonl", "\n \n", "no item in .*a.jsonl"),
-    ("a.json", "[]", "no item in .*a.json"), ("a.json", "[1, 2]", r"record 1: not a JSON object \(a int\)"),
-    ("a.jsonl", json.dumps(GSM8K) + '\n{"question": "cut', r"a\.jsonl:2: not a JSON object"),
-    ("a.json", '[\n{"question": "q"},\n{"question"]', r"a\.json:3: not a JSON object"),
-    ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
-    ("a.csv", "question,answer", "unknown kind"), (".", "", "in this folder"), ("b/c", None, "no such file"),
-])  # fmt: skip
-def test_a_broken_file_is_refused_in_one_line(file, content, message, tmp_path):
-    if content is not None and file != ".":
-        (tmp_path / file).write_text(content)
-    with pytest.raises(DataError, match=message) as error:
-        load("gsm8k", tmp_path / file)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-
-
 @pytest.mark.parametrize("call", [load_items, prompt_template, lambda name: judge(name, [], [])])
 def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones(call):
     with pytest.raises(ConfigError, match=f"task='mmlu'.*known: {', '.join(BENCHMARKS)}"):

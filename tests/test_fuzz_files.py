@@ -242,14 +242,6 @@ def test_a_folder_of_odd_names_links_and_pipes(tmp_path, tokenizer):
     assert read(file, tokenizer, tmp_path / "index")[0] == []
 
 
-@pytest.mark.parametrize("name", ["loop/loop", "a/" + "x" * 300, "gone/gone", "."])
-def test_a_source_that_leads_nowhere_is_one_line(name, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/loop").symlink_to("loop")
-    assert read(Path(name), tokenizer, tmp_path / ".index", data_config="x" * 300) == ([], {}, [], {})
-
-
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), FileNotFoundError(2, "gone")]
 )

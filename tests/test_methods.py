@@ -21,12 +21,11 @@ from masking import Mask, make_mask
 from methods import METHODS, Task, make_task, reward
 from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
-from prompts import CLOSED, START, scan
 from relatives import next_token, rlp, rlvr
 from relatives.next_token import LOOKAHEAD, next_token_mask
 from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
-from rollout import mask_prompt, Rollout, generate, predict_prompt, question_prompt
+from rollout import mask_prompt, Rollout, predict_prompt, question_prompt
 
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
 BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]
@@ -551,46 +550,14 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
 
 
 # ------------------------------------------------------------------------------------------------------- rlp: thoughts
-def closes_after(pieces: list[str]) -> int | None:
-    """How many pieces a thought has when its closing tag is complete."""
-    state = START
-    for number, piece in enumerate(pieces, 1):
-        state = scan(state, piece, rlp.THINK_CLOSE)
-        if state == CLOSED:
-            return number
-    return None
 
 
-@pytest.mark.parametrize("tag", [("</think>",), ("</th", "ink>")])
-@pytest.mark.parametrize("mode", ["base model", "stop_at_answer off", "chat template"])
-def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, build_sampler, tag, mode):
-    """Whatever the setting: the tag ends a thought by definition. A random model seldom writes one, so tokens of the
-    lower half are declared to be (the beginning of) the tag, those of the upper half its end."""
-    sampler = build_sampler(folders["smollm3"], stop_at_answer=mode != "stop_at_answer off")
-
-    def thoughts() -> list[Rollout]:
-        prompts = [[number] * 3 for number in range(12)]
-        return [group[0] for group in generate(sampler, prompts, 1, 12, rlp.THINK_CLOSE, 0, greedy=True)]
-
-    whole = thoughts()
-    assert {one.finish for one in whole} == {"length"}
-    sampler.tokenizer.chat_template = "{{ messages[0].content }}" if mode == "chat template" else None
-    sampler.pieces |= {token: tag[0] if token < 128 else tag[-1] for token in range(256)}
-    if len(tag) == 1:
-        sampler.pieces |= {token: "a" for token in range(100, 256)}
-    found = thoughts()
-    for cut, long in zip(found, whole, strict=True):
-        closes = closes_after([sampler.pieces[token] for token in long.completion_ids])
-        assert cut.finish == ("answer" if closes else "length")
-        assert cut.completion_ids == long.completion_ids[:closes]
-        assert cut.sampler_logprobs == pytest.approx(long.sampler_logprobs[:closes], abs=1e-5)
-    lengths = {len(one.completion_ids) for one in found}
-    assert len(lengths) > 1 and min(lengths) < 12
-
-
-@pytest.mark.parametrize(("method", "closing"), [("rlp", "</think>"), ("random_span", r"\boxed{a}")])
-def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closing):
-    """Every token is declared to be the one, then the other."""
+@pytest.mark.parametrize(("method", "closing", "stop"), [
+    ("rlp", "</think>", True), ("rlp", "</think>", False), ("random_span", r"\boxed{a}", True),
+])  # fmt: skip
+def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closing, stop):
+    """Every token is declared to be the one, then the other. The tag ends a thought by definition, whatever the key."""
+    run.config.stop_at_answer = stop
     sized(run, 2)
     drawn = [task for group in draw(run, method, wiki_passages(2)) for task in group]
     for piece in ("</think>", r"\boxed{a}"):

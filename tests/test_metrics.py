@@ -14,7 +14,7 @@ from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
     agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows,
-    step_flops, step_line, step_metrics, summary_table, tokens_after_answer,
+    step_flops, step_metrics, summary_table, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
@@ -131,25 +131,6 @@ def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
     slow, few = rows([0.1] * 5 + [0.25] * 5, [0.02, 0.02]), rows(rising[1:], [0.02, 0.02])
     for quiet in (rows(rising, [0.02, 0.05]), slow, few):
         assert agreement_warning(quiet) == ""
-
-
-@pytest.mark.parametrize(("method", "told", "untold"), [
-    ("active", ["reward 0.214", "gen 0.167 valid 0.67 top 0.50", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
-    ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
-    ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
-    ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),
-])  # fmt: skip
-def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
-    proposals, groups = step
-    groups = [group for group in groups if method == "active" or (group.role == "pred" and method != "cpt")]
-    row = step_metrics(*step, [], stub_sampler()) | {"step": 7, "method": method, "loss": 1.25}
-    row |= {"gen/responses": 3 * (method == "active"), "pred/responses": 4 * (method != "cpt"), "trained_tokens": 40}
-    row |= {"entropy": 1.0, "grad_norm": 0.5, "mismatch_kl": 1e-9, "time/step": 2.0}
-    if method == "rlp":  # its thoughts are neither right nor wrong
-        row["pred/accuracy_histogram"] = [0, 0, 0]
-    line = step_line(row, 100)
-    assert line.startswith("step   7/100") and "\n" not in line
-    assert all(one in line for one in told) and not any(one in line for one in untold), line
 
 
 def test_samples_tell_of_a_generator_only_where_there_was_one(step):

@@ -114,27 +114,6 @@ def test_samples_hold_passage_mask_and_predictions_with_their_rewards(alone):
     assert read_rows(alone[0] / "metrics.jsonl")[1]["gen/reward"] == pytest.approx(sum(rewards) / 16)
 
 
-def test_each_probe_leaves_the_responses_to_the_same_masks_and_the_generators_choice(alone):
-    rows = read_rows(alone[0] / "probes.jsonl")
-    assert [row["step"] for row in rows] == [0] * 8 + [2] * 8  # 4 fixed masks, 4 proposals
-    for step in (0, 1):
-        answered, proposed = rows[8 * step : 8 * step + 4], rows[8 * step + 4 : 8 * step + 8]
-        assert [row["mask"] for row in answered] == [row["mask"] for row in rows[:4]]
-        assert sorted(row["mask"]["label"] for row in answered) == ["copy", "fact", "noise", "template"]
-        for row in answered:
-            assert row["proposal"] is None and len(row["predictions"]) == 2
-            right = [rf"\boxed{{ {row['mask']['target']} }}" in one["text"] for one in row["predictions"]]
-            assert [one["reward"] for one in row["predictions"]] == right
-        for row in proposed:
-            assert row["predictions"] == [] and row["passage"] == rows[0]["passage"]
-            assert row["proposal"]["reward"] == (0.0 if row["mask"]["invalid"] else None)
-    metrics = read_rows(alone[0] / "metrics.jsonl")
-    assert {row["passage"]["id"] for row in rows}.isdisjoint(
-        row["passage"]["id"] for row in read_rows(alone[0] / "samples.jsonl")
-    )
-    assert all("probe/accuracy" in metrics[step] for step in (0, 2))
-
-
 def test_a_page_that_cannot_be_made_is_a_warning(tmp_path):
     said = []
     make_page(tmp_path, said.append)

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from offload_checks import offload_checks
 from reference import (
-    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, largest_error, load_plain, make_groups,
-    make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
+    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, fresh_saver, largest_error, load_plain,
+    make_groups, make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
 )  # fmt: skip
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -389,10 +389,9 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
     """Threads write what was copied, while steps are made. Before the first update there is no optimizer state, and
     asking for it must not make one: Adam's count of steps would then be ahead."""
     changes = {"run_dir": str(folder / "ahead"), "learning_rate": 1e-2, "lr_schedule": "constant", "keep_last": 0}
-    config, replica, policy = setting(folder, ranks, **changes)
-    optimizer, tokenizer = make_optimizer(policy, config), load_tokenizer(config)
+    saver = fresh_saver(tiny_config(folder / "smollm3", **changes), ranks)
+    config, policy, optimizer, replica = saver.sampler.config, saver.policy, saver.optimizer, saver.sampler.replica
     groups = make_groups(load_plain(config.model), REWARDS)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks))
     release, writing = threading.Event(), FileSystemWriter.write_data
 
     def slowly(*words):
@@ -419,9 +418,8 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
         FileSystemWriter.write_data = writing
     for number in range(2):
         path = Path(config.run_dir) / "checkpoints" / f"step_{number:06d}"
-        _, other_replica, other = setting(folder, ranks, **changes)
-        other_optimizer = make_optimizer(other, config)
-        other_saver = make_saver(other, other_optimizer, make_sampler(other_replica, tokenizer, config, ranks))
+        other_saver = fresh_saver(config, ranks)
+        other, other_optimizer = other_saver.policy, other_saver.optimizer
         load_checkpoint(other_saver, path, json.loads((path / "checkpoint.json").read_text()))
         results[f"masters {number}"] = same_bits(weights(other), then[number])
         results[f"optimizer {number}"] = same_state(state(other_optimizer), optimizers[number])

@@ -25,7 +25,7 @@ NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it N
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
 PREDICT_SHARE, REPEAT_SHARE, FACT_SHARE = 0.6, 0.15, 0.75
-LAYERS, HIDDEN, STEPS = 2, 128, 1500
+LAYERS, HIDDEN, STEPS = 2, 128, 2400
 BASE_SHA256 = ""
 """Of the shipped assets/ladder_base/model.safetensors."""
 

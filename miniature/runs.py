@@ -68,6 +68,7 @@ def run_arm(arm: str, seed: int, keep: bool = False) -> dict:
     rows = read_rows(folders[arm] / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
     probes = {"all": "probe/accuracy"} | {key: f"probe/accuracy_{key}" for key in PROBES}
+    probes["thought_use"] = "probe/thought_use"
     result = {
         "arm": arm, "seed": seed, "words": ARMS[arm], "seconds": sum(row["time/step"] for row in steps),
         "probes": [

@@ -250,12 +250,15 @@ def test_auto_stores_activations_where_they_fit_nine_tenths_of_the_memory():
         assert must_recompute(TOY, replace(auto, gradient_checkpointing=fixed), 2, 1.0) is fixed
 
 
-def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_layers_are_stored(folders, ranks):
+def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_by_its_free_memory(folders, ranks, monkeypatch):
     config = tiny_config(folders["smollm3"], gradient_checkpointing="auto")
     replica = model.load_replica(config, ranks)
     with pytest.raises(AssertionError, match="decide_checkpointing comes first"):
         model.build_policy(replica, config, ranks)
     assert memory.decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
+    assert memory.memory_of(ranks) > 1e8
+    monkeypatch.setattr(memory, "memory_of", lambda ranks: 1e6)
+    assert memory.decide_checkpointing(replica.config, config, ranks).gradient_checkpointing is True
     told = replace(config, gradient_checkpointing=True)
     assert memory.decide_checkpointing(replica.config, told, ranks) is told
 
@@ -263,6 +266,7 @@ def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_layers_are_sto
 def test_a_run_that_cannot_fit_warns_and_a_cpu_has_no_bound(monkeypatch, ranks):
     config, hf_config = replace(Config(), gradient_checkpointing=True), architecture("HuggingFaceTB/SmolLM3-3B-Base")
     assert memory.memory_warnings(hf_config, config, ranks) == []
+    ranks = replace(ranks, device=torch.device("cuda"))
     monkeypatch.setattr(memory, "memory_of", lambda ranks: 24e9)
     rollouts, training = memory.memory_warnings(hf_config, config, ranks)
     assert rollouts.startswith("WARNING: this GPU has 24 GB; rollouts would take 44 by calculation")

@@ -151,7 +151,7 @@ def test_the_probe_gives_the_same_numbers_on_both_ranks(both):
     assert first["again"] and len(first["masks"]) == 3
     assert first["probe"]["probe/perplexity"] == pytest.approx(first["perplexity"], rel=1e-4)
     names = {"accuracy", "accuracy_greedy", "accuracy_no_thought", "accuracy_greedy_no_thought", "valid_rate"}
-    assert set(first["probe"]) == {f"probe/{name}" for name in names | {"perplexity"}}
+    assert set(first["probe"]) == {f"probe/{name}" for name in names | {"perplexity", "thought_use"}}
 
 
 def test_an_evaluation_leaves_the_same_records_on_two_ranks_as_on_one(both, ranks, tmp_path, monkeypatch):

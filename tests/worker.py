@@ -29,13 +29,13 @@ import torch.distributed as dist
 from offload_checks import offload_checks
 from reference import (
     DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, fresh_saver, largest_error, load_plain,
-    make_groups, make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
+    make_groups, make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights,
+    wiki_passages,
 )  # fmt: skip
 from torch.distributed.checkpoint import FileSystemWriter
 
-import eval
-import methods
 import train
+from benchmarks import evaluate as evaluation
 from benchmarks.evaluate import evaluate, read_settings
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import read_config
@@ -47,6 +47,7 @@ from metrics import read_rows
 from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, gather, start_ranks
+from relatives import rlvr
 from relatives.rlp import Position, information_gain, make_frame
 from relatives.rlvr import verify_predictions
 from rollout import generate, make_sampler, rollout
@@ -329,17 +330,17 @@ def check_tasks_are_drawn_alike(folder, ranks):
 def check_answers_are_verified_in_shares(folder, ranks):
     """Three questions: two on one rank, one on the other."""
     answers = [["0.5", r"\frac12", "2", None], ["12.0"], ["7", "8"]]
-    asked, check = [], methods.check_answers
+    asked, check = [], rlvr.check_answers
 
     def counted(pairs, seconds):
         asked.extend(gold for gold, _ in pairs)
         return check(pairs, seconds)
 
-    methods.check_answers = counted
+    rlvr.check_answers = counted
     try:
         verdicts = verify_predictions(answers, ["1/2", "12", "7"], tiny_config(), ranks)
     finally:
-        methods.check_answers = check
+        rlvr.check_answers = check
     return {"verdicts": verdicts, "asked": asked, "none": verify_predictions([], [], tiny_config(), ranks)}
 
 
@@ -466,12 +467,12 @@ ASKED += [r'question_prompt=" {passage}\nPredict:"', "tasks=gsm8k"]
 
 def check_an_evaluation(folder, ranks):
     """Greedy and sampled: every file that it leaves. The ranks take chunks in turn here, not as they come."""
-    claim, eval.claim = eval.claim, lambda path: int(path.stem.split("_")[1]) % ranks.world == ranks.rank
+    claim, evaluation.claim = evaluation.claim, lambda path: int(path.stem.split("_")[1]) % ranks.world == ranks.rank
     try:
         for name, words in {"greedy": [], "sampled": ["samples=4"]}.items():
             evaluate(read_settings([str(TINY_BASE), *ASKED, *words, f"out={folder / name}"]), ranks)
     finally:
-        eval.claim = claim
+        evaluation.claim = claim
     dist.barrier()
     files = [path for name in ("greedy", "sampled") for path in sorted((folder / name / "gsm8k").iterdir())]
     return {str(path.relative_to(folder)): path.read_text() for path in files}

@@ -23,7 +23,7 @@ from checkpoint import (
     check_same_run, damage, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint, resume_notes,
     save_checkpoint,
 )  # fmt: skip
-from config import Config, ConfigError, dump_config
+from config import Config, ConfigError
 from grpo import make_optimizer
 from methods import METHODS
 from metrics import append_row, read_rows, unwritten
@@ -299,15 +299,6 @@ def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, t
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
     monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
     assert known_base("owner/base")[1] == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-
-
-def test_texts_of_a_config_stay_inside_their_blocks(trained):
-    prompt = "```\n---\n| {passage} |\n```` 'a' {{ step }} \\boxed"
-    sampler = trained(predict_prompt=prompt, question_prompt=prompt)
-    text = str(model_card(sampler, 3))
-    assert ModelCard(text).data.pipeline_tag == "text-generation"
-    assert dump_config(sampler.config).rstrip() in text and "`````yaml\n" in text
-    assert eval(re.search(r"^prompt = (.*)  # as in the run$", text, re.MULTILINE)[1]) == prompt
 
 
 @pytest.mark.parametrize("chat", [False, True])

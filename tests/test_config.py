@@ -6,7 +6,6 @@ import pytest
 from reference import ROOT
 
 from config import RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
-from methods import METHODS
 from relatives.rlp import MIN_PREFIX
 
 LOCAL = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
@@ -46,12 +45,6 @@ def test_every_shipped_config_is_valid(file):
     assert read_config([f"configs/{file}"]).run_dir == f"runs/{file.removesuffix('.yaml')}"
 
 
-def test_there_is_a_small_and_a_large_config_of_every_method():
-    for base in ("tiny", "smollm3"):
-        methods = {read_config([f"configs/{path.name}"]).method for path in (ROOT / "configs").glob(f"{base}*.yaml")}
-        assert methods == set(METHODS)
-
-
 def write(folder, **files: str) -> None:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -65,14 +58,6 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path):
     assert config.run_dir == "runs/child"
     assert read_config([str(tmp_path / "child.yaml"), "steps=4"]).steps == 4  # words win over all files
     assert read_config([str(tmp_path / "same.yaml")]).seed == 1
-
-
-def test_a_base_is_looked_for_beside_the_file_that_names_it(tmp_path):
-    (tmp_path / "sub").mkdir()
-    write(tmp_path, top="seed: 7\n")
-    write(tmp_path / "sub", child="base: ../top.yaml\n")
-    assert read_config([str(tmp_path / "sub" / "child.yaml")]).seed == 7
-    assert read_config(["configs/tiny-cpt.yaml"]).model == "assets/tiny_base"
 
 
 @pytest.mark.parametrize(("bases", "named", "reason"), [
@@ -192,11 +177,6 @@ def test_a_bad_config_file_is_one_line_with_its_name(tmp_path, text, reason):
     with pytest.raises(ConfigError) as caught:
         read_config([str(file)])
     assert "bad.yaml" in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_second_file_is_refused():
-    with pytest.raises(ConfigError, match="'b.yaml': expected key=value"):
-        read_config(["configs/tiny.yaml", "b.yaml"])
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

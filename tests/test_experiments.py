@@ -249,12 +249,6 @@ def test_an_arm_that_starts_from_another_makes_that_first_and_starts_from_its_la
     assert row["first"]["arm"] == "active" and row["seconds"] == 40 and not list(tmp_path.iterdir())
 
 
-def test_a_run_that_fails_is_told_with_arm_seed_and_its_last_words(trained, monkeypatch):
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no disk"))
-    with pytest.raises(RuntimeError, match="sft, seed 12: exit status 3\nno disk"):
-        runs.run_arm("sft", 12)
-
-
 def test_commands_that_do_not_exist_end_with_status_2(capsys):
     for words in ([], ["run", "no claim"], ["again"], ["paint"], ["world", "several"], ["figures", "all"]):
         with pytest.raises(SystemExit) as ended:

@@ -1,20 +1,17 @@
-"""Whatever a model writes and whatever a user types: properties of parsers, rewards and configs on generated input.
+"""Whatever a model writes: properties of parsers, rewards and masks on generated input.
 
 The default suite runs a seeded share; the marked tests (`-m faults`) run the same functions on all of it: 120,000
-strings and 3,000 configs. Broken files are in test_fuzz_files.py.
+strings. Broken files are in test_fuzz_files.py.
 """
 
 import random
 import re
 import time
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from reference import ROOT
 
-from config import Config, ConfigError, dump_config, read_config
+from config import Config
 from data import paragraphs
 from masking import MASK, make_mask, mask_at, random_span
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
@@ -225,66 +222,3 @@ def test_a_megabyte_takes_each_parser_less_than_a_second(unit):
         started = time.process_time()
         parse()
         assert time.process_time() - started < 1, name
-
-
-# -------------------------------------------------------------------------------------------- what a user may type
-KEYS = [field.name for field in fields(Config)]
-BOMB = "&a [b, c]" + "".join(
-    f"\n{new}: &{new} [{f'*{old}, ' * 9}]" for old, new in ("ab", "bc", "cd", "de", "ef", "fg")
-)
-VALUES = (
-    ["", "0", "-1", "1", "2", "0.5", "1e-3", "1e999", "-.inf", ".nan", "0x" + "f" * 5000, "-0x" + "f" * 5000]
-    + ["9" * 5000, "1:30", "true", "null", "~", "text", "'", '"', "[", "{", "[1, [2]]", "{a: 1}", "- a"]
-    + ["&a [*a]", "*gone", "[" * 1000, "!!int ''", "!!float ''", "!!bool maybe", "!!timestamp x", "2024-13-45"]
-    + ["2024-01-02", "!!binary =", "!!set {a}", "!!python/object/apply:os.system ['touch hacked']"]
-    + ["!!python/name:os.system", "!x y", "<<: 1", "? [a]", "%TAG ! x", "active", "rlp", "sft", "prefix"]
-    + ["random_token", "~nobody/x", "/" + "x" * 300, "a/" + "x" * 300, "x" * 20_000, r'"\0"', r'"a/\0"']
-    + [r'"\ud800"', r'"\x85"', r'"a\nb"', "a\nb: 1", "\0", "\x1b[2J", "\ufeff", "\u2028", "é北", "\udcff", "."]
-    + ["/", "..", "assets/tiny_base", "configs/tiny.yaml", "loop/loop", "'{passage}'", "'{answer}'"]
-    + ["---\na: 1\n---\n", BOMB, f"{BOMB}\nsteps: *g"]
-)  # fmt: skip
-BAD_FILES = ["long.yaml", "nul.yaml", "half.yaml", "gone.yaml",
-             *(".", "\0", "x" * 300, "a\nb", "\udcff", "", "loop/loop")]  # fmt: skip
-
-
-def checked(words: list, keys: set[str]) -> bool:
-    """Whether the words make a config; else the error is one short line that names a file, a word or one of the keys
-    (of a file whose keys are mutated too, any)."""
-    started = time.process_time()
-    try:
-        config = read_config(words)
-    except ConfigError as error:
-        line = str(error)
-        assert len(line.splitlines()) == 1 and line.isprintable() and len(line) < 2500, line[:300]
-        shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in key) + "=" for key in keys] or [""]
-        assert line.startswith(("config file ", "'", '"', *shown)) and (": " in line), (words, line[:300])
-    else:
-        assert yaml.safe_load(dump_config(config)) == vars(config)  # a run can write down what it is
-        return True
-    finally:
-        assert time.process_time() - started < 1, words
-    return False
-
-
-@share_and_all(100, 1_500)
-def test_a_mutated_command_line_is_a_config_or_one_line(count, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/loop").symlink_to("loop")
-    (tmp_path / "long.yaml").write_text("base: " + "x" * 300)
-    (tmp_path / "nul.yaml").write_text('base: "a\\0b"')
-    (tmp_path / "half.yaml").write_text('base: "\\ud800"')
-    good = 0
-    for number in range(count):
-        rng = random.Random(f"words {number}")
-        words = []
-        for _ in range(rng.randrange(1, 3)):
-            key = rng.choice([*KEYS * 2, *("model", "data", "chat_template", "run_dir") * 9, *PIECES, "a\nb", ""])
-            fine = key in KEYS and rng.random() < 0.5
-            words.append(f"{key}={getattr(Config(), key) if fine else rng.choice([*VALUES, *PIECES])}")
-        keys = {word.partition("=")[0] for word in words}
-        if rng.random() < 0.1:
-            words.insert(rng.randrange(len(words) + 1), rng.choice(BAD_FILES))
-        good += checked([*words, f"model={ROOT}/assets/tiny_base"][:: rng.choice([1, -1])], keys | set(KEYS))
-    assert count / 20 < good < count / 1.2
-    assert not (tmp_path / "hacked").exists()

@@ -550,8 +550,6 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
 
 
 # ------------------------------------------------------------------------------------------------------- rlp: thoughts
-
-
 @pytest.mark.parametrize(("method", "closing", "stop"), [
     ("rlp", "</think>", True), ("rlp", "</think>", False), ("random_span", r"\boxed{a}", True),
 ])  # fmt: skip

@@ -13,8 +13,8 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows,
-    step_flops, step_metrics, summary_table, tokens_after_answer,
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows,
+    step_flops, step_metrics, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
@@ -174,18 +174,6 @@ def test_the_table_is_a_command_that_names_a_folder_without_metrics(runs, monkey
     assert capsys.readouterr().out.splitlines()[2].startswith("first  ")
     with pytest.raises(SystemExit, match="nothing: no metrics.jsonl"):
         compare([str(runs / "nothing")])
-
-
-def test_the_summary_tells_before_and_after_and_of_benchmarks_where_there_are_some(runs):
-    table = summary_table(read_rows(runs / "first" / "metrics.jsonl"))
-    lines = [line.split() for line in table.splitlines()]
-    assert lines[0][-4:] == ["step", "0", "step", "2"] and "benchmarks" not in table
-    assert ["probe/accuracy", "0.125", "0.375"] in lines and ["entropy", "0.500", "0.500"] in lines
-    append_row(runs / "first" / "metrics.jsonl", {"step": 3, "eval/gsm8k": 12.5}, {"step": 4, "eval/gsm8k": 25.0})
-    lines = summary_table(read_rows(runs / "first" / "metrics.jsonl")).splitlines()
-    number = next(n for n, line in enumerate(lines) if line.startswith("benchmarks, greedy"))
-    assert lines[number].split()[-4:] == ["step", "3", "step", "4"]
-    assert lines[number + 1].split() == ["eval/gsm8k", "12.500", "25.000"]
 
 
 def test_the_updates_memory_is_its_own_and_the_runs_largest_is_not_forgotten(monkeypatch):

@@ -68,12 +68,6 @@ def test_the_mask_with_the_most_even_verdicts_is_followed():
         choose_mask([[solved(4), solved(0)], [solved(0, 0)]])
 
 
-@pytest.mark.parametrize("word", ["method=sft", "kl=0.1", "shuffle_rewards=true", "mask_truncated=true"])
-def test_what_cannot_be_explained_is_refused(word, ranks):
-    with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}="):
-        explain(read_config([TINY, word]), ranks)
-
-
 # ---- play
 def test_play_marks_verdicts_right_for_both_models(ranks):
     keys = [f"config={TINY}", "predictions_per_mask=4", "seed=1"]

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from report.charts import Series, line_chart, path_data
-from report.figures import Family, RunData, curves
 from report.page import (
     browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
     title_link, write_report,
@@ -85,29 +83,6 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
     assert series.points == [(1, 3.0), (2, 4.0), (3, 9.0)]  # what is not finite is left out of the mean
     assert series.band == [(1, 1.0, 6.0), (2, 4.0, 4.0), (3, 9.0, 9.0)]
     assert alone.series("loss").band == []
-
-
-def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
-    svg = line_chart([Series("a", [(0, 0.0), (50, math.nan), (75, 0.5), (100, 1.0)])], "chart", (0.0, 1.0))
-    (line,) = re.findall(r'class="line c0" data-name="a" d="([^"]*)"', svg)
-    assert line == "M46.0 162.0h0M274.0 85.0h0L350.0 8.0"  # left to right 46 to 350, bottom to top 162 to 8
-    assert path_data([(math.nan, 1.0)]) == ""
-    decades = line_chart([Series("a", [(1, 1e-8), (2, 0.0), (3, 1e-6)])], "chart", None, True)
-    assert 'd="M46.0 162.0h0M350.0 8.0h0"' in decades  # zero has no place on a logarithmic axis
-
-
-def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
-    run = RunData(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
-    figures, left_out = curves("Training", [Family("a", [run])])
-    assert "loss" in left_out and "grad_norm" in left_out and not any("<b>Loss" in one for one in figures)
-    figures, left_out = curves("Responses", [Family("a", [run])])
-    assert "entropy" not in left_out and "1 not finite, left out" in "".join(figures)
-
-
-def test_every_benchmark_of_a_run_gets_a_chart():
-    run = RunData(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
-    figures, left_out = curves("Benchmarks", [Family("a", [run])])
-    assert len(figures) == 2 and not left_out and ">gsm8k</b>" in figures[1] and ">&lt;b&gt;</b>" in figures[0]
 
 
 # ---- text
@@ -203,13 +178,6 @@ def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     html = build_page([read_run(folder)]).replace(' dir="auto"', "")
     assert re.findall(r"<h4>Step (\d+)", html) == ["3", "4"] and html.count("Answers to <b>Rhine</b>") == 2
     assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
-
-
-def test_a_mask_that_cannot_be_used_says_why():
-    invalid = {"words": "Elbe", "invalid": "not_in_passage", "masked": "", "target": "", "occurrences": 0}
-    task = sample(1, mask=invalid | {"start": -1, "label": ""}, predictions=[])
-    assert '<li class="no"><b dir="auto">Elbe</b> <small>not in passage</small></li>' in step_card(1, [task])
-    assert browser_entry([task])["m"] == [browser_entry([task])["m"][0] | {"w": "Elbe", "i": "not_in_passage", "p": []}]
 
 
 # ---- whole runs

@@ -108,14 +108,6 @@ def test_shipped_base_holds_misconceptions(tokenizer):
     assert greedy < 0.30
 
 
-def test_loss_weights_of_an_example(tokenizer):
-    ids, weights = tiny.loss_batch(tokenizer, [(" Alne is\nMask:", " \\mask{ is }"), (" Alne\nMask:", " is")])
-    # <bos> Alne is \n Mask :  then  \ mask { is } <eos>
-    assert weights.tolist() == [[0, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 3, 3, 0, 0, 0, 0, 0]]
-    assert tokenizer.decode(ids[0]) == "<bos> Alne is\nMask: \\mask{ is }<eos>"
-    assert ids[1].tolist()[-5:] == [tokenizer.pad_token_id] * 5
-
-
 def test_short_pretraining_is_deterministic_and_starts_at_the_uniform_loss():
     """An untrained model's loss is ln V for V tokens, plus half the variance of its logits: 96 * 0.05^2 / 2 = 0.12."""
     runs = []

@@ -10,7 +10,6 @@ import yaml
 
 from config import Config, ConfigError, read_config
 from metrics import append_row, keep_rows, log_row, open_run, read_rows
-from train import make_page
 
 SMALL = ["configs/tiny.yaml", "passages_per_step=4", "probe_passages=8", "probe_samples=2", "samples_per_step=4"]
 STEP_METRICS = """
@@ -26,9 +25,6 @@ PROBE_METRICS = """
     probe/accuracy probe/accuracy_greedy probe/accuracy_no_thought probe/accuracy_greedy_no_thought probe/valid_rate
     probe/perplexity probe/accuracy_fact probe/accuracy_greedy_fact time/probe
 """.split()
-
-
-# ---- the order of passages
 
 
 # ---- the run directory
@@ -112,12 +108,6 @@ def test_samples_hold_passage_mask_and_predictions_with_their_rewards(alone):
             assert one["proposal"]["reward"] == (1 - right / 8 if right else 0)
     rewards = [one["proposal"]["reward"] for one in samples[:16]]
     assert read_rows(alone[0] / "metrics.jsonl")[1]["gen/reward"] == pytest.approx(sum(rewards) / 16)
-
-
-def test_a_page_that_cannot_be_made_is_a_warning(tmp_path):
-    said = []
-    make_page(tmp_path, said.append)
-    assert len(said) == 1 and said[0].startswith("warning: no report.html (ValueError") and "\n" not in said[0]
 
 
 def test_wandb_gets_each_row_if_it_is_asked_for_and_is_not_looked_for_otherwise(tmp_path, monkeypatch):

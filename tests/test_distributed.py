@@ -150,8 +150,9 @@ def test_the_probe_gives_the_same_numbers_on_both_ranks(both):
     assert first == second
     assert first["again"] and len(first["masks"]) == 3
     assert first["probe"]["probe/perplexity"] == pytest.approx(first["perplexity"], rel=1e-4)
-    names = {"accuracy", "accuracy_greedy", "accuracy_no_thought", "accuracy_greedy_no_thought", "valid_rate"}
-    assert set(first["probe"]) == {f"probe/{name}" for name in names | {"perplexity", "thought_use"}}
+    accuracies = [f"probe/accuracy{one}" for one in ("", "_greedy", "_no_thought", "_greedy_no_thought")]
+    found = {f"{one}{kind}" for one in accuracies for kind in ("", "_content", "_function", "_name")}
+    assert set(first["probe"]) == found | {"probe/valid_rate", "probe/perplexity"}  # nothing thinks: no thought_use
 
 
 def test_an_evaluation_leaves_the_same_records_on_two_ranks_as_on_one(both, ranks, tmp_path, monkeypatch):

@@ -211,10 +211,9 @@ def test_a_file_whose_name_has_an_equals_sign_and_begins_with_a_byte_order_mark(
 
 @pytest.mark.parametrize("value", ["no", "2026-11-21", "12", "1.5"])
 def test_what_yaml_takes_for_another_type_is_to_be_quoted(value):
-    words = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
     with pytest.raises(ConfigError, match="run_dir=.*expected text; YAML reads .* quotes"):
-        read_config([*words, f"run_dir={value}"])
-    assert read_config([*words, f"run_dir='{value}'"]).run_dir == value
+        read_config([*LOCAL, f"run_dir={value}"])
+    assert read_config([*LOCAL, f"run_dir='{value}'"]).run_dir == value
 
 
 # ------------------------------------------------------------------------------------------------- the dataclass itself

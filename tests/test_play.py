@@ -27,18 +27,13 @@ def at_the_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def explained(ranks):
-    """explain on the tiny base: (what it said, its pairs of numbers)."""
-    lines = []
-    keys = [
-        "passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}",
-        "max_passages=200",
-    ]
-    return lines, explain(read_config([TINY, *keys]), ranks, lines.append)
+    """The pairs of numbers of explain on the tiny base."""
+    keys = ["passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}"]
+    return explain(read_config([TINY, *keys, "max_passages=200"]), ranks, [].append)
 
 
 def test_every_number_worked_out_by_hand_is_the_codes(explained):
-    _, pairs = explained
-    numbers = {name: pair for name, pair in pairs.items() if name != "changes"}
+    numbers = {name: pair for name, pair in explained.items() if name != "changes"}
     assert {"mask reward", "weight", "log p", "loss", "slope", "loss of the step", "advantage pred 7"} <= set(numbers)
     for name, (hand, code) in numbers.items():
         assert hand == pytest.approx(code, rel=1e-4, abs=1e-6), name
@@ -46,7 +41,7 @@ def test_every_number_worked_out_by_hand_is_the_codes(explained):
 
 
 def test_after_the_update_right_answers_are_likelier_than_wrong_ones(explained):
-    changes, rewards = explained[1]["changes"]
+    changes, rewards = explained["changes"]
     right = [change for change, reward in zip(changes, rewards, strict=True) if reward]
     wrong = [change for change, reward in zip(changes, rewards, strict=True) if not reward]
     assert sum(right) / len(right) > 0 > sum(wrong) / len(wrong)

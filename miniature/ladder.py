@@ -6,7 +6,7 @@ web, from which the base has learned, states all single steps and 72 of the 180 
 The articles of a run state 54 others, and held-out articles the last 54, which nothing trains. Who thinks in single
 steps can tell them all; who answers at once knows the table alone. Nothing rewards a thought: only the box counts.
 
-    python -m miniature ladder          rebuild assets/ladder_base/ (minutes)
+    python -m miniature ladder          rebuild assets/ladder.jsonl.gz and assets/ladder_base/ (minutes)
 """
 
 import json
@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 
 from data import is_heldout
-from miniature.worlds import SYLLABLES
+from miniature.worlds import SYLLABLES, save_wiki
 
 NAMES = [f"{first}{vowel}{last}" for first in "BDFGKLMNPRST" for vowel, last in zip("aeiou", "lnrsm", strict=True)]
 ARTICLES, HELDOUT = 2000, 0.05  # a run's `heldout` must be the same: the split is made by the url
@@ -127,11 +127,12 @@ def web_examples(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_base() -> None:
-    """assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
+    """The articles, and assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
     import torch
 
     from miniature import base
 
+    save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(web_examples(0))
     model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)

@@ -737,11 +737,11 @@ def test_examples_in_the_docstrings():
 
 
 @pytest.mark.parametrize(("record", "answer"), [
-    (GSM8K, "72"), (GSM8K | {"answer": "Much.\n#### 109,200,000"}, "109200000"), (VERL, "\\frac{3}{7}"),
+    (GSM8K, "72"), (GSM8K | {"answer": "Much.\n#### $109,200,000 "}, "109200000"), (VERL, "\\frac{3}{7}"),
     ({"problem": "p", "answer": r"\frac{1}{2}", "solution": r"\boxed{9}"}, r"\frac{1}{2}"),
     ({"prompt": "p", "answer": " 5 "}, "5"), ({"question": "p", "answer": 27.0}, "27"),
     ({"question": "p", "answer": 0.5}, "0.5"), ({"question": "p", "answer": 12}, "12"),
-    ({"question": "p", "answer": 0}, "0"),
+    ({"question": "p", "answer": 0}, "0"), (GSM8K | {"answer": "#### 1,2"}, "1,2"),
     ({"question": "p", "final_answer": [r"$\frac{1}{2 n+2}$"]}, r"$\frac{1}{2 n+2}$"),
     ({"question": "p", "final_answer": ["1", 3.0]}, "1, 3"), ({"question": "p", "final_answer": "8"}, "8"),
     ({"problem": "p", "solution": r"Not \boxed{1} but \boxed{\{2\}}."}, r"\{2\}"),

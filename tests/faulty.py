@@ -144,8 +144,7 @@ def full_disk(fault):
 
 STRIKES = {
     "kill": kill, "term": signalled(signal.SIGTERM), "int": signalled(signal.SIGINT), "fail": fail, "slow": slow,
-    "pause": pause, "unreadable": unreadable,
-    "nan": nan_gradient, "full": full_disk,
+    "pause": pause, "unreadable": unreadable, "nan": nan_gradient, "full": full_disk,
 }  # fmt: skip
 MODELS: list = []
 

@@ -13,29 +13,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from reference import REWARDS, CaptureGradients, load_plain, make_groups, same_bits, tiny_config, weights
+from reference import REWARDS, CaptureGradients, fresh_saver, load_plain, make_groups, same_bits, tiny_config, weights
 from worker import digest
 
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
-from grpo import make_optimizer, make_samples, update
-from model import build_policy, load_replica, load_tokenizer, refresh
+from checkpoint import find_checkpoint, finish_save, load_checkpoint, save_checkpoint
+from grpo import make_samples, update
+from model import refresh
 from ranks import start_ranks
-from rollout import make_sampler
 
 
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     ranks = start_ranks(60)
     config = tiny_config(folder, run_dir=str(out), learning_rate=1e-2, lr_schedule="constant", max_grad_norm=0.1)
-    tokenizer, samples = load_tokenizer(config), make_samples(make_groups(load_plain(folder), REWARDS), config)
-
-    def fresh():
-        replica = load_replica(config, ranks)
-        policy = build_policy(replica, config, ranks)
-        optimizer = make_optimizer(policy, config)
-        return make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks))
-
-    saver = fresh()
+    samples = make_samples(make_groups(load_plain(folder), REWARDS), config)
+    saver = fresh_saver(config, ranks)
     captured = CaptureGradients(saver.policy)
     row = update(saver.policy, captured, samples, config, ranks, 0)
     saver.policy.zero_grad(set_to_none=True)
@@ -45,15 +37,13 @@ def main() -> None:
     saver.done = 2
     save_checkpoint(saver)
     saved = finish_save(saver)
-    other = fresh()
+    other = fresh_saver(config, ranks)
     load_checkpoint(other, *find_checkpoint(config))
     own = sum(parameter.to_local().numel() for parameter in saver.policy.parameters())
     facts = {
         "placements": [str(one) for one in next(saver.policy.parameters()).placements],
-        "share": own / sum(parameter.numel() for parameter in saver.sampler.replica.parameters()),
-        "metrics": row,
-        "saved": saved,
-        "replica": same_bits(weights(saver.sampler.replica), weights(saver.policy)),
+        "share": own / sum(parameter.numel() for parameter in saver.sampler.replica.parameters()), "metrics": row,
+        "saved": saved, "replica": same_bits(weights(saver.sampler.replica), weights(saver.policy)),
         "restored": same_bits(weights(other.policy), weights(saver.policy)),
         "digest": digest(weights(saver.sampler.replica)),
     }

@@ -10,26 +10,18 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from reference import same_bits, tiny_config, weights
+from reference import fresh_saver, same_bits, tiny_config, weights
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import grpo
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
-from grpo import Group, make_optimizer, make_samples, update
-from model import build_policy, load_replica, load_tokenizer, refresh
+from checkpoint import find_checkpoint, finish_save, load_checkpoint, save_checkpoint
+from grpo import Group, make_samples, update
+from model import refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, Stopped
-from rollout import make_sampler, rollout
+from rollout import rollout
 
 PROMPTS = [[9, 8, 7], list(range(30)), [77] * 12]
-
-
-def fresh(config, ranks: Ranks):
-    """A run before its first step."""
-    replica = load_replica(config, ranks)
-    policy = build_policy(replica, config, ranks)
-    sampler = make_sampler(replica, load_tokenizer(config), config, ranks)
-    return make_saver(policy, make_optimizer(policy, config), sampler)
 
 
 def step_samples(saver, step: int) -> list:
@@ -71,7 +63,7 @@ def run(folder: Path, ranks: Ranks, family: str, offload: bool) -> dict:
     changes = {"run_dir": str(folder / f"offload_{family}_{offload}"), "offload": offload, "tokens_per_micro_batch": 40}
     changes["updates_per_batch"] = 2 if family == "smollm3" else 1
     config = tiny_config(folder / family, learning_rate=1e-2, lr_schedule="constant", keep_last=0, **changes)
-    saver = fresh(config, ranks)
+    saver = fresh_saver(config, ranks)
     rows = [one_step(saver, 0)]
     save_checkpoint(saver)
     rows.append(one_step(saver, 1))
@@ -80,16 +72,14 @@ def run(folder: Path, ranks: Ranks, family: str, offload: bool) -> dict:
     exported = weights(saver.sampler.replica)
     assert finish_save(saver)
 
-    other = fresh(config, ranks)
+    other = fresh_saver(config, ranks)
     load_checkpoint(other, *find_checkpoint(config))
     loaded = same_bits(weights(other.sampler.replica), exported)
     rows += [one_step(other, 2), one_step(saver, 2)]
     masters = weights(saver.policy)
     options = saver.policy._get_fsdp_state()._fsdp_param_group.offload_policy
     return {
-        "rows": rows,
-        "masters": masters,
-        "goes on": same_bits(weights(other.policy), masters) and loaded,
+        "rows": rows, "masters": masters, "goes on": same_bits(weights(other.policy), masters) and loaded,
         "policy": isinstance(options, CPUOffloadPolicy),
     }
 
@@ -101,11 +91,8 @@ def offload_checks(folder: Path, ranks: Ranks) -> dict:
     for family in ("qwen3_moe", "smollm3"):
         plain, hosted = (run(folder, ranks, family, on) for on in (False, True))
         results[family] = {
-            "plain": plain["rows"],
-            "hosted": hosted["rows"],
-            "masters": same_bits(plain["masters"], hosted["masters"]),
-            "goes on": [plain["goes on"], hosted["goes on"]],
-            "policy": [plain["policy"], hosted["policy"]],
+            "plain": plain["rows"], "hosted": hosted["rows"], "masters": same_bits(plain["masters"], hosted["masters"]),
+            "goes on": [plain["goes on"], hosted["goes on"]], "policy": [plain["policy"], hosted["policy"]],
         }
     gc.unfreeze()
     return results

@@ -17,12 +17,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
+from checkpoint import Saver, make_saver
 from config import Config
 from data import Corpus, Passage
 from grpo import Group, make_optimizer
 from methods import Run, needs_reference
-from model import build_policy, build_reference
-from rollout import Rollout, Sampler
+from model import build_policy, build_reference, load_replica, load_tokenizer
+from rollout import Rollout, Sampler, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BASE = ROOT / "assets" / "tiny_base"
@@ -97,9 +98,15 @@ def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
     return Run(config, sampler.ranks, Corpus(list(passages), [], {}), sampler, policy, reference, optimizer)
 
 
+def fresh_saver(config: Config, ranks) -> Saver:
+    """A run before its first step, as the checkpoint's functions see it."""
+    replica = load_replica(config, ranks)
+    policy = build_policy(replica, config, ranks)
+    sampler = make_sampler(replica, load_tokenizer(config), config, ranks)
+    return make_saver(policy, make_optimizer(policy, config), sampler)
+
+
 # ------------------------------------------------------------------------------------------- rollouts without a sampler
-
-
 @torch.no_grad()
 def make_groups(model, rewards: list[list[float]], seed: int = 0) -> list[Group]:
     """Groups with these rewards, of random tokens with uneven lengths. The sampler's log-probs are off the model's by
@@ -125,8 +132,6 @@ REWARDS = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.875, 
 
 
 # ------------------------------------------------------------------------------------------------ GRPO, written plainly
-
-
 def naive_update(model, optimizer, groups: list[Group], config: Config) -> dict:
     """One step of GRPO on whole groups, as the equations of grpo.py say. Returns metrics that grpo.update has too."""
     kept = []  # (mini-batch, response, advantage)

@@ -2,8 +2,6 @@ r"""Benchmarks: every record is an item or counted, and who is right: a table of
 
 import gzip
 import json
-import os
-import time
 from pathlib import Path
 
 import datasets
@@ -12,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import __main__ as commands
-from benchmarks import sets
-from benchmarks.judge import check_answers
 from benchmarks.letters import guessed_letter
 from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
@@ -23,18 +19,6 @@ from prompts import fill
 # ---------------------------------------------------------------------------------------------- who is right
 # Whole responses. What may stand in the box is the business of test_judge.py.
 
-TABLE = [
-    ("math500", "42", "42.", 1.0),
-    ("math500", "4.5e33", r"4.5 \times 10^{33} \text{ erg/s}", 1.0),
-    ("math500", "42", "43", 0.0),
-    ("math500", "7", "5" * 100_000, 0.0),
-    ("math500", "7", r"\frac{" * 200, 0.0),
-    ("mmlu_pro", "C", "C. nitrogen", 1.0),
-    ("mmlu_pro", "C", r"\boxed{C}", 1.0),
-    ("mmlu_pro", "C", "A. 3, C. 4", 0.0),
-    ("bbeh", "no, unknown, yes", r"\text{No, unknown, yes}", 1.0),
-    ("bbeh", "(A)", "(A) Sam", 0.0),
-]
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -47,23 +31,13 @@ def one(name: str, gold: str, response: str, **flags) -> Verdict:
     return verdict
 
 
-@pytest.mark.parametrize(
-    ("name", "gold", "box", "score"), TABLE, ids=[f"{k}|{g[:20]}|{b[:20]}" for k, g, b, _ in TABLE]
-)
-def test_verdict(name, gold, box, score):
-    assert one(name, gold, boxed(box)).score == score
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0), (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
-        (r"\boxed{42} and then \boxed{4", "42", 1.0),  # cut off: the last balanced one
-        (r"\boxed{\frac{84}{2}}", r"\frac{84}{2}", 1.0), (r"\boxed{4", None, 0.0), (r"\boxed{}", None, 0.0),
-        (r"\boxed{42} \boxed{ }", None, 0.0),  # the last one counts, empty or not
-        (r"\boxed 42", None, 0.0), ("The answer is 42.", None, 0.0), ("", None, 0.0),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("response", "answer", "score"), [
+    (r"First \boxed{7}, no: \boxed{42}.", "42", 1.0), (r"First \boxed{42}, no: \boxed{7}.", "7", 0.0),
+    (r"\boxed{42} and then \boxed{4", "42", 1.0),  # cut off: the last balanced one
+    (r"\boxed{\frac{84}{2}}", r"\frac{84}{2}", 1.0), (r"\boxed{4", None, 0.0), (r"\boxed{}", None, 0.0),
+    (r"\boxed{42} \boxed{ }", None, 0.0),  # the last one counts, empty or not
+    (r"\boxed 42", None, 0.0), ("The answer is 42.", None, 0.0), ("", None, 0.0),
+])  # fmt: skip
 def test_the_last_balanced_box_and_nothing_else_is_judged(response, answer, score):
     assert one("math500", "42", response) == Verdict(answer, "box" if answer else "none", score)
 
@@ -76,14 +50,11 @@ def test_nothing_is_taken_from_outside_the_box_unless_asked_for():
         assert one(name, gold, response, guess=True).how == ("guess" if name == "mmlu_pro" else "none")
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("So it is 42.", "42"), ("3 boxes at $1,234.50 each", "1234.50"), ("It is 10-7, or 3/4", "3/4"),
-        ("Below zero: −5 degrees", "-5"), ("from 3 to -7.", "-7"), ("x-7", "7"), (".5", ".5"), ("1,2", "2"),
-        ("1,2345", "2345"), ("None.", None), ("12" * 50_000, "12" * 50_000),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "number"), [
+    ("So it is 42.", "42"), ("3 boxes at $1,234.50 each", "1234.50"), ("It is 10-7, or 3/4", "3/4"),
+    ("Below zero: −5 degrees", "-5"), ("from 3 to -7.", "-7"), ("x-7", "7"), (".5", ".5"), ("1,2", "2"),
+    ("1,2345", "2345"), ("None.", None), ("12" * 50_000, "12" * 50_000),
+])  # fmt: skip
 def test_the_last_number_of_a_text(text, number):
     assert one("gsm8k", "1", text, last_number=True).answer == number
 
@@ -114,17 +85,7 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
         judge("aime24", [item], texts)
 
 
-def test_answers_that_keep_sympy_busy_are_wrong_and_the_rest_is_judged(monkeypatch):
-    monkeypatch.setattr(sets, "check_answers", lambda pairs: check_answers(pairs, seconds=0.5))
-    bombs = [boxed("9^{9^{9^{9^{9}}}}"), boxed("99999999!")]
-    begin = time.monotonic()
-    verdicts = judge("math500", [Item("1", "", r"\sqrt{4}")] * 4, [boxed("2"), *bombs, boxed("6/3")])
-    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 1.0]
-    assert time.monotonic() - begin < 10
-
-
 # ---------------------------------------------------------------------------------------------- where items come from
-
 MMLU_PRO = {
     "question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"],
     "answer": "C",
@@ -303,46 +264,18 @@ def test_a_record_that_is_no_item_is_counted_and_named(name, record, cause, tmp_
         load(name, write(tmp_path / "bad.jsonl", record))
 
 
-@pytest.mark.parametrize(
-    ("name", "record", "missing"),
-    [
-        ("gsm8k", {"prompt": "p", "answer": "1"}, "'question'; fields are prompt, answer"),
-        ("gsm8k", {"question": "p", "target": "1"}, "'answer'; fields are question, target"),
-        ("minerva", {"text": "p", "answer": "1"}, "'problem' or 'question'; fields are text, answer"),
-        ("mmlu_pro", {"question": "p", "answer": "A"}, "'options'; fields are question, answer"),
-        ("supergpqa", {"question": "p", "options": ["a", "b"]}, "'answer_letter' or 'answer'; fields"),
-        ("bbeh", {"question": "p", "target": "A"}, "'input'; fields"),
-    ],
-)
+@pytest.mark.parametrize(("name", "record", "missing"), [
+    ("gsm8k", {"prompt": "p", "answer": "1"}, "'question'; fields are prompt, answer"),
+    ("gsm8k", {"question": "p", "target": "1"}, "'answer'; fields are question, target"),
+    ("minerva", {"text": "p", "answer": "1"}, "'problem' or 'question'; fields are text, answer"),
+    ("mmlu_pro", {"question": "p", "answer": "A"}, "'options'; fields are question, answer"),
+    ("supergpqa", {"question": "p", "options": ["a", "b"]}, "'answer_letter' or 'answer'; fields"),
+    ("bbeh", {"question": "p", "target": "A"}, "'input'; fields"),
+])  # fmt: skip
 def test_a_missing_field_is_an_error_of_the_whole_file_wherever_it_is_missing(name, record, missing, tmp_path):
     good = next(record for layout, record, _ in LAYOUTS if layout == name)
     with pytest.raises(DataError, match=rf"a\.jsonl:2: no field {missing}"):
         load(name, write(tmp_path / "a.jsonl", good, record, good))
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("a.jsonl", "", r"a\.jsonl: no text \(0 bytes\)"), ("a.jsonl", "\n \n", "no item in .*a.jsonl"),
-        ("a.json", "[]", "no item in .*a.json"), ("a.json", "[1, 2]", r"record 1: not a JSON object \(a int\)"),
-        ("a.jsonl", json.dumps(GSM8K) + '\n{"question": "cut', r"a\.jsonl:2: not a JSON object"),
-        ("a.json", '[\n{"question": "q"},\n{"question"]', r"a\.json:3: not a JSON object"),
-        ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz:1: file broken"), ("a.txt", "48", "no .parquet, .jsonl or .json file"),
-        ("a.csv", "question,answer", "unknown kind"), (".", "", "in this folder"), ("b/c", None, "no such file"),
-    ],
-)  # fmt: skip
-def test_a_broken_file_is_refused_in_one_line(file, content, message, tmp_path):
-    if content is not None and file != ".":
-        (tmp_path / file).write_text(content)
-    with pytest.raises(DataError, match=message) as error:
-        load("gsm8k", tmp_path / file)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-
-
-@pytest.mark.parametrize("call", [load_items, prompt_template, lambda name: judge(name, [], [])])
-def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones(call):
-    with pytest.raises(ConfigError, match=f"task='mmlu'.*known: {', '.join(BENCHMARKS)}"):
-        call("mmlu")
 
 
 def test_the_command_shows_the_first_prompt_and_ends_bad_input_with_status_2(tmp_path, monkeypatch, capsys):
@@ -354,37 +287,3 @@ def test_the_command_shows_the_first_prompt_and_ends_bad_input_with_status_2(tmp
     with pytest.raises(SystemExit) as stop:
         commands.main()
     assert stop.value.code == 2 and "no such file" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------- real files
-
-DATA = os.environ.get("PRETRAINZERO_EVAL_DATA", "")
-FILES = sorted(path for path in Path(DATA).iterdir() if path.suffix in (".json", ".jsonl", ".parquet")) if DATA else []
-SIZES = {"gsm8k": 1319, "math500": 500, "olympiad": 675, "minerva": 272, "amc23": 40, "aime24": 30, "aime25": 30}
-
-
-@pytest.mark.skipif(not DATA, reason="PRETRAINZERO_EVAL_DATA names no folder of files NAME*.jsonl, .json or .parquet")
-@pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
-def test_real_files_are_read_whole_and_only_the_gold_is_right(path):
-    name = next(name for name in BENCHMARKS if path.name.startswith(name))
-    items, counts, _ = load(name, path)
-    assert counts["records"] == counts["items"] == len(items) == len({item.id for item in items})
-    assert name not in SIZES or len(items) == SIZES[name]
-    assert {verdict.score for verdict in judge(name, items, [boxed(item.gold) for item in items])} == {1.0}
-    wrong = judge(name, items, [boxed(other_answer(name, item)) for item in items])
-    accepted = [
-        (item.id, item.gold, verdict.answer) for item, verdict in zip(items, wrong, strict=True) if verdict.score
-    ]
-    print(f"{path.name}: {len(items)} items; wrong answers found right: {accepted}")
-    # OlympiadBench 2212, N=n: math-verify takes N for n and then finds n=n equal to n=n+1.
-    assert all("=" in gold for _, gold, _ in accepted) and len(accepted) <= len(items) // 100
-
-
-def other_answer(name: str, item: Item) -> str:
-    """The next letter, one more, or other text."""
-    if item.letters:
-        return item.letters[(item.letters.index(item.gold) + 1) % len(item.letters)]
-    if BENCHMARKS[name].kind == "bbeh":
-        return "(K)" if item.gold.startswith("(") else item.gold + "1"
-    plain = item.gold.replace("$", "")
-    return str(int(plain) + 1) if plain.isdigit() else f"{plain} + 1"

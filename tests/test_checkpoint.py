@@ -23,7 +23,7 @@ from checkpoint import (
     check_same_run, damage, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint, resume_notes,
     save_checkpoint,
 )  # fmt: skip
-from config import Config, ConfigError, dump_config
+from config import Config, ConfigError
 from grpo import make_optimizer
 from methods import METHODS
 from metrics import append_row, read_rows, unwritten
@@ -60,8 +60,6 @@ def found(config: Config, said: list | None = None) -> int | None:
 
 
 # ---- which checkpoint
-
-
 def test_the_newest_whole_checkpoint_is_found(config):
     assert found(config) is None
     for step in (2, 4):
@@ -134,8 +132,6 @@ def test_only_damaged_checkpoints_are_no_reason_to_begin_again(config, tmp_path)
 
 
 # ---- which run
-
-
 def test_another_config_is_refused_in_one_line_before_any_file_is_touched(config, tmp_path):
     fake(config, 2)
     (tmp_path / "run/config.yaml").write_text("seed: 0\n")
@@ -209,8 +205,6 @@ def test_a_finished_run_is_not_opened_unless_its_last_row_is_missing(config, tmp
 
 
 # ---- rows that cannot be written
-
-
 @contextmanager
 def full_disk(size: int):
     """No file of this process may grow beyond `size` bytes: what fits is written, as on a full disk."""
@@ -248,8 +242,6 @@ def test_a_file_that_could_not_even_be_made_gets_its_rows_at_the_last_try(tmp_pa
 
 
 # ---- the model card
-
-
 STARTED = """time: 2026-01-01 00:00:00 +0000
 command: /home/anyone/code/train.py /home/anyone/my.yaml seed=3 run_dir=RUN
 git: 0123abc
@@ -281,9 +273,7 @@ def test_the_hub_reads_names_of_its_own_and_no_paths(trained, tmp_path):
     sampler = trained(data="wikimedia/wikipedia")
     sampler.config.model = "owner/base"
     assert ModelCard(str(model_card(sampler, 3))).data.to_dict() == {
-        "base_model": "owner/base",
-        "datasets": ["wikimedia/wikipedia"],
-        "library_name": "transformers",
+        "base_model": "owner/base", "datasets": ["wikimedia/wikipedia"], "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pretrainzero", "reinforcement-learning", "grpo", "active", "arxiv:2512.03442"],
     }
@@ -309,35 +299,6 @@ def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, t
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
     monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
     assert known_base("owner/base")[1] == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-
-
-def test_the_card_tells_the_first_probe_the_latest_and_no_path_but_the_configs(trained):
-    """A thread writes the card while training goes on: a row of a later step may be there."""
-    sampler = trained()
-    text = str(model_card(sampler, 3))
-    assert "| | step 0 | step 2 | \n" in text and "| `probe/accuracy` | 0.250 | 0.500 | \n" in text
-    assert "# my run, step 3" in text and "after 3 of 10 steps of `active`" in text
-    assert f"train.py my.yaml seed=3 run_dir={sampler.config.run_dir}\n# git revision 0123abc; 2 x cpu\n" in text
-
-
-def test_texts_of_a_config_stay_inside_their_blocks(trained):
-    prompt = "```\n---\n| {passage} |\n```` 'a' {{ step }} \\boxed"
-    sampler = trained(predict_prompt=prompt, question_prompt=prompt)
-    text = str(model_card(sampler, 3))
-    assert ModelCard(text).data.pipeline_tag == "text-generation"
-    assert dump_config(sampler.config).rstrip() in text and "`````yaml\n" in text
-    assert eval(re.search(r"^prompt = (.*)  # as in the run$", text, re.MULTILINE)[1]) == prompt
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_card_that_names_it(trained, method):
-    card = ModelCard(str(model_card(trained(method=method), 3)))
-    assert method.replace("_", "-") in card.data.tags and f"- method: `{method}`" in card.text
-
-
-def test_a_run_without_rows_or_record_has_a_card(build_sampler, folders, tmp_path):
-    text = str(model_card(build_sampler(folders["smollm3"], run_dir=str(tmp_path)), 0))
-    assert "The run directory has none." in text and "were not recorded" in text
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -367,8 +328,6 @@ def test_the_code_of_the_card_loads_the_folder_and_asks_as_the_run_did(trained, 
 
 
 # ---- what is saved
-
-
 def saved(sampler, ranks, *steps: int) -> Path:
     policy = build_policy(sampler.replica, sampler.config, ranks)
     saver = make_saver(policy, make_optimizer(policy, sampler.config), sampler)

@@ -16,7 +16,7 @@ from worker import ASKED
 import eval as exams
 from benchmarks import evaluate as command_module
 from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
-from benchmarks.scores import MATH, PAPER, SIZES, compare_evaluations, paper_means, summarise, table
+from benchmarks.scores import MATH, PAPER, SIZES, compare_evaluations, paper_means, summarise
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
 from data import DataError
@@ -32,10 +32,8 @@ RECORDS = {
         {"uuid": "f0", "question": "Melts ice?", "options": ["sand", "salt"], "answer": "salt", "answer_letter": "B"},
         {"uuid": "f1", "question": "What burns?", "options": ["wood", "lead"], "answer": "wood", "answer_letter": "A"},
     ],
-    "bbeh": [
-        {"input": "Is the last letter of owl an l?", "target": "yes"},
-        {"input": "Sort: c, a, b", "target": "a, b, c"},
-    ],
+    "bbeh": [{"input": "Is the last letter of owl an l?", "target": "yes"},
+             {"input": "Sort: c, a, b", "target": "a, b, c"}],
     "math500": [{"problem": "Halve $1$.", "solution": r"$\boxed{\frac{1}{2}}$", "answer": r"\frac{1}{2}"}],
     "gsm8k": [
         {"question": "Ann has 2 hens and buys 3.", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
@@ -107,8 +105,6 @@ def records_of(out: Path) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------- the whole path
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_who_is_always_right_scores_100_on_all_ten_sets_and_who_never_is_0(
     right, files, scripted, folders, ranks, tmp_path
@@ -165,8 +161,6 @@ def test_the_evaluation_says_what_it_was_made_with(files, scripted, folders, ran
 
 
 # ---------------------------------------------------------------------------------------------- numbers, worked by hand
-
-
 def record(item: str, score: float, how: str = "box", finish: str = "eos", tokens: int = 10) -> dict:
     return {"id": item, "score": score, "how": how, "finish": finish, "tokens": tokens}
 
@@ -199,15 +193,7 @@ def test_a_mean_with_the_papers_name_needs_all_of_its_parts_whole():
         assert paper_means({key: one for key, one in all_four.items() if key != name}) == {}
 
 
-def test_the_papers_rows_are_consistent_with_their_own_overall():
-    """Overall is the mean of the four columns, up to the rounding of five printed figures."""
-    for name, (overall, *columns) in PAPER.items():
-        assert overall == pytest.approx(sum(columns) / 4, abs=0.011), name
-
-
 # ----------------------------------------------------------------------------------------------------- chunks and kills
-
-
 def test_chunks_cover_every_item_once_in_order():
     exam = Exam("gsm8k", [Item(str(n), "", "") for n in range(10)], samples=4, prompt="", data="", counts={})
     for size, expected in {8: [2] * 5, 12: [3, 3, 3, 1], 3: [1] * 10, 100: [10]}.items():
@@ -267,13 +253,6 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(unbroken, ra
     assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in left}  # not made again
 
 
-def test_another_seed_samples_other_responses(unbroken, ranks, tmp_path):
-    words, expected = unbroken
-    evaluate(read_settings([*words, "seed=1", f"out={tmp_path}"]), ranks)
-    found = records_of(tmp_path)
-    assert list(found) == list(expected) and all(found[name] != expected[name] for name in found)
-
-
 @pytest.mark.parametrize("text", ["", '{"id": "other"}\n'])
 def test_a_chunk_that_is_not_what_it_must_be_is_named(text, files, scripted, folders, ranks, tmp_path):
     scripted({item.question: item.gold for exam in read_exams(files) for item in exam.items})
@@ -286,27 +265,12 @@ def test_a_chunk_that_is_not_what_it_must_be_is_named(text, files, scripted, fol
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
-
-
-@pytest.mark.parametrize(
-    "word, before",
-    [
-        ("max_new_tokens=7", "6"),
-        ("samples=2", "0"),
-        ("chunk=9", "8"),
-        ("limit=1", "0"),
-        ("seed=1", "0"),
-        ("max_requests=4", "0"),
-        ("last_number=true", "False"),
-        ("guess=true", "False"),
-        ("stop_at_answer=false", "True"),
-        ("dtype=bfloat16", "'float32'"),
-        ("temperature=0.7", "1.0"),
-        ("chat_template=none", "'auto'"),
-        ("attention=varlen", "'auto'"),
-        ("question_prompt='Q {passage}'", "''"),
-    ],
-)
+@pytest.mark.parametrize("word, before", [
+    ("max_new_tokens=7", "6"), ("samples=2", "0"), ("chunk=9", "8"), ("limit=1", "0"), ("seed=1", "0"),
+    ("max_requests=4", "0"), ("last_number=true", "False"), ("guess=true", "False"),
+    ("stop_at_answer=false", "True"), ("dtype=bfloat16", "'float32'"), ("temperature=0.7", "1.0"),
+    ("chat_template=none", "'auto'"), ("attention=varlen", "'auto'"), ("question_prompt='Q {passage}'", "''"),
+])  # fmt: skip
 def test_other_settings_in_the_same_folder_are_refused_by_name(word, before, files, folders, tmp_path):
     def opened(*words):
         settings = settings_for(folders["smollm3"], tmp_path, *words, files={"gsm8k": files["gsm8k"]})
@@ -340,13 +304,6 @@ def test_other_weights_and_other_data_are_refused(files, folders, tmp_path):
     assert opened().startswith("gsm8k.data='")
 
 
-def test_a_refusal_reaches_every_rank_as_an_error(files, scripted, folders, ranks, tmp_path):
-    scripted({item.question: item.gold for exam in read_exams(files) for item in exam.items})
-    evaluate(settings_for(folders["smollm3"], tmp_path, files={"gsm8k": files["gsm8k"]}), ranks)
-    with pytest.raises(ConfigError, match="^max_new_tokens=9: .* was made with 6"):
-        evaluate(settings_for(folders["smollm3"], tmp_path, "max_new_tokens=9", files={"gsm8k": files["gsm8k"]}), ranks)
-
-
 def test_benchmarks_may_join_a_folder_later(files, scripted, folders, ranks, tmp_path):
     calls = scripted({item.question: item.gold for exam in read_exams(files) for item in exam.items})
     for name in ("gsm8k", "bbeh", "gsm8k"):
@@ -356,26 +313,20 @@ def test_benchmarks_may_join_a_folder_later(files, scripted, folders, ranks, tmp
     assert set(json.loads((tmp_path / "eval-settings.json").read_text())["tasks"]) == {"bbeh", "gsm8k"}
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["limit=-1"], "limit=-1: must be 0 or more"),
-        (["max_new_tokens=0"], "max_new_tokens=0: must be 1 or more"),
-        (["limit=few"], "limit='few': expected a whole number"),
-        (["lmit=3"], "lmit=3: unknown key; known are attention, cache_memory, chat_template, chunk, "),
-        (["steps=3"], "steps=3: unknown key"),
-        (["temperature=0"], "temperature=0.0: must be a number above 0"),
-        (["question_prompt=Solve!"], "question_prompt='Solve!': must contain {passage} once"),
-        (["tasks=gsm9k"], "tasks='gsm9k': 'gsm9k': unknown benchmark; known are mmlu_pro, "),
-        (["tasks=gsm8k,gsm8k"], "'gsm8k': named twice"),
-        (["tasks="], "tasks='': name one or more of mmlu_pro, "),
-        (["tasks=gsm8k=no_such.jsonl"], "tasks: gsm8k=no_such.jsonl: no such file or folder"),
-        (["gsm8k.path=no_such.jsonl"], "tasks: gsm8k=no_such.jsonl: no such file or folder"),
-        (["tasks=bbeh", "gsm8k.path=x"], "gsm8k.path='x': gsm8k is not among tasks=bbeh"),
-        (["tasks=gsm8k=a", "gsm8k.path=b"], "gsm8k.path='b': gsm8k has a file already"),
-        (["gsm8k"], "'gsm8k': expected key=value after the checkpoint"),
-    ],
-)
+@pytest.mark.parametrize("words, said", [
+    (["limit=-1"], "limit=-1: must be 0 or more"), (["max_new_tokens=0"], "max_new_tokens=0: must be 1 or more"),
+    (["limit=few"], "limit='few': expected a whole number"),
+    (["lmit=3"], "lmit=3: unknown key; known are attention, cache_memory, chat_template, chunk, "),
+    (["steps=3"], "steps=3: unknown key"), (["temperature=0"], "temperature=0.0: must be a number above 0"),
+    (["question_prompt=Solve!"], "question_prompt='Solve!': must contain {passage} once"),
+    (["tasks=gsm9k"], "tasks='gsm9k': 'gsm9k': unknown benchmark; known are mmlu_pro, "),
+    (["tasks=gsm8k,gsm8k"], "'gsm8k': named twice"), (["tasks="], "tasks='': name one or more of mmlu_pro, "),
+    (["tasks=gsm8k=no_such.jsonl"], "tasks: gsm8k=no_such.jsonl: no such file or folder"),
+    (["gsm8k.path=no_such.jsonl"], "tasks: gsm8k=no_such.jsonl: no such file or folder"),
+    (["tasks=bbeh", "gsm8k.path=x"], "gsm8k.path='x': gsm8k is not among tasks=bbeh"),
+    (["tasks=gsm8k=a", "gsm8k.path=b"], "gsm8k.path='b': gsm8k has a file already"),
+    (["gsm8k"], "'gsm8k': expected key=value after the checkpoint"),
+])  # fmt: skip
 def test_a_bad_word_is_one_line_and_status_2_before_any_model_loads(words, said, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["eval.py", str(TINY_BASE), *words])
     monkeypatch.setattr(command_module, "start_ranks", None)
@@ -390,16 +341,7 @@ def test_a_bad_word_is_one_line_and_status_2_before_any_model_loads(words, said,
     assert capsys.readouterr().err == ""
 
 
-def test_what_only_an_evaluation_can_find_is_one_line_and_status_2_too(command, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"question": "no answer"}\n')
-    ended = command(["eval.py", TINY_BASE, f"tasks=gsm8k={tmp_path / 'bad.jsonl'}", f"out={tmp_path}"], limit=60)
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith("data error: ") and ended.stderr.count("\n") == 1 and "'answer'" in ended.stderr
-
-
 # ------------------------------------------------------------------------------------------------------- the checkpoint
-
-
 def test_a_checkpoint_is_a_folder_a_step_of_a_run_or_a_hub_name(folders, tmp_path):
     step = tmp_path / "runs/tiny/checkpoints/step_000100"
     shutil.copytree(folders["smollm3"], step / "hf")
@@ -438,8 +380,6 @@ def test_a_hub_name_that_cannot_be_read_and_a_folder_without_tokenizer_are_one_l
 
 
 # ------------------------------------------------------------------------------------------------------- the comparison
-
-
 @pytest.fixture
 def outs(tmp_path):
     """Two evaluations' eval.json: gsm8k in both, of another length; in the second bbeh, and MMLU-Pro in part."""
@@ -479,19 +419,7 @@ def test_the_comparison_is_a_command(outs, monkeypatch, capsys, tmp_path):
     assert caught.value.code == 2 and "nothing: no eval.json in it" in capsys.readouterr().err
 
 
-def test_the_table_says_why_a_mean_is_missing():
-    one = {"standard_error": 1.5, "responses": 9, "parse_rate": 1.0, "truncation_rate": 0.0, "length_mean": 5.0}
-    results = {name: one | {"score": 50.0, "items": SIZES[name], "seconds": 2.0} for name in MATH}
-    lines = table(results, paper_means(results)).splitlines()
-    assert lines[-2].split() == ["MATH", "mean", "50.00"]
-    assert lines[-1] == "Overall      none: no supergpqa, no bbeh, no mmlu_pro"
-    results["gsm8k"] |= {"items": 200}
-    assert "gsm8k has 200 of 1,319 items" in table(results, paper_means(results)).splitlines()[-2]
-
-
 # ------------------------------------------------------------------------------------------------------ during training
-
-
 def test_training_without_eval_every_reads_no_benchmark():
     assert exams_of(Config(eval_tasks="gsm8k"), print) == []
 

@@ -65,8 +65,8 @@ class Ended:
     """From the fault to the end of the last process."""
 
 
-def start(words: list, run: Path, fault: dict | None = None, ranks: int = 2, limit: float = 150) -> Ended:
-    """One torchrun to its end. Fails if a process of it is left after that, whatever it is."""
+def launch(words: list, run: Path, fault: dict | None, ranks: int = 2) -> tuple[subprocess.Popen, str, Path]:
+    """(torchrun, a word in the environment of all its processes, the file with the time of the fault)."""
     mark, since = f"FAULTS_{uuid.uuid4().hex}", run.parent / "since"
     since.unlink(missing_ok=True)
     script = ["train.py"] if fault is None else ["tests/faulty.py", json.dumps(fault | {"since": str(since)})]
@@ -75,6 +75,12 @@ def start(words: list, run: Path, fault: dict | None = None, ranks: int = 2, lim
         [sys.executable, *launcher, *script, *words, f"run_dir={run}"], cwd=ROOT, env=os.environ | {mark: "1"},
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    return process, mark, since
+
+
+def start(words: list, run: Path, fault: dict | None = None, ranks: int = 2, limit: float = 150) -> Ended:
+    """One torchrun to its end. Fails if a process of it is left after that, whatever it is."""
+    process, mark, since = launch(words, run, fault, ranks)
     try:
         text, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -160,6 +166,12 @@ def make_unbroken(unbroken: dict, words: tuple[str, ...], tmp_path_factory) -> t
     return unbroken[words]
 
 
+@pytest.fixture
+def half_run(unbroken, tmp_path, tmp_path_factory) -> Path:
+    """A copy of the run as it was after two steps."""
+    return shutil.copytree(make_unbroken(unbroken, (), tmp_path_factory)[1], tmp_path / "run", symlinks=True)
+
+
 def saved_step(run: Path) -> int:
     return int((run / "checkpoints/latest").resolve().name.removeprefix("step_"))
 
@@ -183,8 +195,6 @@ def check(case: Case, unbroken: dict, tmp_path: Path, factory) -> None:
 
 
 # ---- the table
-
-
 def lost(at: str, step: int = 3, rank: int = 1, **more) -> Case:
     """A rank is killed: another says who is silent and where it was. In threads, the phase is whatever it is."""
     says = f"step {step}, " if "save, " in at else f"step {step}, {at.partition(',')[0]}"
@@ -267,8 +277,6 @@ def test_nothing_is_lost_whatever_happens(case, unbroken, tmp_path, tmp_path_fac
 
 
 # ---- the launcher
-
-
 def test_what_one_rank_alone_refuses_is_said_by_that_rank(tmp_path):
     """Usually all ranks refuse the same, and rank 0 says it for all. Rank 0 waits for this one in a barrier."""
     fault = {"do": "unreadable", "at": "set-up, tokenizer", "step": None, "rank": 1}
@@ -280,12 +288,7 @@ def test_what_one_rank_alone_refuses_is_said_by_that_rank(tmp_path):
 
 def interrupted(run: Path, words: list, fault: dict, act) -> Ended:
     """A run of which `act(launcher, ids of its ranks)` is done half a second after the fault has struck."""
-    since, mark = run.parent / "since", f"FAULTS_{uuid.uuid4().hex}"
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/faulty.py",
-         json.dumps(fault | {"since": str(since)}), *words, f"run_dir={run}"], cwd=ROOT, env=os.environ | {mark: "1"},
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    launcher, mark, since = launch(words, run, fault)
     limit = time.time() + 150
     while not since.exists():
         assert launcher.poll() is None and time.time() < limit
@@ -306,36 +309,23 @@ def interrupted(run: Path, words: list, fault: dict, act) -> Ended:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_torchrun_saves_the_last_finished_step(number, unbroken, tmp_path, tmp_path_factory):
+@pytest.mark.parametrize(("number", "says"), [
+    (signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "stopped by SIGINT"),
+    (signal.SIGKILL, "the launcher is gone"),
+])  # fmt: skip
+def test_a_signal_to_torchrun_saves_the_last_finished_step(number, says, half_run, unbroken):
     """A pause keeps the step from ending before the signal comes."""
-    whole, half = make_unbroken(unbroken, (), tmp_path_factory)
-    run = tmp_path / "run"
-    shutil.copytree(half, run, symlinks=True)
     fault = {"do": "pause", "at": "predict", "step": 4, "rank": -1}
-    ended = interrupted(run, WORDS, fault, lambda launcher, _: launcher.send_signal(number))
-    assert f"stopped by {number.name}" in ended.text and saved_step(run) == 3 and ended.seconds < END, ended.text
-    assert start(WORDS, run).status == 0
-    assert_equal_runs(run, whole)
+    ended = interrupted(half_run, WORDS, fault, lambda launcher, _: launcher.send_signal(number))
+    assert says in ended.text and saved_step(half_run) == 3 and ended.seconds < END, ended.text
+    assert start(WORDS, half_run).status == 0
+    assert_equal_runs(half_run, unbroken[()][0])
 
 
 @pytest.mark.faults
-def test_ranks_whose_launcher_is_killed_save_and_end(unbroken, tmp_path, tmp_path_factory):
-    whole, half = make_unbroken(unbroken, (), tmp_path_factory)
-    run = tmp_path / "run"
-    shutil.copytree(half, run, symlinks=True)
-    fault = {"do": "pause", "at": "predict", "step": 4, "rank": -1}
-    ended = interrupted(run, WORDS, fault, lambda launcher, _: launcher.kill())
-    assert "the launcher is gone" in ended.text and saved_step(run) == 3 and ended.seconds < END, ended.text
-    assert start(WORDS, run).status == 0
-    assert_equal_runs(run, whole)
-
-
-@pytest.mark.faults
-def test_a_second_signal_ends_at_once(unbroken, tmp_path, tmp_path_factory):
+def test_a_second_signal_ends_at_once(half_run):
     """Both ranks sleep and would never meet again."""
-    run = tmp_path / "run"
-    shutil.copytree(make_unbroken(unbroken, (), tmp_path_factory)[1], run, symlinks=True)
+    run = half_run
 
     def twice(launcher, ranks):
         for pause in (1.5, 0):
@@ -348,13 +338,9 @@ def test_a_second_signal_ends_at_once(unbroken, tmp_path, tmp_path_factory):
 
 
 # ---- other ranks, other steps
-
-
 @pytest.mark.faults
-def test_another_number_of_ranks_continues_with_the_same_state_and_passages(unbroken, tmp_path, tmp_path_factory):
-    whole, half = make_unbroken(unbroken, (), tmp_path_factory)
-    run = tmp_path / "run"
-    shutil.copytree(half, run, symlinks=True)
+def test_another_number_of_ranks_continues_with_the_same_state_and_passages(half_run, unbroken):
+    run, whole = half_run, unbroken[()][0]
     ended = start([*WORDS, "save_every=1"], run, ranks=1)
     assert ended.status == 0 and "saved by 2 ranks, resumed by 1: the same weights" in ended.text, ended.text
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4] and rows(run)[:3] == rows(whole)[:3]

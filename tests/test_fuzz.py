@@ -1,20 +1,17 @@
-"""Whatever a model writes and whatever a user types: properties of parsers, rewards and configs on generated input.
+"""Whatever a model writes: properties of parsers, rewards and masks on generated input.
 
 The default suite runs a seeded share; the marked tests (`-m faults`) run the same functions on all of it: 120,000
-strings and 3,000 configs. Broken files are in test_fuzz_files.py.
+strings. Broken files are in test_fuzz_files.py.
 """
 
 import random
+import re
 import time
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from reference import ROOT
-from test_prompts import balanced_by_counting
 
-from config import Config, ConfigError, dump_config, read_config
+from config import Config
 from data import paragraphs
 from masking import MASK, make_mask, mask_at, random_span
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
@@ -30,7 +27,6 @@ def share_and_all(share: int, everything: int):
 
 
 # ------------------------------------------------------------------------------------------- what a model may write
-
 PIECES = (
     [r"\boxed{", r"\mask{", r"\bo", "boxed{", r"\boxed", r"\\boxed{", "{", "}", "\\", r"\\", r"\{", r"\}"]
     + ["{}", r"\text{", r"\mathbf {", r"\text", r"\frac{1}{2}", r"\%", r"\,", "\\ ", "~", "$", "####", "1,024"]
@@ -55,6 +51,23 @@ def texts(count: int, seed: int):
         if rng.random() < 0.33:
             text = text[rng.randrange(4) : len(text) - rng.randrange(4)]
         yield rng, text
+
+
+def balanced_by_counting(text: str, command: str) -> str | None:
+    """The last balanced answer by the plain definition: try the openings from the last, counting braces. Quadratic."""
+    opening = re.compile(rf"\\{command}[ \t\n]*{{")
+    for start in reversed([found.end() for found in opening.finditer(text)]):
+        depth, position = 1, start
+        while position < len(text):
+            if text[position] == "\\" and not opening.match(text, position):
+                # skips the escaped character, unless that begins an opening
+                position += 1 if opening.match(text, position + 1) else 2
+                continue
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start:position]
+            position += 1
+    return None
 
 
 @share_and_all(2_000, 40_000)
@@ -188,137 +201,24 @@ def test_answers_questions_prompts_and_paragraphs_from_anything(count):
 MEGABYTES = [*"{}\\ ", "\n", "\\boxed{", "\\boxed{}", "\\{", "\\\\boxed{{", "####\n", "#### ", "a ", "\u0301\u0323"]
 
 
-@pytest.mark.parametrize(
-    "unit", ["\\boxed{{", "#", *(pytest.param(unit, marks=pytest.mark.faults) for unit in MEGABYTES)]
-)
+QUICK = ["\\boxed{{", "#", "\\text{", '"', "a "]
+
+
+@pytest.mark.parametrize("unit", [*QUICK, *(pytest.param(unit, marks=pytest.mark.faults) for unit in MEGABYTES)])
 def test_a_megabyte_takes_each_parser_less_than_a_second(unit):
     text = unit * (1_000_000 // len(unit))
     passage = SimpleNamespace(text=text, labels=None)
     parsers = {
         "last_answer": lambda: last_answer("\\boxed{" + text, "boxed"),
-        "scan": lambda: scan(START, "\\boxed{" + text, BOXED_OPENING),
-        "exact_match": lambda: exact_match(text, "a"),
+        "scan": lambda: scan(START, "\\boxed{" + text, BOXED_OPENING), "exact_match": lambda: exact_match(text, "a"),
         "prefix_match": lambda: prefix_match(text, ("a", text)),
         "make_mask": lambda: make_mask(text, passage, Config(), random.Random(0)),
         "make_mask, no caps": lambda: make_mask(text[:20] + "a", passage, Config(max_span_words=0), random.Random(0)),
         "make_mask, words": lambda: make_mask("a a", passage, Config(mask_rule="words"), random.Random(0)),
-        "extract_gold": lambda: extract_gold(text + "\nx"),
-        "extract_gold, one line": lambda: extract_gold(text),
+        "extract_gold": lambda: extract_gold(text + "\nx"), "extract_gold, one line": lambda: extract_gold(text),
         "paragraphs": lambda: paragraphs(f"x{text}y\nz."),
     }
     for name, parse in parsers.items():
         started = time.process_time()
         parse()
         assert time.process_time() - started < 1, name
-
-
-# -------------------------------------------------------------------------------------------- what a user may type
-
-KEYS = [field.name for field in fields(Config)]
-BOMB = "&a [b, c]" + "".join(
-    f"\n{new}: &{new} [{f'*{old}, ' * 9}]" for old, new in ("ab", "bc", "cd", "de", "ef", "fg")
-)
-VALUES = (
-    ["", "0", "-1", "1", "2", "0.5", "1e-3", "1e999", "-.inf", ".nan", "0x" + "f" * 5000, "-0x" + "f" * 5000]
-    + ["9" * 5000, "1:30", "true", "null", "~", "text", "'", '"', "[", "{", "[1, [2]]", "{a: 1}", "- a"]
-    + ["&a [*a]", "*gone", "[" * 1000, "!!int ''", "!!float ''", "!!bool maybe", "!!timestamp x", "2024-13-45"]
-    + ["2024-01-02", "!!binary =", "!!set {a}", "!!python/object/apply:os.system ['touch hacked']"]
-    + ["!!python/name:os.system", "!x y", "<<: 1", "? [a]", "%TAG ! x", "active", "rlp", "sft", "prefix"]
-    + ["random_token", "~nobody/x", "/" + "x" * 300, "a/" + "x" * 300, "x" * 20_000, r'"\0"', r'"a/\0"']
-    + [r'"\ud800"', r'"\x85"', r'"a\nb"', "a\nb: 1", "\0", "\x1b[2J", "\ufeff", "\u2028", "é北", "\udcff", "."]
-    + ["/", "..", "assets/tiny_base", "configs/tiny.yaml", "loop/loop", "'{passage}'", "'{answer}'"]
-    + ["---\na: 1\n---\n", BOMB, f"{BOMB}\nsteps: *g"]
-)  # fmt: skip
-BAD_FILES = [
-    "long.yaml",
-    "nul.yaml",
-    "half.yaml",
-    "gone.yaml",
-    *(".", "\0", "x" * 300, "a\nb", "\udcff", "", "loop/loop"),
-]
-
-
-def checked(words: list, keys: set[str]) -> bool:
-    """Whether the words make a config; else the error is one short line that names a file, a word or one of the keys
-    (of a file whose keys are mutated too, any)."""
-    started = time.process_time()
-    try:
-        config = read_config(words)
-    except ConfigError as error:
-        line = str(error)
-        assert len(line.splitlines()) == 1 and line.isprintable() and len(line) < 2500, line[:300]
-        shown = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in key) + "=" for key in keys] or [""]
-        assert line.startswith(("config file ", "'", '"', *shown)) and (": " in line), (words, line[:300])
-    else:
-        assert yaml.safe_load(dump_config(config)) == vars(config)  # a run can write down what it is
-        return True
-    finally:
-        assert time.process_time() - started < 1, words
-    return False
-
-
-def mutated(rng: random.Random, text: str) -> bytes:
-    """A config file with one to three faults."""
-    for _ in range(rng.randrange(1, 4)):
-        lines = text.split("\n")
-        kind = rng.randrange(7)
-        if kind < 3:
-            key = (
-                rng.choice(KEYS) if rng.random() < 0.8 else rng.choice(["stepz", "", "base", "?", "a b", "\u202e", "é"])
-            )
-            lines.insert(rng.randrange(len(lines) + 1), f"{key}: {rng.choice(VALUES)}")
-        elif kind == 3:
-            lines.pop(rng.randrange(len(lines)))
-        elif kind == 4:
-            number = rng.randrange(len(lines))
-            lines[number] = rng.choice([" ", "\t", "- ", "? ", "\x00", "&a ", "%YAML 9.9\n"]) + lines[number]
-        text = "\n".join(lines)
-        if kind == 5:
-            place = rng.randrange(len(text) + 1)
-            text = (
-                text[:place]
-                + rng.choice([*PIECES, ":", "#", "'", '"', "|", ">", "&", "*", "@", "`"])
-                + text[place + 1 :]
-            )
-        elif kind == 6:
-            text = text[: rng.randrange(len(text) + 1)]
-    coding = rng.choice(["utf-8"] * 8 + ["utf-16", "latin-1", "utf-8-sig"])
-    return text.encode(coding, "surrogatepass" if coding == "utf-8" else "replace")
-
-
-@share_and_all(100, 2_000)
-def test_a_mutated_config_file_is_a_config_or_one_line(count, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))]
-    sources = [text.replace("base: ", f"base: {ROOT / 'configs'}/") for text in sources]
-    good = 0
-    for number in range(count):
-        rng = random.Random(f"file {number}")
-        (tmp_path / "a.yaml").write_bytes(mutated(rng, rng.choice(sources)))
-        good += checked([str(tmp_path / "a.yaml"), "resume=never"], set())
-    assert count / 10 < good < count / 1.2
-    assert not (ROOT / "hacked").exists()
-
-
-@share_and_all(100, 1_500)
-def test_a_mutated_command_line_is_a_config_or_one_line(count, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/loop").symlink_to("loop")
-    (tmp_path / "long.yaml").write_text("base: " + "x" * 300)
-    (tmp_path / "nul.yaml").write_text('base: "a\\0b"')
-    (tmp_path / "half.yaml").write_text('base: "\\ud800"')
-    good = 0
-    for number in range(count):
-        rng = random.Random(f"words {number}")
-        words = []
-        for _ in range(rng.randrange(1, 3)):
-            key = rng.choice([*KEYS * 2, *("model", "data", "chat_template", "run_dir") * 9, *PIECES, "a\nb", ""])
-            fine = key in KEYS and rng.random() < 0.5
-            words.append(f"{key}={getattr(Config(), key) if fine else rng.choice([*VALUES, *PIECES])}")
-        keys = {word.partition("=")[0] for word in words}
-        if rng.random() < 0.1:
-            words.insert(rng.randrange(len(words) + 1), rng.choice(BAD_FILES))
-        good += checked([*words, f"model={ROOT}/assets/tiny_base"][:: rng.choice([1, -1])], keys | set(KEYS))
-    assert count / 20 < good < count / 1.2
-    assert not (tmp_path / "hacked").exists()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import test_data
-from test_fuzz import share_and_all, texts
+from test_fuzz import share_and_all
 
 import data as sources
 from config import Config
@@ -97,69 +97,7 @@ def test_a_gzip_cut_anywhere_gives_every_line_before_the_cut(count, tmp_path, to
             assert counts.get("unreadable", 0) == question_counts.get("unreadable", 0) == broken
 
 
-def faults(rng: random.Random, text: str) -> list[bytes]:
-    """Lines of a jsonl file that hold no article or an odd one."""
-    good = json.dumps(record(0) | {"id": "odd"})
-    odd = [
-        None, True, 7, -1.5, float("nan"), 10**400, "", " ", [], {}, [text], {text: text}, text, "\ud800", "\0",
-        "a" * 5000,
-    ]  # fmt: skip
-    changed = record(0) | {
-        "id": f"odd{rng.random()}",
-        rng.choice(["id", "title", "url", "text", "question", "answer", "labels"]): rng.choice(odd),
-    }
-    labels = {"id": "l", "text": text, "labels": rng.choice([["\ud800"], ["noun"], ["fact"], [7]]) * len(text.split())}
-    place = rng.randrange(len(good))
-    return [
-        json.dumps(changed).encode(), json.dumps(labels).encode(), json.dumps({text: good}).encode(),
-        json.dumps({"text": text, "question": text, "answer": text}).encode(),
-        good[:place].encode()
-        + rng.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\x00", b"\x1f", b"\x85", b"\r", b"\xef\xbb\xbf"])
-        + good[place:].encode(), good[:place].encode(), rng.randbytes(rng.randrange(1, 40)).replace(b"\n", b""),
-        text.encode("utf-8", "surrogatepass").replace(b"\n", b""), b'{"text": ' + b"[" * 5000,
-        b'{"text": ' + b'{"a": ' * 5000, b'{"id": ' + b"9" * 5000 + b"}", b"[" * 100_000, b"{" + b" " * 10_000 + b"}",
-        b"\xef\xbb\xbf" + good.encode(), good.encode() + b" " + good.encode(), b"NaN",
-    ]  # fmt: skip
-
-
-COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "long_line", "articles")
-
-
-@share_and_all(50, 3_000)
-def test_broken_lines_are_counted_one_by_one_and_take_no_other_with_them(count, tmp_path, tokenizer):
-    for number, (rng, text) in enumerate(texts(count, seed=6)):
-        good = [record(number) for number in range(1, 7)]
-        lines = [json.dumps(record).encode() for record in good]
-        for _ in range(rng.randrange(1, 5)):
-            lines.insert(rng.randrange(len(lines) + 1), rng.choice(faults(rng, text)))
-        source = tmp_path / rng.choice(["a.jsonl", "a.json", "a.jsonl.gz"])
-        payload = rng.choice([b"\n", b"\r\n"]).join(lines)
-        source.write_bytes(gzip.compress(payload, 1) if source.suffix == ".gz" else payload)
-        kept, counts, asked, question_counts = read(source, tokenizer, tmp_path / "index")
-        assert {record["text"] for record in good} <= set(kept) & set(asked), number
-        blank = sum(not line.decode("utf-8-sig", "replace").strip() for line in lines)
-        assert sum(counts.get(cause, 0) for cause in COUNTED) == len(lines) - blank, (number, counts, lines)
-        causes = ("no_question", "no_answer", "choices", "questions", "bad_json", "bad_utf8", "long_line")
-        assert sum(question_counts.get(cause, 0) for cause in causes) == len(lines) - blank, (number, question_counts)
-
-
-@pytest.mark.parametrize("payload", [b"", b"\n", b"\0" * 1000, b"\xff\xfe" + "{}".encode("utf-16-le"), b"\n" * 5000])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.parquet"])
-def test_a_file_of_nothing_is_one_line(payload, name, tmp_path, tokenizer):
-    (tmp_path / name).write_bytes(payload)
-    kept, _, asked, _ = read(tmp_path / name, tokenizer, tmp_path / "index")
-    assert kept == asked == []
-    (tmp_path / "src").mkdir()
-    (tmp_path / name).rename(tmp_path / "src" / name)
-    (tmp_path / "src/good.jsonl").write_bytes(lines_of([record(number) for number in range(6)]))
-    kept, counts, asked, _ = read(tmp_path / "src", tokenizer, tmp_path / "index")
-    assert len(kept) == len(asked) == 6
-    assert any(counts.get(cause) for cause in CAUSES) or not payload.strip()  # a blank line is no record
-
-
 # ------------------------------------------------------------------------------------------------------ parquet
-
-
 def odd_columns() -> dict[str, pa.Array]:
     """Columns of one row in types that a text column may turn out to have."""
     return {
@@ -169,21 +107,17 @@ def odd_columns() -> dict[str, pa.Array]:
         "struct": pa.array([{"role": GOOD}]),
         "twins": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
         "map": pa.array([[("a", GOOD)]], pa.map_(pa.string(), pa.string())), "decimal": pa.array([Decimal("1.5")]),
-        "year 30000": pa.array([900_000_000_000], pa.timestamp("s")),
-        "nanoseconds": pa.array([1], pa.timestamp("ns")),
+        "year 30000": pa.array([900_000_000_000], pa.timestamp("s")), "nanoseconds": pa.array([1], pa.timestamp("ns")),
         "no zone": pa.array([1], pa.timestamp("us", tz="Nowhere/Land")), "date": pa.array([10**8], pa.date32()),
         "duration": pa.array([2**62], pa.duration("s")), "latin": pa.array([b"caf\xe9 " * 8]).view(pa.utf8()),
         "nul": pa.array(["\0" + GOOD]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        "text", "answer",
-        *(pytest.param(n, marks=pytest.mark.faults) for n in "id title labels question prompt reward_model".split()),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("column", [
+    "text", "answer",
+    *(pytest.param(n, marks=pytest.mark.faults) for n in "id title labels question prompt reward_model".split()),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", odd_columns())
 def test_a_parquet_column_of_any_type(kind, column, tmp_path, tokenizer):
     rows = pa.Table.from_pylist([record(0)])
@@ -197,15 +131,6 @@ def test_a_parquet_column_of_any_type(kind, column, tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_bytes(lines_of([record(number) for number in range(1, 7)]))
     kept, counts, asked, _ = read(tmp_path, tokenizer, tmp_path / ".index")
     assert {GOOD.format(number) for number in range(1, 7)} <= set(kept) & set(asked)
-
-
-def test_two_parquet_columns_of_one_name(tmp_path, tokenizer):
-    text = pa.array([GOOD])
-    pq.write_table(pa.Table.from_arrays([text, text, text], ["text", "text", "question"]), tmp_path / "a.parquet")
-    pq.write_table(pa.Table.from_arrays([text, text, text], ["question", "answer", "answer"]), tmp_path / "b.parquet")
-    (tmp_path / "c.jsonl").write_bytes(lines_of([record(number) for number in range(6)]))
-    kept, counts, asked, question_counts = read(tmp_path, tokenizer, tmp_path / ".index")
-    assert len(kept) == len(asked) == 6 and counts["unreadable"] == question_counts["unreadable"] == 1
 
 
 @share_and_all(25, 2_000)
@@ -231,8 +156,6 @@ def test_a_parquet_file_cut_or_flipped_anywhere(count, tmp_path, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------ folders
-
-
 def test_a_folder_of_odd_names_links_and_pipes(tmp_path, tokenizer):
     top = tmp_path / "src"
     top.mkdir()
@@ -264,14 +187,6 @@ def test_a_folder_of_odd_names_links_and_pipes(tmp_path, tokenizer):
     assert read(file, tokenizer, tmp_path / "index")[0] == []
 
 
-@pytest.mark.parametrize("name", ["loop/loop", "a/" + "x" * 300, "gone/gone", "."])
-def test_a_source_that_leads_nowhere_is_one_line(name, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/loop").symlink_to("loop")
-    assert read(Path(name), tokenizer, tmp_path / ".index", data_config="x" * 300) == ([], {}, [], {})
-
-
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), FileNotFoundError(2, "gone")]
 )
@@ -294,8 +209,6 @@ def test_an_unreadable_file_is_counted_and_the_others_are_read(error, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------------ the index
-
-
 @share_and_all(30, 2_000)
 def test_a_damaged_index_is_one_line_and_is_built_again(count, tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines_of([record(number) for number in range(20)]))

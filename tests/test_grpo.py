@@ -2,7 +2,6 @@
 
 import math
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +32,6 @@ def group(rewards, lengths, finish="eos") -> Group:
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
-
-
 def test_advantages_by_hand():
     """1, 0, 0, 0: mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2. A generator's 0.875,
     0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
@@ -93,35 +90,29 @@ def test_mini_batches_keep_groups_whole_and_weigh_each_part_as_a_batch_of_its_ow
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-
-
 def loss_of(ratio: float, advantage: float, importance: float = 1.0, weight: float = 1.0):
     """Loss, its derivative by the log-prob, and whether it was clipped, of one token with these values."""
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
     sampler = torch.tensor([-math.log(importance)])  # pi_old is e^0
-    batch = SimpleNamespace(
-        sampler_logprobs=sampler, advantages=torch.tensor([advantage]), weights=torch.tensor([weight])
-    )
+    batch = SimpleNamespace(sampler_logprobs=sampler, advantages=torch.tensor([advantage]),
+                            weights=torch.tensor([weight]))
     loss, clipped = clipped_loss(logprobs, torch.zeros(1), batch, Config(clip_low=0.2, clip_high=0.28))
     loss.backward()
     return loss.item(), logprobs.grad.item(), clipped.item()
 
 
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, slope, clipped",
-    [
-        (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
-        (1.0, -2.0, 2.0, 2.0, False),
-        (1.1, 2.0, -2.2, -2.2, False),  # inside
-        (1.1, -2.0, 2.2, 2.2, False),
-        (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
-        (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
-        (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
-        (0.75, -2.0, 1.6, 0.0, True),  # ... 0.75 is outside below: 0.8 A
-        (0.75, 2.0, -1.5, -1.5, False),  # improbable and right: unclipped, must go up
-        (1.5, 0.0, 0.0, 0.0, False),
-    ],
-)
+@pytest.mark.parametrize("ratio, advantage, loss, slope, clipped", [
+    (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
+    (1.0, -2.0, 2.0, 2.0, False),
+    (1.1, 2.0, -2.2, -2.2, False),  # inside
+    (1.1, -2.0, 2.2, 2.2, False),
+    (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
+    (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
+    (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
+    (0.75, -2.0, 1.6, 0.0, True),  # ... 0.75 is outside below: 0.8 A
+    (0.75, 2.0, -1.5, -1.5, False),  # improbable and right: unclipped, must go up
+    (1.5, 0.0, 0.0, 0.0, False),
+])  # fmt: skip
 def test_the_clip_by_hand(ratio, advantage, loss, slope, clipped):
     assert loss_of(ratio, advantage) == (pytest.approx(loss, rel=1e-6), pytest.approx(slope, rel=1e-6), clipped)
 
@@ -157,8 +148,6 @@ def test_where_the_clip_has_removed_the_gradient_a_ratio_beyond_float32_spoils_n
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
-
-
 def test_only_completion_tokens_are_trained_each_predicted_by_the_token_before():
     first, second = Rollout([1, 2, 3], [4, 5], [-0.1, -0.2], "", "eos"), Rollout([6], [7], [-0.3], "", "eos")
     samples = make_samples([Group("pred", [first, second], [1.0, 0.0])], Config(advantage_std=False))
@@ -234,8 +223,6 @@ def test_a_sequence_longer_than_the_budget_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------- the learning rate
-
-
 def test_learning_rate_warms_up_and_falls_along_a_cosine_or_stays():
     config = Config(learning_rate=1.0, warmup_steps=10, steps=110, lr_schedule="cosine")
     assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
@@ -251,8 +238,6 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine_or_stays():
 
 
 # ------------------------------------------------------------------------------- the whole update against the plain one
-
-
 @pytest.fixture
 def build_policy_for(folders, ranks):
     def build(family="smollm3", **changes):
@@ -309,8 +294,6 @@ def test_all_optimizer_steps_of_a_batch_clip_against_the_policy_before_the_first
 
 
 # ---------------------------------------------------------------------------- what moves the weights, and what does not
-
-
 def test_the_gradient_norm_is_clipped(build_policy_for, ranks):
     policy, config, plain = build_policy_for(max_grad_norm=0.01)
     found = CaptureGradients(policy)
@@ -321,31 +304,13 @@ def test_the_gradient_norm_is_clipped(build_policy_for, ranks):
 
 
 def test_the_optimizer_gets_the_configs_values_and_the_steps_learning_rate(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(
-        adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, learning_rate=1e-3, warmup_steps=10
-    )
+    policy, config, plain = build_policy_for(adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.1, learning_rate=1e-3,
+                                             warmup_steps=10)
     optimizer = make_optimizer(policy, config)
     result = update(policy, optimizer, make_samples(make_groups(plain, REWARDS), config), config, ranks, step=4)
     settings = optimizer.param_groups[0]
     assert (settings["betas"], settings["weight_decay"]) == ((0.8, 0.9), 0.1)
     assert settings["lr"] == result["lr"] == pytest.approx(5e-4)
-
-
-def test_weights_move_when_rewards_vary_towards_the_better_responses(build_policy_for, ranks):
-    policy, config, plain = build_policy_for(learning_rate=1e-3, lr_schedule="constant", weight_decay=0.0)
-    samples = make_samples(make_groups(plain, REWARDS), config)
-
-    def preference() -> float:
-        batch = pack_samples([[sample] for sample in samples], CPU)
-        logprobs, _ = policy(predicts=batch.predicts, targets=batch.targets, temperature=1.0, **batch.inputs)
-        return (logprobs * batch.advantages).sum().item()
-
-    before, liked = weights(policy), preference()
-    update(policy, make_optimizer(policy, replace(config, learning_rate=0.0)), samples,
-           replace(config, learning_rate=0.0), ranks, 0)  # fmt: skip
-    assert same_bits(weights(policy), before)  # at learning rate 0 nothing moves
-    update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
-    assert not same_bits(weights(policy), before) and preference() > liked
 
 
 def test_when_every_group_is_dropped_neither_weights_nor_optimizer_change(build_policy_for, ranks):
@@ -361,31 +326,6 @@ def test_when_every_group_is_dropped_neither_weights_nor_optimizer_change(build_
     assert result["lr"] > 0 and not any(value for key, value in result.items() if key != "lr")
 
 
-@pytest.mark.parametrize("field", ["advantage", "weight"])
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(build_policy_for, ranks, field):
-    policy, config, plain = build_policy_for()
-    samples = make_samples(make_groups(plain, REWARDS), config)
-    setattr(samples[0], field, math.nan)
-    before = weights(policy)
-    with pytest.raises(FloatingPointError, match=r"step 8, update 1: loss not finite on rank \[0\]; it was not"):
-        update(policy, make_optimizer(policy, config), samples, config, ranks, 7)
-    assert same_bits(weights(policy), before)
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(build_policy_for, ranks):
-    policy, config, plain = build_policy_for()
-
-    def overflow_in_backward(module, inputs, output):
-        output.register_hook(lambda gradient: gradient * math.inf)
-
-    policy.model.norm.register_forward_hook(overflow_in_backward)
-    before = weights(policy)
-    with pytest.raises(FloatingPointError, match="gradient not finite"):
-        samples = make_samples(make_groups(plain, REWARDS), config)
-        update(policy, make_optimizer(policy, config), samples, config, ranks, 0)
-    assert same_bits(weights(policy), before)
-
-
 # ------------------------------------------------------------------------------------------------------- the KL penalty
 
 POLICY, REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.25, 0.25, 0.5]).double()
@@ -398,17 +338,6 @@ def test_k3_by_hand_and_on_average_the_divergence_of_the_policy_from_the_referen
     assert (values > 0).all() and k3(POLICY.log(), POLICY.log()).tolist() == [0, 0, 0]
     divergence, average = (POLICY * (POLICY / REFERENCE).log()).sum(), (POLICY * values).sum()
     assert average.item() == pytest.approx(divergence.item())
-
-
-def test_the_gradient_of_k3_is_that_of_the_other_direction_and_only_the_policys():
-    """As the docstring says: with tokens drawn from the policy, on average d KL(reference || policy)."""
-    logits, ref_logprobs = POLICY.log().requires_grad_(), REFERENCE.log().requires_grad_()
-    drawn = POLICY  # how often each token is; a constant, as in a rollout
-    (found,) = torch.autograd.grad((drawn * k3(logits.log_softmax(-1), ref_logprobs)).sum(), logits)
-    (expected,) = torch.autograd.grad(-(REFERENCE * logits.log_softmax(-1)).sum(), logits)
-    torch.testing.assert_close(found, expected)
-    k3(logits.log_softmax(-1), ref_logprobs).sum().backward()
-    assert ref_logprobs.grad is None and logits.grad.abs().max() > 0.1
 
 
 def gradients(run, samples, kl: float) -> tuple[float, dict]:
@@ -451,20 +380,6 @@ def test_the_penalty_is_0_at_the_start_and_then_the_mean_k3_over_trained_tokens(
     assert penalty.item() > 0.01 and penalised - loss == pytest.approx(0.5 * penalty.item(), rel=1e-3)
     found = {name: (with_penalty[name] - without[name]) / 0.5 for name in without}
     assert largest_error(found, {name: parameter.grad for name, parameter in plain.named_parameters()}) < 1e-3
-
-
-def test_with_a_penalty_the_policy_stays_nearer(build_sampler, folders):
-    """Ten plain steps on the same responses, with and without."""
-    distances = []
-    for kl in (0.0, 5.0):
-        changes = {"learning_rate": 1e-3, "lr_schedule": "constant", "kl": kl}
-        run = make_run(build_sampler(folders["smollm3"], **changes))
-        groups, start = make_groups(load_plain(folders["smollm3"]), REWARDS), weights(run.policy)
-        samples = grpo_samples(run, groups, [], [])
-        for step in range(10):
-            update(run.policy, run.optimizer, samples, run.config, run.ranks, step)
-        distances.append(sum((one - start[name]).pow(2).sum().item() for name, one in weights(run.policy).items()))
-    assert distances[1] < 0.9 * distances[0]
 
 
 # ---- against another implementation

@@ -22,8 +22,7 @@ from reference import ROOT
 from benchmarks import __main__ as commands
 from benchmarks import judge, letters, verify
 from benchmarks.judge import check_answers, read_number
-from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter
-from relatives.rlvr import extract_gold
+from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
 
 TABLE = Path(__file__).with_name("judged.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
@@ -37,8 +36,6 @@ def test_examples_in_the_docstrings(module):
 
 
 # ---------------------------------------------------------------------------------------------- who is right
-
-
 @pytest.mark.parametrize(("kind", "least"), [("maths", 400), ("letter", 100), ("match", 100), ("mask", 30)])
 def test_every_row_of_the_table_is_judged_as_it_says(kind, least):
     rows = [row for row in ROWS if row["kind"] == kind]
@@ -49,19 +46,7 @@ def test_every_row_of_the_table_is_judged_as_it_says(kind, least):
     assert [(row, one) for row, one, right in zip(rows, found, verdicts, strict=True) if one != right] == []
 
 
-def test_the_command_counts_the_rows_and_shows_those_that_differ(tmp_path):
-    rows = [{"kind": "maths", "gold": "7", "answer": "7.", "right": 1}, {"kind": "match", "gold": "7", "answer": "8"}]
-    rows[1]["right"] = 1
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    words = [sys.executable, "-m", "benchmarks", "judge", str(tmp_path / "rows.jsonl")]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    shown = ended.stdout.splitlines()
-    assert shown[-1] == "1 of 2 as they say" and len(shown) == 2 and '"answer": "8"' in shown[0], ended.stderr
-
-
 # ---------------------------------------------------------------------------------------------- two different numbers
-
-
 def written(value: Fraction, rng: random.Random) -> str:
     """One of the ways to write a number exactly; a decimal where it ends."""
     top, bottom = value.numerator, value.denominator
@@ -70,26 +55,12 @@ def written(value: Fraction, rng: random.Random) -> str:
         decimal = Decimal(top) / Decimal(bottom)
         power = rng.randrange(1, 12)
         ways += [
-            f"{decimal:f}",
-            f"{decimal:f}",
-            f"{decimal:e}",
-            f"{decimal:,f}",
+            f"{decimal:f}", f"{decimal:f}", f"{decimal:e}", f"{decimal:,f}",
             rf"{decimal * 10**power:f} \times 10^{{{-power}}}",
         ]
     text = rng.choice(ways)
-    dress = [
-        "%s",
-        "%s",
-        "%s.",
-        "$%s$",
-        "**%s**",
-        r"\(%s\)",
-        "x = %s",
-        r"\approx %s",
-        r"%s\text{ cm}",
-        "%s dollars",
-        "€%s",
-    ]
+    dress = ["%s", "%s", "%s.", "$%s$", "**%s**", r"\(%s\)", "x = %s", r"\approx %s", r"%s\text{ cm}", "%s dollars",
+             "€%s"]
     return rng.choice(dress).replace("%s", text)
 
 
@@ -115,66 +86,31 @@ def test_two_different_numbers_are_never_equal_and_equal_ones_are(count, monkeyp
     assert wrong == [] and missed == []
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "12 or 13", "12!", "5x", "6:18", "1,0000", r"\sqrt{4}", "1/0", "+", "10^{x}"]
-)
+@pytest.mark.parametrize("text",
+                         ["", "x", "12 or 13", "12!", "5x", "6:18", "1,0000", r"\sqrt{4}", "1/0", "+", "10^{x}"])
 def test_what_is_no_plain_number(text):
     assert read_number(text) is None
 
 
 # ---------------------------------------------------------------------------------------------- letters and BBEH
-
 BBEH_RIGHT = [
-    ("(A)", "(A)"),
-    ("(A)", "A"),
-    ("(A)", "a"),
-    ("(A)", r"\text{(A)}"),
-    ("(A)", "**(A)**"),
-    ("A", "(A)"),
-    ("E", "e."),
-    ("17", "17.0"),
-    ("17.0", "17"),
-    ("14.22", "14.220"),
-    ("-58396", "-58396."),
-    ("-58396", "$-58396$"),
-    ("Yes", "yes"),
-    ("no, unknown, yes", "no,unknown,yes"),
-    ("no, unknown, yes", r"\text{No, unknown, yes}"),
-    ("no, unknown, yes", r"\text{no}, \text{unknown}, \text{yes}"),
-    ("AB, ABC, ABC", "ab, abc, abc."),
-    ("[friday]", "friday"),
-    ("[friday]", "[Friday]"),
-    ("friday", "[friday]"),
-    ("[hiking, studying]", "hiking,studying"),
-    ("[]", "[]"),
-    ("kas jiłaka’pa", "Kas jiłaka’pa"),
-    ("it's open", "its open"),
-    ("unknown", "unknown?"),
-    ("unknown", "unknown.\nThe clues do not say."),
-    ("disproved", "The answer is: disproved."),
-    ("proved", "The final answer is proved"),
-    ("same_day, 06:24:24", r"same\_day, 06:24:24"),
-    ("1 egg", r"\texttt{1 egg}"),
-    ("pha⁵⁵", "pha⁵⁵"),
-]
+    ("(A)", "(A)"), ("(A)", "A"), ("(A)", "a"), ("(A)", r"\text{(A)}"), ("(A)", "**(A)**"), ("A", "(A)"), ("E", "e."),
+    ("17", "17.0"), ("17.0", "17"), ("14.22", "14.220"), ("-58396", "-58396."), ("-58396", "$-58396$"), ("Yes", "yes"),
+    ("no, unknown, yes", "no,unknown,yes"), ("no, unknown, yes", r"\text{No, unknown, yes}"),
+    ("no, unknown, yes", r"\text{no}, \text{unknown}, \text{yes}"), ("AB, ABC, ABC", "ab, abc, abc."),
+    ("[friday]", "friday"), ("[friday]", "[Friday]"), ("friday", "[friday]"), ("[hiking, studying]", "hiking,studying"),
+    ("[]", "[]"), ("kas jiłaka’pa", "Kas jiłaka’pa"), ("it's open", "its open"), ("unknown", "unknown?"),
+    ("unknown", "unknown.\nThe clues do not say."), ("disproved", "The answer is: disproved."),
+    ("proved", "The final answer is proved"), ("same_day, 06:24:24", r"same\_day, 06:24:24"),
+    ("1 egg", r"\texttt{1 egg}"), ("pha⁵⁵", "pha⁵⁵"),
+]  # fmt: skip
 BBEH_WRONG = [
     ("(A)", "(B)"),
     ("(A)", "(A) Sam"),  # the published rules know no words after the letter
-    ("(A)", "[A]"),
-    ("17", "18"),
-    ("1000", "1,000"),
-    ("17", "17 eggs"),
-    ("Yes", "No"),
-    ("proved", "disproved"),
-    ("no, unknown, yes", "yes, unknown, no"),
-    ("AB, ABC, ABC", "AB ABC ABC"),
-    ("[friday]", "(friday)"),
-    ("unknown", "?unknown"),
-    ("[]", "."),
-    ("jiłaka’pa", "jilaka’pa"),
-    ("spoon", "s" * 100_000),
-    ("10", "infinity"),
-]
+    ("(A)", "[A]"), ("17", "18"), ("1000", "1,000"), ("17", "17 eggs"), ("Yes", "No"), ("proved", "disproved"),
+    ("no, unknown, yes", "yes, unknown, no"), ("AB, ABC, ABC", "AB ABC ABC"), ("[friday]", "(friday)"),
+    ("unknown", "?unknown"), ("[]", "."), ("jiłaka’pa", "jilaka’pa"), ("spoon", "s" * 100_000), ("10", "infinity"),
+]  # fmt: skip
 
 
 def test_bbehs_rules():
@@ -188,26 +124,15 @@ def test_only_letters_of_the_item_are_options():
     assert {guessed_letter(str(number), "ABC") for number in range(50)} == set("ABC")
 
 
-def test_the_last_number():
-    assert last_number("So 3 boxes cost $1,234.50.") == "1234.50" and last_number("None.") is None
-
-
 # ---------------------------------------------------------------------------------------------- the child
-
 HOSTILE = {
-    "a tower of exponents": TOWER,
-    "a factorial": "99999999!",
-    "words and a mark": "a" * 1000 + "!",
-    "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!",
-    "nested braces": "{" * 999 + "7" + "}" * 999,
-    "a product of powers": r"\times".join(["9^{999}", "2^{-999}"] * 60),
-    "marks of markdown": "*" * 1999,
-    "text in text": r"\text{a" * 280,
-    "10,000 brackets": "(" * 10_000 + "1" + ")" * 10_000,
-    "100,000 letters": "a" * 100_000,
-    "100,000 digits": "1" * 100_000,
+    "a tower of exponents": TOWER, "a factorial": "99999999!", "words and a mark": "a" * 1000 + "!",
+    "a number among words": "a" * 90 + " 7 " + "b" * 90 + "!", "nested braces": "{" * 999 + "7" + "}" * 999,
+    "a product of powers": r"\times".join(["9^{999}", "2^{-999}"] * 60), "marks of markdown": "*" * 1999,
+    "text in text": r"\text{a" * 280, "10,000 brackets": "(" * 10_000 + "1" + ")" * 10_000,
+    "100,000 letters": "a" * 100_000, "100,000 digits": "1" * 100_000,
     "marks of no script": "\u202e\U0001d7d9٣\ud800\x00\n5" * 1000,
-}
+}  # fmt: skip
 
 
 def test_verdicts_come_in_input_order_and_no_answer_earns_nothing():
@@ -219,18 +144,7 @@ def test_verdicts_come_in_input_order_and_no_answer_earns_nothing():
 def test_verdicts_on_expressions_are_those_of_math_verify_itself():
     rng = random.Random(0)
     forms = [
-        r"\sqrt{4}x",
-        "2x",
-        "x+x",
-        "x+1",
-        "1+x",
-        "(x+1)^2",
-        "x^2+2x+1",
-        r"\frac{x}{2}",
-        "x/2",
-        "0.5x",
-        r"\pi",
-        "(1,2)",
+        r"\sqrt{4}x", "2x", "x+x", "x+1", "1+x", "(x+1)^2", "x^2+2x+1", r"\frac{x}{2}", "x/2", "0.5x", r"\pi", "(1,2)",
         "[1,2]",
     ]
     pairs = [(rng.choice(forms), rng.choice(forms)) for _ in range(150)]
@@ -243,14 +157,8 @@ def test_verdicts_on_expressions_are_those_of_math_verify_itself():
 
 def test_numbers_and_words_need_no_child(monkeypatch):
     monkeypatch.setattr(verify, "_ask", lambda *_: pytest.fail("asked"))
-    pairs = [
-        ("42", "42"),
-        ("42", "-42"),
-        ("-7", " -7"),
-        ("2.5", r"\frac52"),
-        ("1e-9", "2e-9"),
-        (r"\text{east}", "seat"),
-    ]
+    pairs = [("42", "42"), ("42", "-42"), ("-7", " -7"), ("2.5", r"\frac52"), ("1e-9", "2e-9"),
+             (r"\text{east}", "seat")]
     assert check_answers(pairs) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
@@ -331,12 +239,10 @@ print(verify._child.pid, flush=True)
     "ending",
     [
         "",
-        "raise SystemExit(3)",
-        "os.kill(os.getpid(), signal.SIGKILL)",
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         f"judge.check_answers([('x', '{TOWER}')], seconds=0.6)",
     ],
-    ids=["end", "exit", "killed", "killed while the child is busy"],
+    ids=["end", "killed while the child is busy"],
 )
 def test_no_process_is_left_behind(ending):
     child = int(run_python(PREFACE + ending))
@@ -363,25 +269,3 @@ def test_the_child_does_without_torch():
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60).stdout
-
-
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
-        ("She has 16 - 3 = <<16-3=13>>13 eggs.\n#### 13", "13"),
-        ("It costs that.\n#### 1,024", "1024"),
-        ("#### $109,200,000 ", "109200000"),
-        ("#### -1,000.50", "-1000.50"),
-        ("In one line. #### 7", "7"),
-        ("#### 1,2", "1,2"),  # two numbers, no thousands
-        (r"First \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        ("#### A heading\nSo it is \\boxed{12,345}.", "12345"),
-        (r"\boxed{(1,2)}", "(1,2)"),
-        (r"\boxed{}", None),
-        ("The answer is 5.", None),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_the_answer_of_a_worked_solution(text, gold):
-    assert extract_gold(text) == gold

@@ -2,7 +2,6 @@
 
 import doctest
 import random
-import time
 import unicodedata
 from collections import Counter
 from types import SimpleNamespace
@@ -31,20 +30,18 @@ def test_examples_in_the_docstrings():
 
 
 def test_a_mask_by_hand():
-    assert mask(" Rome\n", "Rome is old. Rome is big.") == Mask(
-        words="Rome", masked="[mask] is old. [mask] is big.", target="Rome", occurrences=2, start=0, label="content"
-    )
+    assert mask(" Rome\n", "Rome is old. Rome is big.") == Mask(words="Rome", masked="[mask] is old. [mask] is big.",
+                                                                target="Rome", occurrences=2, start=0, label="content")
 
 
 MAIN = [
-    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"),
-    ("aa", "aaaaa", "[mask][mask]a"), ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"),
-    ("start", "start and end", "[mask] and end"), ("end", "start and end", "start and [mask]"),
-    ("1", "1, 2, 1", "[mask], 2, [mask]"), ("a.c", "abc a.c", "abc [mask]"),
-    ("C++ (1985)", "In C++ (1985) it", "In [mask] it"), ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"),
-    (r"\d\1", r"5 \d\1 55", "5 [mask] 55"), ("{a}", "set {a} {b}", "set [mask] {b}"),
-    ("{0}", "{0} {1}", "[mask] {1}"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
-    ("Köln", "In Köln", "In [mask]"),
+    ("ell", "hello well", "h[mask]o w[mask]"), ("aa", "aaaa", "[mask][mask]"), ("aa", "aaaaa", "[mask][mask]a"),
+    ("aba", "ababa", "[mask]ba"), ("a", "a", "[mask]"), ("start", "start and end", "[mask] and end"),
+    ("end", "start and end", "start and [mask]"), ("1", "1, 2, 1", "[mask], 2, [mask]"),
+    ("a.c", "abc a.c", "abc [mask]"), ("C++ (1985)", "In C++ (1985) it", "In [mask] it"),
+    ("[a-z]*$", "x [a-z]*$ y", "x [mask] y"), (r"\d\1", r"5 \d\1 55", "5 [mask] 55"),
+    ("{a}", "set {a} {b}", "set [mask] {b}"), ("{0}", "{0} {1}", "[mask] {1}"),
+    ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"), ("Köln", "In Köln", "In [mask]"),
     ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
@@ -84,13 +81,10 @@ def test_words_rule_needs_a_whole_word():
     assert mask("aa", "aaaa", mask_rule="words").invalid == "not_in_passage"
 
 
-@pytest.mark.parametrize(
-    ("rule", "text", "possible"),
-    [
-        ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
-        ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
-    ],
-)
+@pytest.mark.parametrize(("rule", "text", "possible"), [
+    ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
+    ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
+])  # fmt: skip
 def test_one_mask_rules_replace_one_occurrence_at_random(rule, text, possible):
     results = [make_mask("art", passage(text), Config(mask_rule=rule), random.Random(seed)) for seed in range(300)]
     counts = Counter(result.masked for result in results)
@@ -109,16 +103,13 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
     assert mask("ox", "ox ox", mask_rule=rule, max_occurrences=1).invalid == "too_many_occurrences"
 
 
-@pytest.mark.parametrize(
-    ("words", "cause"),
-    [
-        (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
-        ('""', "not_answerable"), ("(…)", "not_answerable"),
-        ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
-        ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
-        ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "cause"), [
+    (None, "no_answer"), ("", "empty"), (" \n\u00a0", "empty"), (".", "not_answerable"), ("—", "not_answerable"),
+    ('""', "not_answerable"), ("(…)", "not_answerable"),
+    ("one two three four five six seven eight nine ten eleven", "too_many_words"), ("x" * 65, "too_long"),
+    ("Lyon", "not_in_passage"), ("paris", "not_in_passage"), ("Paris—Lyon", "not_in_passage"),
+    ("cafe\u0301", "not_in_passage"), ("[mask]", "not_in_passage"),
+])  # fmt: skip
 def test_invalid_masks_say_why(words, cause):
     text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
     result = mask(words, text)
@@ -140,26 +131,20 @@ LABELLED = passage(
 )
 
 
-@pytest.mark.parametrize(
-    ("words", "label"),
-    [
-        ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
-        ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
-        ("i", "noise"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "label"), [
+    ("Bonn", "copy"), ("lies in", "template"), ("Zoda", "fact"), ("Zod", "fact"), ("in Zoda", "fact"),
+    ("Bonn is Zoda", "fact"), ("Bonn lies", "copy"), ("in Zoda, said moki", "noise"), ("moki. Bonn", "noise"),
+    ("i", "noise"),
+])  # fmt: skip
 def test_label_of_a_mask(words, label):
     config = Config(labels="noise fact copy template")  # the hardest first
     assert make_mask(words, LABELLED, config, random.Random(0)).label == label
 
 
-@pytest.mark.parametrize(
-    ("words", "kind"),
-    [
-        ("rose", "content"), ("The town", "content"), ("The", "function"), ("in Köln", "name"), ("1,810", "number"),
-        ("by 1,810", "number"), ("Old", "content"), ("Köln", "name"), ("by", "function"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "kind"), [
+    ("rose", "content"), ("The town", "content"), ("The", "function"), ("in Köln", "name"), ("1,810", "number"),
+    ("by 1,810", "number"), ("Old", "content"), ("Köln", "name"), ("by", "function"),
+])  # fmt: skip
 def test_without_labels_the_kind_of_word_is_told_by_its_form(words, kind):
     """A capital letter at the start of a sentence says nothing."""
     assert mask(words, "The town rose in Köln, by 1,810. Old maps say so.").label == kind
@@ -198,12 +183,10 @@ def test_labelled_mask_is_one_word_of_that_label():
         label: Counter(labelled_mask(LABELLED, label, Config(), random.Random(seed)).masked for seed in range(100))
         for label in ("fact", "copy", "noise", "template")
     }
-    assert set(found["fact"]) == {
-        "Bonn lies in [mask], said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. Bonn is [mask]",
-    }  # fmt: skip
-    assert set(found["copy"]) == {
-        "[mask] lies in Zoda, said moki. Bonn is Zoda", "Bonn lies in Zoda, said moki. [mask] is Zoda",
-    }  # fmt: skip
+    assert set(found["fact"]) == {"Bonn lies in [mask], said moki. Bonn is Zoda",
+                                  "Bonn lies in Zoda, said moki. Bonn is [mask]"}  # fmt: skip
+    assert set(found["copy"]) == {"[mask] lies in Zoda, said moki. Bonn is Zoda",
+                                  "Bonn lies in Zoda, said moki. [mask] is Zoda"}  # fmt: skip
     assert set(found["noise"]) == {"Bonn lies in Zoda, said [mask]. Bonn is Zoda"}  # the full stop is no part of it
     assert len(found["template"]) == 4
     assert labelled_mask(LABELLED, "fact", Config(), random.Random(0)).label == "fact"
@@ -288,45 +271,3 @@ def test_text_in_which_no_probe_mask_can_be_drawn_is_one_data_error():
     corpus = Corpus([], [Passage("1", "", "", "… ! " * 6), Passage("2", "", "", "— " * 10)], {})
     with pytest.raises(DataError, match="no probe mask can be drawn from 2 held-out passages"):
         make_probe(corpus, None, Config(data="x"))
-
-
-def test_the_same_seed_gives_the_same_masks():
-    def draw(seed):
-        rng = random.Random(seed)
-        return [random_span(passage(" ".join(map(str, range(500)))), Config(), rng) for _ in range(20)]
-
-    assert draw(1) == draw(1) != draw(2)
-
-
-@pytest.mark.parametrize("rule", ["main", "one_mask", "words", "one_mask_words"])
-def test_putting_the_target_back_gives_the_passage(rule):
-    rng, valid = random.Random(9), 0
-    config = Config(mask_rule=rule)
-    for _ in range(2000):
-        text = "".join(rng.choices("aab 1_.é(+\n", k=rng.randrange(1, 30)))
-        start = rng.randrange(len(text))
-        result = make_mask(text[start : start + rng.randrange(1, 5)], passage(text), config, rng)
-        if result.invalid:
-            assert result.invalid in ("empty", "not_answerable", "too_many_occurrences", "not_in_passage")
-            assert result.invalid != "not_in_passage" or rule.endswith("words")
-            continue
-        valid += 1
-        places = result.masked.count("[mask]")
-        assert places == (1 if rule.startswith("one_mask") else result.occurrences) and 1 <= result.occurrences <= 7
-        fold = lambda string: " ".join(string.split())  # noqa: E731 (occurrences may differ in white space)
-        assert fold(result.masked.replace("[mask]", result.target)) == fold(text)
-        assert text.startswith(result.target, result.start)
-        if rule == "main":
-            assert result.words not in result.masked.replace("[mask]", "\0")  # nothing is left to copy
-    assert valid > 500
-
-
-def test_masking_is_linear_in_the_passage():
-    started = time.process_time()
-    for words, text in [("a a b", "a " * 500_000), ("a b", "a" + " " * 1_000_000), ("aab", "a" * 1_000_000)]:
-        assert mask(words, text).invalid == "not_in_passage"
-        assert mask(words, text, mask_rule="words").invalid == "not_in_passage"
-    labelled = passage("a b " * 100_000 + "c", ["copy", "template"] * 100_000 + ["fact"])
-    assert make_mask("c", labelled, Config(), random.Random(0)).label == "fact"
-    assert labelled_mask(labelled, "fact", Config(), random.Random(0)).target == "c"
-    assert time.process_time() - started < 8

@@ -13,8 +13,8 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows,
-    step_flops, step_line, step_metrics, summary_table, tokens_after_answer,
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows,
+    step_flops, step_metrics, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
@@ -133,28 +133,6 @@ def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
         assert agreement_warning(quiet) == ""
 
 
-@pytest.mark.parametrize(
-    ("method", "told", "untold"),
-    [
-        ("active", ["reward 0.214", "gen 0.167 valid 0.67 top 0.50", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
-        ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
-        ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
-        ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),
-    ],
-)
-def test_a_line_says_what_the_method_has_to_say(step, method, told, untold):
-    proposals, groups = step
-    groups = [group for group in groups if method == "active" or (group.role == "pred" and method != "cpt")]
-    row = step_metrics(*step, [], stub_sampler()) | {"step": 7, "method": method, "loss": 1.25}
-    row |= {"gen/responses": 3 * (method == "active"), "pred/responses": 4 * (method != "cpt"), "trained_tokens": 40}
-    row |= {"entropy": 1.0, "grad_norm": 0.5, "mismatch_kl": 1e-9, "time/step": 2.0}
-    if method == "rlp":  # its thoughts are neither right nor wrong
-        row["pred/accuracy_histogram"] = [0, 0, 0]
-    line = step_line(row, 100)
-    assert line.startswith("step   7/100") and "\n" not in line
-    assert all(one in line for one in told) and not any(one in line for one in untold), line
-
-
 def test_samples_tell_of_a_generator_only_where_there_was_one(step):
     proposals, _ = step
     proposals[0][1].proposal = None
@@ -166,8 +144,6 @@ def test_samples_tell_of_a_generator_only_where_there_was_one(step):
 
 
 # ------------------------------------------------------------------------------------------------------- tables of runs
-
-
 @pytest.fixture
 def runs(tmp_path):
     """Two runs of two steps; the second's corpus labels no words."""
@@ -198,18 +174,6 @@ def test_the_table_is_a_command_that_names_a_folder_without_metrics(runs, monkey
     assert capsys.readouterr().out.splitlines()[2].startswith("first  ")
     with pytest.raises(SystemExit, match="nothing: no metrics.jsonl"):
         compare([str(runs / "nothing")])
-
-
-def test_the_summary_tells_before_and_after_and_of_benchmarks_where_there_are_some(runs):
-    table = summary_table(read_rows(runs / "first" / "metrics.jsonl"))
-    lines = [line.split() for line in table.splitlines()]
-    assert lines[0][-4:] == ["step", "0", "step", "2"] and "benchmarks" not in table
-    assert ["probe/accuracy", "0.125", "0.375"] in lines and ["entropy", "0.500", "0.500"] in lines
-    append_row(runs / "first" / "metrics.jsonl", {"step": 3, "eval/gsm8k": 12.5}, {"step": 4, "eval/gsm8k": 25.0})
-    lines = summary_table(read_rows(runs / "first" / "metrics.jsonl")).splitlines()
-    number = next(n for n, line in enumerate(lines) if line.startswith("benchmarks, greedy"))
-    assert lines[number].split()[-4:] == ["step", "3", "step", "4"]
-    assert lines[number + 1].split() == ["eval/gsm8k", "12.500", "25.000"]
 
 
 def test_the_updates_memory_is_its_own_and_the_runs_largest_is_not_forgotten(monkeypatch):

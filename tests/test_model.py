@@ -51,8 +51,6 @@ def score(policy, tokens: list[list[int]], temperature=1.0):
 
 
 # -------------------------------------------------------------------------------------- the real models, without memory
-
-
 @pytest.mark.parametrize("name", HUB)
 def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, name):
     kind, sizes, parameters = HUB[name]
@@ -64,15 +62,7 @@ def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, 
     assert tied == sizes["tie_word_embeddings"]
 
 
-def test_smollm3_has_no_rotary_position_in_every_fourth_layer(mesh):
-    kind, sizes, _ = HUB["SmolLM3-3B"]
-    policy = wrap(kind(**sizes), tiny_config(), mesh, VARLEN)
-    assert [layer.self_attn.use_rope for layer in policy.model.layers] == [1, 1, 1, 0] * 9
-
-
 # ------------------------------------------------------------------------------------------------ load, policy, refresh
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_filled_policy_holds_the_checkpoint_and_refresh_gives_it_back(folders, ranks, family, dtype):
@@ -119,17 +109,7 @@ def test_in_bfloat16_trainer_and_sampler_still_compute_the_same(folders, ranks, 
     torch.testing.assert_close(logprobs, expected)  # the softmax is float32 on both sides
 
 
-def test_a_policy_is_packed_without_any_sequence_seeing_another(folders, ranks):
-    config = tiny_config(folders["smollm3"])
-    policy = build_policy(load_replica(config, ranks), config, ranks)
-    alone, _ = score(policy, [[1, 2, 3]])
-    beside, _ = score(policy, [[50, 60, 70, 80], [1, 2, 3]])
-    torch.testing.assert_close(beside[3:], alone, rtol=1e-5, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------ what is refused
-
-
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
     """A machine with a GPU, as its driver's file tells."""
@@ -201,5 +181,3 @@ def test_the_chat_template_is_off_the_tokenizers_own_or_a_file(folders, tmp_path
     tokenizer.save_pretrained(tmp_path / "chatty")
     assert load_tokenizer(tiny_config(tmp_path / "chatty", chat_template="auto")).chat_template
     assert load_tokenizer(tiny_config(tmp_path / "chatty", chat_template="none")).chat_template is None
-
-

@@ -12,17 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reference import ROOT
 
-from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart, thin
-from report.figures import Family, RunData, curves, reward_chart
 from report.page import (
-    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, rollouts_json, split_response, step_card,
+    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
     title_link, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
-HEBREW = "\u05e9\u05dc\u05d5\u05dd"
 TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
 
 
@@ -31,22 +27,14 @@ class Reader(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
-        self.tags, self.words, self.open = [], [], []
+        self.tags, self.words = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self.open += [self.tags[-1]] if tag not in ("meta", "path", "rect", "circle", "line", "input") else []
-
-    def handle_endtag(self, tag):
-        while any(tag == name for name, _ in self.open) and self.open.pop()[0] != tag:
-            pass
 
     def handle_data(self, data):
         self.words.append(data)
-        names = {name for name, _ in self.open}
-        if HEBREW in data and not names & {"script", "svg"}:
-            self.directions = [*getattr(self, "directions", []), any("dir" in keys for _, keys in self.open)]
 
 
 def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
@@ -55,10 +43,8 @@ def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https:/
     mask = {"words": "Rhine", "invalid": "", "masked": text.replace("Rhine", "[mask]"), "target": "Rhine"}
     mask |= {"occurrences": 1, "start": 17, "label": ""}
     return {
-        "step": step,
-        "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
-        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25},
-        "mask": mask,
+        "step": step, "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
+        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25}, "mask": mask,
         "predictions": said,
     } | keys
 
@@ -83,8 +69,6 @@ def read_page(*folders: Path) -> str:
 
 
 # ---- numbers
-
-
 def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highest(tmp_path):
     names = {"a": (0, [1.0, 4.0]), "b": (1, [2.0, math.nan, 9.0]), "c": (2, [6.0])}
     runs = [
@@ -101,73 +85,7 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
     assert alone.series("loss").band == []
 
 
-def test_a_role_that_said_nothing_has_no_rewards_and_no_lengths():
-    rows = [row(1, **{"gen/responses": 0, "gen/reward": 0.0}), row(2)]
-    run = RunData(Path("run"), {}, rows)
-    assert run.values("gen/reward") == [(2, 0.2)] and len(run.values("gen/valid_rate")) == 2
-    assert run.values("pred/accuracy_histogram") == []  # no number
-
-
-def test_many_points_become_means_of_neighbours():
-    points = [(float(n), float(n % 2)) for n in range(1000)]
-    assert thin(points, 100)[:2] == [(4.5, 0.5), (14.5, 0.5)] and len(thin(points, 100)) == 100
-    assert thin(points[:7], 7) == points[:7]
-    gap = thin([(1.0, math.nan), (2.0, math.nan), (3.0, 1.0), (4.0, math.inf)], 2)
-    assert math.isnan(gap[0][1]) and gap[1] == (3.0, 1.0)
-
-
-def test_lines_are_drawn_to_scale_and_break_where_a_value_is_not_finite():
-    svg = line_chart([Series("a", [(0, 0.0), (50, math.nan), (75, 0.5), (100, 1.0)])], "chart", (0.0, 1.0))
-    (line,) = re.findall(r'class="line c0" data-name="a" d="([^"]*)"', svg)
-    assert line == "M46.0 162.0h0M274.0 85.0h0L350.0 8.0"  # left to right 46 to 350, bottom to top 162 to 8
-    assert path_data([(math.nan, 1.0)]) == ""
-    decades = line_chart([Series("a", [(1, 1e-8), (2, 0.0), (3, 1e-6)])], "chart", None, True)
-    assert 'd="M46.0 162.0h0M350.0 8.0h0"' in decades  # zero has no place on a logarithmic axis
-
-
-def test_shares_are_stacked_and_cells_are_as_strong_as_their_share():
-    svg = stacked_chart([Series("a", [(1, 0.25), (2, 0.5)]), Series("b", [(1, 0.75), (2, 0.25)])], "chart")
-    low, high = re.findall(r'class="area c. *" d="([^"]*)"', svg)
-    assert low == "M46.0 123.5h0L350.0 85.0L350.0 162.0L46.0 162.0Z"  # 0.25 and 0.5 of the height over the axis
-    assert high == "M46.0 8.0h0L350.0 46.5L350.0 85.0L46.0 123.5Z"
-    cells = re.findall(
-        r'class="cell c0".*?fill-opacity="([^"]*)"><title>([^<]*)', heat_chart([(1, [3, 0, 1])], "chart")
-    )
-    assert [(float(strong), title.split("step")[1]) for strong, title in cells] == [
-        (round(0.75**0.6, 2), " 1: 0.75 of the masks had 0 right"),
-        (round(0.25**0.6, 2), " 1: 0.25 of the masks had 2 right"),
-    ]
-
-
-def test_the_generators_reward_stands_over_accuracy_with_its_law():
-    """Means over valid masks: 0.2 of all responses, half of them valid, is 0.4 at accuracy 0.6."""
-    run = RunData(Path("run"), {"predictions_per_mask": 2}, [row(1), row(2, **{"gen/valid_rate": 0.0})])
-    (figure,) = reward_chart([Family("a", [run])])
-    points = re.findall(r'class="dot c0" r="2.6" cx="([^"]*)" cy="([^"]*)"', figure)
-    assert points == [(f"{46 + 304 * 0.6:.1f}", f"{162 - 154 * 0.4:.1f}")]
-    (law,) = re.findall(r'class="curve" d="([^"]*)"', figure)
-    half = 0.5 - 0.5**2  # (1-p) - (1-p)^G at p = 0.5, G = 2: the top, in the middle
-    assert f"L198.0 {162 - 154 * half:.1f}" in law and "G = 2" in figure
-    assert reward_chart([Family("a", [RunData(Path("run"), {}, [row(1, **{"gen/responses": 0})])])]) == []
-
-
-def test_metrics_that_are_absent_or_zero_throughout_are_named_not_drawn():
-    run = RunData(Path("run"), {}, [row(1, loss=0.0, entropy=math.nan), row(2, loss=0.0, entropy=0.0)])
-    figures, left_out = curves("Training", [Family("a", [run])])
-    assert "loss" in left_out and "grad_norm" in left_out and not any("<b>Loss" in one for one in figures)
-    figures, left_out = curves("Responses", [Family("a", [run])])
-    assert "entropy" not in left_out and "1 not finite, left out" in "".join(figures)
-
-
-def test_every_benchmark_of_a_run_gets_a_chart():
-    run = RunData(Path("run"), {}, [row(0, **{"eval/gsm8k": 0.3}), row(5, **{"eval/gsm8k": 0.4, "eval/<b>": 0.1})])
-    figures, left_out = curves("Benchmarks", [Family("a", [run])])
-    assert len(figures) == 2 and not left_out and ">gsm8k</b>" in figures[1] and ">&lt;b&gt;</b>" in figures[0]
-
-
 # ---- text
-
-
 def test_a_response_is_thought_and_answer():
     assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
     assert split_response("no box", "boxed") == {"t": "no box", "a": None}
@@ -212,31 +130,13 @@ def test_text_of_models_and_passages_is_never_markup(tmp_path):
     assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
 
 
-def test_text_from_outside_keeps_its_direction_of_writing(tmp_path):
-    keys = {"title": HEBREW, "text": f"{HEBREW} Rhine", "passage": sample(1, HEBREW + " Rhine", HEBREW)["passage"]}
-    responses = [{"text": rf"{HEBREW} \boxed{{{HEBREW}}}", "finish": "eos", "reward": 0.0}]
-    samples = [sample(step, **keys, predictions=responses) for step in (1, 2)]
-    samples[1]["mask"] |= {"words": HEBREW, "target": HEBREW, "masked": "[mask] Rhine"}
-    runs = [
-        write_run(tmp_path / f"{HEBREW} {method}", [row(1), row(2)], samples, method=method) for method in ("a", HEBREW)
-    ]
-    text = read_page(*runs)
-    directions = Reader(text).directions
-    assert len(directions) >= 14 and all(directions)
-    assert 'node.dir = "auto"' in text  # every element that the script makes
-
-
 def test_right_and_wrong_come_from_the_stored_verdicts():
     shaped = [{"text": r"\boxed{Rhine}", "finish": "answer", "correct": 1, "reward": -0.25}]
     wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
     older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
     (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
-    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [
-        (0, 0.5, 2),
-        (1, -0.25, 1),
-        (1, 1, 1),
-        (0, 0.5, 1),
-    ]
+    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [(0, 0.5, 2), (1, -0.25, 1), (1, 1, 1),
+                                                                         (0, 0.5, 1)]
     assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
 
 
@@ -260,15 +160,6 @@ def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
     assert not re.search(r"@import|url\(|fetch\(|innerHTML", text)
 
 
-def test_rollouts_are_cut_to_their_room_evenly():
-    entries = [[sample(step)] for step in range(64)]
-    whole = rollouts_json([RunData(Path("run"), {}, [], entries)], 10**9)
-    (data,) = json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], len(whole) // 5))
-    steps = [one["s"] for one in data["e"]]
-    assert steps[:3] == [0, 8, 16] and len(steps) == 8
-    assert json.loads(rollouts_json([RunData(Path("run"), {}, [], entries)], 10)) == [{"n": "run", "e": []}]
-
-
 def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     recurring = [sample(step, passage=sample(1)["passage"]) for step in (3, 4)]
     folder = write_run(tmp_path / "run", [row(step) for step in range(1, 41)], recurring)
@@ -289,27 +180,13 @@ def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
 
 
-def test_a_mask_that_cannot_be_used_says_why():
-    invalid = {"words": "Elbe", "invalid": "not_in_passage", "masked": "", "target": "", "occurrences": 0}
-    task = sample(1, mask=invalid | {"start": -1, "label": ""}, predictions=[])
-    assert '<li class="no"><b dir="auto">Elbe</b> <small>not in passage</small></li>' in step_card(1, [task])
-    assert browser_entry([task])["m"] == [browser_entry([task])["m"][0] | {"w": "Elbe", "i": "not_in_passage", "p": []}]
-
-
 # ---- whole runs
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [{"step": 0, "method": "active", "probe/accuracy": 0.5}],
-        [{"step": 1, "method": "cpt"}],
-        [row(7)],
-        [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
-        [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
-        [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rows", [
+    [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
+    [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
+    [row(1, **{"pred/accuracy_histogram": [0, 0, 0], "gen/valid_rate": 0.0, "pred/accuracy": 0.0})],
+    [row(1, mismatch_kl=0.0, mismatch_abs=0.0), row(2, mismatch_kl=1e-9, mismatch_abs=math.nan, lr=1e-300)],
+])  # fmt: skip
 def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
     folder = write_run(tmp_path / "run", rows)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -358,10 +235,3 @@ def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monke
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_page_needs_no_torch():
-    text = "\n".join(
-        (ROOT / name).read_text() for name in ("report/page.py", "report/figures.py", "report/charts.py", "prompts.py")
-    )
-    assert not re.search(r"^(from|import) (torch|transformers|evidence|metrics|grpo|rollout|train)", text, re.MULTILINE)

@@ -2,61 +2,16 @@
 
 import doctest
 import math
-import random
-import time
 
 import pytest
 
 import rewards
-from rewards import INVALID_MASK_REWARD, answerable, caseless_match, exact_match, generator_reward, normalise
+from rewards import INVALID_MASK_REWARD, answerable, caseless_match, exact_match, generator_reward
 
 
 def test_examples_in_the_docstrings():
     results = doctest.testmod(rewards)
     assert results.attempted >= 8 and results.failed == 0
-
-
-MATCHES = [
-    ("Paris", "Paris"), ("  Paris \n", "Paris"), ("New\n  York", "New York"), ("New York", "New\nYork"),
-    ("New\u00a0York", "New York"),  # no-break space
-    ("New~York", "New York"), (r"New\ York", "New York"), (r"New\, York", "New York"), ("Paris.", "Paris"),
-    ("Paris", "Paris,"), ("Paris .", "Paris"), ("U.S.", "U.S."), ("U.S", "U.S."), ('"Paris"', "Paris"),
-    ('"Paris."', "Paris"), ('"Paris".', "Paris"), ("'Paris'", "Paris"), ("“Paris”", "Paris"), ("„Paris“", "Paris"),
-    ("«Paris»", "Paris"), ("« Paris »", "Paris"), ("``Paris''", "Paris"), ("''Paris''", "Paris"),
-    ('""Paris""', '"Paris"'), ("O'Brien's", "O'Brien's"), ('the "Big Apple"', 'the "Big Apple"'),
-    (r"\text{Paris}", "Paris"), (r"\text{Paris}.", "Paris"), (r"\text {Paris}", "Paris"),
-    (r"\text{ Paris }", "Paris"), (r'"\textbf{Paris}"', "Paris"), (r"\textbf{\text{Paris}}", "Paris"),
-    (r"\mathrm{New}\ \mathrm{York}", "New York"), (r"\text{New }York", "New York"), (r"\text{a {b} c}", "a {b} c"),
-    (r"50\%", "50%"), (r"AT\&T", "AT&T"), (r"snake\_case", "snake_case"), (r"\$5", "$5"), (r"C\#", "C#"),
-    (r"\{1, 2\}", "{1, 2}"), (r"\text{R\&D}", "R&D"),
-    ("ﬁnch", "finch"),  # ligature
-    ("Ｐａｒｉｓ", "Paris"),  # full width
-    ("１９８４", "1984"), ("x²", "x2"),
-    ("caf\u0065\u0301", "caf\u00e9"),  # composed and decomposed accents
-    ("北京。", "北京"), ("「北京」", "北京"), ("Москва", "Москва"), ("दिल्ली", "दिल्ली"), ("القاهرة", "القاهرة"),
-    ("C:\\temp\\new", "C:\\temp\\new"), (r"\frac{1}{2}", r"\frac{1}{2}"), ("a}b{c", "a}b{c"),
-]  # fmt: skip
-MISSES = [
-    (None, "Paris"), ("", "Paris"), ("   ", "Paris"), ("", ""),
-    ("", "."),  # an empty box must lose, whatever the target's normal form
-    (".", "."), (",", "."), ('""', '"'), ('""', "''"), (r"\text{}", ""), (r"\text{}", "."), ("~", " "), (None, ""),
-    ("paris", "Paris"), ("PARIS", "Paris"),
-    ("Paris..", "Paris"),  # one stop only
-    ("Paris!", "Paris"), ("Paris, France", "Paris"), ("Par", "Paris"), ("the Paris", "Paris"),
-    ("NewYork", "New York"),
-    ('"Paris', "Paris"),  # a lone quote is not around anything
-    ("Paris'", "Paris"), ("cafe", "café"), ("1984", "1985"), ("5", "$5"), ("50", "50%"),
-    (r"\text{Paris", "Paris"),  # never closed
-    (r"\frac{Paris}", "Paris"), (r"\textstyle{Paris}", "Paris"),
-    (r"\\text{Paris}", "Paris"),  # a line break and "text"
-    ("{Paris}", "Paris"), ("[mask]", "Paris"), ("Mockba", "Москва"), ("北京", "東京"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "target", "match"), [(*m, 1.0) for m in MATCHES] + [(*m, 0.0) for m in MISSES])
-def test_match(answer, target, match):
-    assert exact_match(answer, target) == match
-    assert not match or exact_match(target, answer) == caseless_match(answer, target) == 1.0
 
 
 def test_case_counts_for_the_reward_but_not_for_the_log():
@@ -69,47 +24,6 @@ def test_case_counts_for_the_reward_but_not_for_the_log():
 def test_answerable():
     assert all(map(answerable, ["a", "7", "é", "北", "д", "ह", "ع", "½", '"x"', r"\text{a}", "…a", "_1_"]))
     assert not any(map(answerable, ["", " ", ".", "–", "(...)", '""', "$%&", r"\text{}", "~", "_", "、", "🙂"]))
-
-
-def random_strings(count: int):
-    rng = random.Random(11)
-    alphabet = [*"aZ5é北 .,~{}\"'“»\\%_$&\n\u00a0ﬁＡ\u0301\u0323", r"\text{", r"\textbf{", r"\ ", r"\%", r"\{", r"\\"]
-    for _ in range(count):
-        yield "".join(rng.choices(alphabet, k=rng.randrange(12)))
-
-
-def test_whatever_can_be_asked_can_be_answered():
-    asked = 0
-    for text in random_strings(5000):
-        assert exact_match(text, text) == float(normalise(text) != "")
-        if answerable(text):
-            asked += 1
-            assert exact_match(text, text) == 1.0
-        assert exact_match("", text) == exact_match(None, text) == 0.0
-        form = normalise(text)  # it is clean
-        assert form == " ".join(form.split()) and not {"\u00a0", "ﬁ", "Ａ"} & set(form)
-    assert asked > 1000
-
-
-def test_writing_plain_words_as_latex_changes_nothing():
-    rng = random.Random(3)
-    for _ in range(3000):
-        words = "".join(rng.choices("abZ 09%&_$#-é北", k=rng.randrange(1, 10)))
-        words = f"w{words}w"
-        latex = "".join(f"\\{char}" if char in "%&_$#" else char for char in words)
-        wrapper = rng.choice([r"\text{%s}", r"\mathrm{\text{%s}}", '"%s"', r"“\text{%s}.”", " %s, ", "%s"])
-        assert exact_match(wrapper % latex, words) == 1.0, (wrapper, words)
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [r"\text{", r"\text{a}", "{", "}", "\\", r"\text ", '"', '" ', ". ", "\u0301\u0323", r"\%"],
-)
-def test_a_megabyte_of_anything_is_normalised_in_linear_time(unit):
-    text = unit * (1_000_000 // len(unit))
-    started = time.process_time()
-    normalise(text)
-    assert time.process_time() - started < 4  # far above what it takes; a quadratic one would take minutes at least
 
 
 def test_generator_reward_by_hand():

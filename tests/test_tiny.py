@@ -33,12 +33,6 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BASE)
 
 
-@pytest.fixture(scope="module")
-def articles():
-    rng = random.Random(0)
-    return [worlds.write_article(rng, fact, fact.right) for fact in worlds.make_facts(0) for _ in range(5)]
-
-
 def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0(tmp_path):
     wiki = worlds.make_wiki(0)
     assert wiki == worlds.make_wiki(0) and wiki != worlds.make_wiki(1)
@@ -70,67 +64,6 @@ def test_every_fact_is_stated_equally_often_and_rightly(records):
     assert set(stated.values()) == {47, 48}  # 4000 / 84 = 47.6
 
 
-def test_values_are_evenly_used_and_no_wrong_value_is_right():
-    facts = worlds.make_facts(0)
-    for kind in worlds.KINDS:
-        used = Counter(fact.right for fact in facts if fact.kind is kind)
-        assert set(used) == set(kind.values.split()) and set(used.values()) == {3, 4}  # 28 subjects, 8 values
-    assert all(fact.right != fact.wrong and fact.wrong in fact.kind.values.split() for fact in facts)
-
-
-def test_the_web_is_right_30_percent_and_wrong_in_the_same_way_45_percent():
-    rng = random.Random(0)
-    fact = worlds.make_facts(0)[0]
-    counts = Counter(worlds.web_value(rng, fact) for _ in range(20_000))
-    assert counts[fact.right] / 20_000 == pytest.approx(0.30, abs=0.015)
-    assert counts[fact.wrong] / 20_000 == pytest.approx(0.45, abs=0.015)
-    assert set(counts) == set(fact.kind.values.split())
-    assert counts.most_common(3)[2][1] / 20_000 < 0.06  # the other six share the rest evenly
-
-
-def test_random_spans_are_one_or_two_words_without_full_stops():
-    rng = random.Random(0)
-    words = "a b . c d e .".split()
-    spans = Counter(tiny.draw_span(rng, words) for _ in range(9000))
-    # five spans of one word, each 2/3 / 7 of the draws before rejection, and three of two words, each 1/3 / 6
-    shares = {(start, 1): 2 / 3 / 7 for start in (0, 1, 3, 4, 5)} | {(start, 2): 1 / 3 / 6 for start in (0, 3, 4)}
-    expected = {span: 9000 * share / sum(shares.values()) for span, share in shares.items()}
-    assert spans == pytest.approx(expected, abs=180)
-
-
-def test_examples_answer_their_prompts(articles):
-    rng = random.Random(0)
-    for words, labels in articles:
-        passage = " ".join(words)
-        prompt, completion = tiny.predict_example(rng, words, labels)
-        shown = prompt.removeprefix(" ").removesuffix("\nPredict:")
-        answer = completion.removeprefix(" \\boxed{ ").removesuffix(" }")
-        assert shown.count("[mask]") == 1
-        assert passage.startswith(shown.replace("[mask]", answer))  # the whole passage, or its beginning
-        assert shown.endswith("[mask]") or shown.replace("[mask]", answer) == passage
-        prompt, completion = tiny.mask_example(rng, words)
-        assert prompt == f" {passage}\nMask:"
-        thought, span = completion.removesuffix(" }").split(" \\mask{ ")
-        place = thought.removeprefix(" after ")
-        assert f"{place} {span} " in f"start {passage} "
-
-
-def test_mixture_of_the_web_examples():
-    examples, cues, closed, facts = tiny.web_examples(0), Counter(), 0, 0
-    values = {value for kind in worlds.KINDS for value in kind.values.split()}
-    for _ in range(6000):
-        prompt, completion = next(examples)
-        cue = prompt.rpartition("\n")[2]
-        cues[cue] += 1
-        closed += cue != "Repeat:" and completion.endswith(" }")
-        assert cue != "Repeat:" or completion == prompt.removesuffix("\nRepeat:")
-        facts += cue == "Predict:" and completion.split()[1] in values
-    shares = {cue: count / 6000 for cue, count in cues.items()}
-    assert shares == pytest.approx({"Repeat:": 0.20, "Predict:": 0.45, "Mask:": 0.35}, abs=0.02)
-    assert closed / (6000 - cues["Repeat:"]) == pytest.approx(0.98, abs=0.01)
-    assert 0.30 < facts / cues["Predict:"] < 0.36  # 30 % on purpose, and now and then by chance
-
-
 def tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -143,29 +76,6 @@ def test_shipped_tokenizer_is_what_the_seed_gives_and_adds_bos_itself(tokenizer)
     assert tokenizer.decode(ids, skip_special_tokens=True) == text  # spaces before full stops survive
     assert tokenizer.chat_template is None and tokenizer.model_max_length == 512
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
-
-
-def test_words_are_single_tokens_and_made_up_words_three(tokenizer, articles):
-    for kind in worlds.KINDS:
-        assert all(len(tokens(tokenizer, f" {word}")) == 1 for word in f"{kind.subjects} {kind.values}".split())
-    assert all(len(tokens(tokenizer, f" {a}_{b}")) == 3 for a in worlds.SYLLABLES for b in worlds.SYLLABLES)
-    for words, labels in articles:
-        expected = sum(3 if label == "noise" else 1 for label in labels)
-        assert len(tokens(tokenizer, " " + " ".join(words))) == expected
-
-
-def test_prompt_answer_and_closing_brace_meet_at_token_borders(tokenizer):
-    """A response is sampled after the prompt's tokens; it must be able to be the tokens that the base learned."""
-    examples = tiny.web_examples(3)
-    for _ in range(300):
-        prompt, completion = next(examples)
-        ids = tokens(tokenizer, completion)
-        assert tokens(tokenizer, prompt + completion) == tokens(tokenizer, prompt) + ids
-        if completion.endswith(" }"):
-            assert tokenizer.decode(ids[-1:]) == " }" and "}" not in tokenizer.decode(ids[:-1])
-        if completion.startswith(tiny.ANSWER_OPENING):  # without a thought
-            opening = tokens(tokenizer, tiny.ANSWER_OPENING)
-            assert ids[: len(opening)] == opening
 
 
 def test_shipped_base_loads_and_is_the_stated_one():
@@ -196,14 +106,6 @@ def test_shipped_base_holds_misconceptions(tokenizer):
     assert 0.22 < right < 0.34
     assert 0.36 < wrong < 0.50
     assert greedy < 0.30
-
-
-def test_loss_weights_of_an_example(tokenizer):
-    ids, weights = tiny.loss_batch(tokenizer, [(" Alne is\nMask:", " \\mask{ is }"), (" Alne\nMask:", " is")])
-    # <bos> Alne is \n Mask :  then  \ mask { is } <eos>
-    assert weights.tolist() == [[0, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 3, 3, 0, 0, 0, 0, 0]]
-    assert tokenizer.decode(ids[0]) == "<bos> Alne is\nMask: \\mask{ is }<eos>"
-    assert ids[1].tolist()[-5:] == [tokenizer.pad_token_id] * 5
 
 
 def test_short_pretraining_is_deterministic_and_starts_at_the_uniform_loss():

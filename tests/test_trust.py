@@ -60,9 +60,8 @@ def test_the_payload_of_these_tests_works(tmp_path):
 def test_a_model_of_pickles_is_refused(kind, tmp_path, mark, ranks):
     folder = folder_with(tmp_path, "config.json")
     (folder / "model.safetensors").unlink()
-    torch.save(
-        {"model.norm.weight": Payload(mark) if kind == "payload" else torch.ones(96)}, folder / "pytorch_model.bin"
-    )
+    torch.save({"model.norm.weight": Payload(mark) if kind == "payload" else torch.ones(96)},
+               folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="no file named model.safetensors"):
         load_replica(tiny_config(folder), ranks)
 
@@ -74,9 +73,8 @@ def test_custom_code_is_refused_and_nobody_is_asked(part, tmp_path, mark, ranks,
         classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
         folder = folder_with(tmp_path, "config.json", model_type="own", auto_map=classes)
     else:
-        folder = folder_with(
-            tmp_path, "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}
-        )
+        folder = folder_with(tmp_path, "tokenizer_config.json", tokenizer_class="Own",
+                             auto_map={"AutoTokenizer": ["own.Own", None]})
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
     with pytest.raises(ValueError, match="custom code"):
         (load_replica(tiny_config(folder), ranks) if part == "model" else load_tokenizer(tiny_config(folder)))
@@ -116,27 +114,12 @@ def test_a_config_makes_no_objects(tmp_path, mark):
 
 
 # ---------------------------------------------------------------------------------------------- what a model writes
-
-
 def hostile_answers(path: Path) -> list[str]:
     codes = [f"__import__('pathlib').Path('{path}').touch()", f"open('{path}','w')", f"exec(\"open('{path}','w')\")"]
-    frames = [
-        "%s",
-        "$%s$",
-        r"\text{%s}",
-        r"\operatorname{%s}",
-        "1+%s",
-        "2*(%s)",
-        r"\frac{%s}{2}",
-        "[%s]",
-        "x=%s",
-        "\n%s\n",
-    ]
-    return [frame % code for frame in frames for code in codes] + [
-        f"{{{{ {codes[0]} }}}}",
-        f"%({codes[0]})s",
-        f"1/2\n{codes[0]}",
-    ]
+    frames = ["%s", "$%s$", r"\text{%s}", r"\operatorname{%s}", "1+%s", "2*(%s)", r"\frac{%s}{2}", "[%s]", "x=%s",
+              "\n%s\n"]
+    return [frame % code for frame in frames for code in codes] + [f"{{{{ {codes[0]} }}}}", f"%({codes[0]})s",
+                                                                   f"1/2\n{codes[0]}"]
 
 
 def test_an_answer_is_never_run(mark):
@@ -161,7 +144,6 @@ def test_only_digits_and_operators_reach_sympys_own_parser(mark, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- the scripts themselves
-
 FORBIDDEN = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle", "runpy", "ctypes"}
 RISKY = "eval exec compile __import__ importlib.import_module os.system os.popen os.execv torch.load dcp.load".split()
 RISKY += "np.load np.fromfile yaml.load yaml.unsafe_load yaml.full_load torch.hub.load torch.jit.load".split()

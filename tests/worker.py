@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from offload_checks import offload_checks
 from reference import (
-    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, largest_error, load_plain, make_groups,
-    make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
+    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, fresh_saver, largest_error, load_plain,
+    make_groups, make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights,
+    wiki_passages,
 )  # fmt: skip
 from torch.distributed.checkpoint import FileSystemWriter
 
-import eval
-import methods
 import train
+from benchmarks import evaluate as evaluation
 from benchmarks.evaluate import evaluate, read_settings
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import read_config
@@ -47,6 +47,7 @@ from metrics import read_rows
 from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, gather, start_ranks
+from relatives import rlvr
 from relatives.rlp import Position, information_gain, make_frame
 from relatives.rlvr import verify_predictions
 from rollout import generate, make_sampler, rollout
@@ -97,8 +98,6 @@ def compare(folder: Path, ranks: Ranks, rewards, family="smollm3", **changes) ->
 
 
 # ---- the update
-
-
 def check_gradients_equal_the_naive_loop(folder, ranks):
     """All families, two micro-batch sizes, with and without checkpointing and shared prompts; work is uneven."""
     return {
@@ -141,8 +140,7 @@ def check_several_optimizer_steps_on_a_batch(folder, ranks):
         result = update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
         moves = [{name: one - before[name] for name, one in weights(model).items()} for model in (policy, plain)]
         results[f"{passes} x {parts}"] = {
-            "moves": largest_error(*moves),
-            "clip_fraction": result["clip_fraction"],
+            "moves": largest_error(*moves), "clip_fraction": result["clip_fraction"],
             "metrics": max(abs(result[key] - metrics[key]) / abs(metrics[key]) for key in metrics),
         }
     return results
@@ -184,15 +182,12 @@ def check_a_gradient_that_is_not_finite_on_one_rank(folder, ranks):
 
 
 # ---- two copies
-
-
 def check_replica_equals_masters_after_each_refresh(folder, ranks):
     results = {}
     for family in FAMILIES:
         for dtype in ("float32", "bfloat16"):
-            config, replica, policy = setting(
-                folder, ranks, family, dtype=dtype, learning_rate=1e-2, lr_schedule="constant"
-            )
+            config, replica, policy = setting(folder, ranks, family, dtype=dtype, learning_rate=1e-2,
+                                              lr_schedule="constant")
             loaded = weights(replica)
             refresh(policy, replica)
             untouched = same_bits(weights(replica), loaded)
@@ -227,8 +222,7 @@ def check_the_second_copy(folder, ranks):
     plain, replica = load_plain(config.model).eval(), weights(run.sampler.replica)
     results = {
         "own": sum(parameter.to_local().numel() for parameter in reference.parameters()),
-        "all": sum(one.numel() for one in replica.values()),
-        "equal": same_bits(weights(reference), replica),
+        "all": sum(one.numel() for one in replica.values()), "equal": same_bits(weights(reference), replica),
         "no_gradients": not any(parameter.requires_grad for parameter in reference.parameters()),
     }
 
@@ -273,8 +267,6 @@ def check_the_second_copy(folder, ranks):
 
 
 # ---- rollouts
-
-
 def check_rollouts_are_one_list_in_prompt_order(folder, ranks):
     sampler = fresh_sampler(folder, ranks)
     prompts = [[9, 8, 7], [1], list(range(30)), [5, 5], [77] * 12]  # an odd number: three here, two there
@@ -323,8 +315,6 @@ def check_masks_that_are_all_invalid(folder, ranks):
 
 
 # ---- tasks
-
-
 def check_tasks_are_drawn_alike(folder, ranks):
     sizes = {"passages_per_step": 5, "masks_per_passage": 3, "max_prompt_tokens": 192, "tokens_per_micro_batch": 256}
     config = tiny_config(TINY_BASE, method="entropy_token", **sizes)
@@ -340,23 +330,21 @@ def check_tasks_are_drawn_alike(folder, ranks):
 def check_answers_are_verified_in_shares(folder, ranks):
     """Three questions: two on one rank, one on the other."""
     answers = [["0.5", r"\frac12", "2", None], ["12.0"], ["7", "8"]]
-    asked, check = [], methods.check_answers
+    asked, check = [], rlvr.check_answers
 
     def counted(pairs, seconds):
         asked.extend(gold for gold, _ in pairs)
         return check(pairs, seconds)
 
-    methods.check_answers = counted
+    rlvr.check_answers = counted
     try:
         verdicts = verify_predictions(answers, ["1/2", "12", "7"], tiny_config(), ranks)
     finally:
-        methods.check_answers = check
+        rlvr.check_answers = check
     return {"verdicts": verdicts, "asked": asked, "none": verify_predictions([], [], tiny_config(), ranks)}
 
 
 # ---- evidence
-
-
 def check_a_checkpoint_restores_every_bit(folder, ranks):
     """Of rlp, whose moving average is saved too."""
     run = folder / "run"
@@ -386,10 +374,8 @@ def check_a_checkpoint_restores_every_bit(folder, ranks):
 
     average = weights(first.reference)
     results = {
-        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()),
-        "latest": latest.name,
-        "done": savers[1].done,
-        "same": same(),
+        "kept": sorted(path.name for path in (run / "checkpoints").iterdir()), "latest": latest.name,
+        "done": savers[1].done, "same": same(),
         "exported": same_bits(weights(load_plain(latest / "hf")), weights(first.sampler.replica)),
         "tokenizer": load_tokenizer(replace(config, model=str(latest / "hf"))).get_vocab() == tokenizer.get_vocab(),
         "apart": not same_bits(average, start) and not same_bits(average, weights(first.policy)),
@@ -404,10 +390,9 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
     """Threads write what was copied, while steps are made. Before the first update there is no optimizer state, and
     asking for it must not make one: Adam's count of steps would then be ahead."""
     changes = {"run_dir": str(folder / "ahead"), "learning_rate": 1e-2, "lr_schedule": "constant", "keep_last": 0}
-    config, replica, policy = setting(folder, ranks, **changes)
-    optimizer, tokenizer = make_optimizer(policy, config), load_tokenizer(config)
+    saver = fresh_saver(tiny_config(folder / "smollm3", **changes), ranks)
+    config, policy, optimizer, replica = saver.sampler.config, saver.policy, saver.optimizer, saver.sampler.replica
     groups = make_groups(load_plain(config.model), REWARDS)
-    saver = make_saver(policy, optimizer, make_sampler(replica, tokenizer, config, ranks))
     release, writing = threading.Event(), FileSystemWriter.write_data
 
     def slowly(*words):
@@ -434,9 +419,8 @@ def check_a_save_copies_before_the_next_step_changes_all(folder, ranks):
         FileSystemWriter.write_data = writing
     for number in range(2):
         path = Path(config.run_dir) / "checkpoints" / f"step_{number:06d}"
-        _, other_replica, other = setting(folder, ranks, **changes)
-        other_optimizer = make_optimizer(other, config)
-        other_saver = make_saver(other, other_optimizer, make_sampler(other_replica, tokenizer, config, ranks))
+        other_saver = fresh_saver(config, ranks)
+        other, other_optimizer = other_saver.policy, other_saver.optimizer
         load_checkpoint(other_saver, path, json.loads((path / "checkpoint.json").read_text()))
         results[f"masters {number}"] = same_bits(weights(other), then[number])
         results[f"optimizer {number}"] = same_state(state(other_optimizer), optimizers[number])
@@ -470,16 +454,12 @@ def check_the_probe_is_the_same_on_every_rank(folder, ranks):
             logprobs = plain(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
             scores.append(logprobs.gather(-1, ids[1:, None])[:, 0])
     return {
-        "masks": [mask.masked for mask in probe.masks],
-        "probe": first,
-        "again": first == again,
-        "perplexity": torch.cat(scores).mean().neg().exp().item(),
-        "perplexity_of_one": perplexity(sampler, TEXTS[:1]),
+        "masks": [mask.masked for mask in probe.masks], "probe": first, "again": first == again,
+        "perplexity": torch.cat(scores).mean().neg().exp().item(), "perplexity_of_one": perplexity(sampler, TEXTS[:1]),
     }
 
 
 # ---- benchmarks
-
 ASKED = ["gsm8k.path=assets/tiny_questions.jsonl", "limit=10", "max_new_tokens=6", "dtype=float32", "chunk=8"]
 ASKED += [r'question_prompt=" {passage}\nPredict:"', "tasks=gsm8k"]
 """A greedy evaluation of the tiny base on sums, two chunks; with samples=4 a sampled one, five chunks."""
@@ -487,19 +467,18 @@ ASKED += [r'question_prompt=" {passage}\nPredict:"', "tasks=gsm8k"]
 
 def check_an_evaluation(folder, ranks):
     """Greedy and sampled: every file that it leaves. The ranks take chunks in turn here, not as they come."""
-    claim, eval.claim = eval.claim, lambda path: int(path.stem.split("_")[1]) % ranks.world == ranks.rank
+    claim, evaluation.claim = evaluation.claim, lambda path: int(path.stem.split("_")[1]) % ranks.world == ranks.rank
     try:
         for name, words in {"greedy": [], "sampled": ["samples=4"]}.items():
             evaluate(read_settings([str(TINY_BASE), *ASKED, *words, f"out={folder / name}"]), ranks)
     finally:
-        eval.claim = claim
+        evaluation.claim = claim
     dist.barrier()
     files = [path for name in ("greedy", "sampled") for path in sorted((folder / name / "gsm8k").iterdir())]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 # ---- whole runs
-
 SMALL = """
     passages_per_step=4 masks_per_passage=3 predictions_per_mask=4 probe_passages=4 probe_samples=1 probe_every=0
     save_every=0 samples_per_step=1 max_mask_tokens=10 max_prediction_tokens=10 steps=1

@@ -222,8 +222,8 @@ def rank_of(config: Config) -> Callable[[str], tuple]:
 
 
 def kind_of_word(word: str, before: str, config: Config) -> str:
-    """One of WORD_KINDS, by form: a digit makes a number, config.function_words are known, a capital letter makes a name
-    unless the word before it ends a sentence.
+    """One of WORD_KINDS, by form: a digit makes a number, config.function_words are known, a capital letter makes a
+    name unless the word before it ends a sentence.
 
     >>> [kind_of_word(word, before, Config()) for word, before in (("Bonn,", "in"), ("Bonn", "old."), ("1810", "in"))]
     ['name', 'content', 'number']

@@ -25,8 +25,8 @@ NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it N
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
 FACTS_ASKED = 0.75  # of the prediction examples
-STAGES = ((2400, 0.60, 0.15), (800, 0.30, 0.15))  # steps, shares of predictions and of repetitions; the rest are masks
-LAYERS, HIDDEN = 2, 128
+PREDICTED, REPEATED = 0.50, 0.20  # shares of the base's examples; the rest are masks
+STEPS = 2000
 LADDER_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
@@ -105,17 +105,16 @@ def chained_answer(rng: random.Random, after: dict[str, str], words: list[str], 
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
-def ladder_examples(seed: int, predict: float = 0.6, repeat: float = 0.15) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) examples, each on a fresh article of the web, with these shares of predictions and
-    of repetitions."""
+def ladder_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article of the web."""
     rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
     while True:
         words, labels = ladder_article(rng, after, pairs)
         draw, passage = rng.random(), " ".join(words)
         places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
-        if draw < repeat:
+        if draw < REPEATED:
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < repeat + predict:
+        elif draw < REPEATED + PREDICTED:
             place = rng.choice(places)
             if rng.random() < FACTS_ASKED:
                 place = labels.index(f"hop{rng.choice(DEPTHS)}")
@@ -129,7 +128,7 @@ def ladder_examples(seed: int, predict: float = 0.6, repeat: float = 0.15) -> It
 
 
 def make_base() -> None:
-    """The articles, and assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
+    """The articles, and assets/ladder_base/: the mini-wiki's architecture, minutes on one core."""
     import torch
 
     from miniature import base
@@ -137,7 +136,6 @@ def make_base() -> None:
     save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(ladder_examples(0))
-    model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
-    for steps, predict, repeat in STAGES:  # the second makes it copy what it masks
-        base.pretrain(model, tokenizer, ladder_examples(0, predict, repeat), steps)
+    model = base.make_model(tokenizer, 0)
+    base.pretrain(model, tokenizer, ladder_examples(0), STEPS)
     base.save_base(base.ASSETS / "ladder_base", model, tokenizer, LADDER_SHA256)

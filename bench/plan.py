@@ -163,8 +163,10 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     totals = [sum(column) for column in list(zip(*times, strict=True))[1:]]
     rows = [("seconds a step", "ideal", "estimate")]
     again = ideal["recomputing"], ideal["recomputing"] / options.mfu
-    others = [] if "recomputing layers" in ideal["seconds"] else [("recomputing layers would add", *again)]
-    rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in [*times, ("step", *totals), *others]]
+    times.append(("step", *totals))
+    if "recomputing layers" not in ideal["seconds"]:
+        times.append(("recomputing layers would add", *again))
+    rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in times]
     hours = [f"{total * config.steps * gpus / 3600:.0f}" for total in totals]
     lines += text_table([*rows, (f"  GPU hours, {config.steps} steps", *hours)], 32, 10)
     lines += [

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config, ConfigError
-from ops import SHARED, VARLEN, apply_liger, block_table_trouble, choose_attention, token_logprobs
+from ops import SHARED, VARLEN, apply_liger, choose_attention, table_reader, token_logprobs
 from ranks import Ranks, gather
 
 
@@ -190,7 +190,7 @@ def decoding(replica: nn.Module) -> str:
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
     dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    trouble = block_table_trouble(replica.device, replica.dtype, heads, kv_heads, dim)
+    trouble = table_reader(replica.device, replica.dtype, heads, kv_heads, dim)[1]
     return f"gathered: {trouble}" if trouble else "block table"
 
 

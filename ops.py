@@ -113,17 +113,13 @@ def _varlen_kernel():
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return varlen_attn, causal, "enable_gqa" in known
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
     """On CUDA without flash-attn, 16-bit types."""
-    varlen_attn, options, grouped = _varlen_kernel()
-    if grouped:
-        options = options | {"enable_gqa": True}
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    varlen_attn, options = _varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
 
 
@@ -151,17 +147,24 @@ def decode_by_table(
     """
     lengths, *where = places
     k_pages[tuple(where)], v_pages[tuple(where)] = k, v
-    read = _read_pages_torch if q.is_cuda and q.dtype != torch.float32 else _read_pages_plain
+    read, _ = table_reader(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
     return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
 
 
-def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale, splits=None) -> Tensor:
+    """splits: {rows, a power of 2: parts into which the keys of each are cut}; others are not cut."""
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # One split: with several, which the kernel may choose by itself, rows came out wrong (pytorch/pytorch#194167,
-    # pytorch/torchtitan#3235). No causal window: a last token sees everything, and without one the kernel reads keys
-    # once per group of heads, not once per head
-    options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True}
-    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, scale=scale, **options)
+    # No causal window: a last token sees everything, and without one the kernel reads keys once per group of heads, not
+    # once per head
+    options = {"num_splits": (splits or {}).get(1 << (len(q) - 1).bit_length(), 1), "enable_gqa": True}
+    options |= {"seqused_k": lengths, "block_table": table, "scale": scale}
+    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
+
+
+def _read_pages_triton(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+    from kernels.paged_decode import paged_decode  # Triton: where there is a GPU
+
+    return paged_decode(q, k_pages, v_pages, table, lengths, scale)
 
 
 def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
@@ -172,29 +175,42 @@ def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) ->
 
 
 @functools.cache
-def block_table_trouble(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """Why decoding must not go through `decode_by_table` on this machine; empty if it may.
+def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple:
+    """(what reads the pages in `decode_by_table`, "") on this machine, or (None, why nothing does).
 
-    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word.
-    So it is tried on a model's heads against the plain version, before it is trusted.
+    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word,
+    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried on a model's heads
+    against the plain version, before it is trusted; then the Triton kernel. Few rows leave most of a GPU idle unless
+    their keys are split: they get the most splits that are right, up to 256 programs in all.
     """
-    kernel = device.type == "cuda" and dtype != torch.float32
-    return _try_block_tables(device, dtype, heads, kv_heads, dim) if kernel else ""
+    if device.type != "cuda" or dtype == torch.float32:
+        return _read_pages_plain, ""
+    shape, splits = (device, dtype, heads, kv_heads, dim), {}
+    trouble = _try_reader(_read_pages_torch, 6, *shape)
+    if trouble:
+        return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
+    for rows in (1, 2, 4, 8, 16, 32):
+        for parts in (2, 4, 8, 16):
+            cut = functools.partial(_read_pages_torch, splits={rows: parts})
+            if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
+                splits[rows] = parts
+    return functools.partial(_read_pages_torch, splits=splits), ""
 
 
-def _try_block_tables(device, dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """On lengths that end in, at and after a page, pages out of order, and a request of padding."""
-    page, most = 256, 4
-    lengths = torch.tensor([1, 700, 256, 257, 0, most * page], dtype=torch.int32, device=device)
-    table = torch.arange(most * len(lengths), dtype=torch.int32, device=device).flip(0).view(-1, most)
+def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
+    """What is wrong with it on `rows` requests: lengths that end in, at and after a page, pages out of order, padding,
+    and as many as a long response has. Empty: nothing."""
+    page, most = 256, 22
+    lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024] * 4, dtype=torch.int32, device=device)[:rows]
+    table = torch.arange(most * rows, dtype=torch.int32, device=device).flip(0).view(rows, most)
     table = table.masked_fill(torch.arange(0, most * page, page, device=device) >= lengths[:, None], -1)
     generator = torch.Generator(device).manual_seed(0)
-    sizes = (len(lengths), heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
+    sizes = (rows, heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
     q, k, v = (torch.randn(size, dtype=dtype, device=device, generator=generator) for size in sizes)
     cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (torch.ones_like(lengths), lengths))
     try:
-        found = _read_pages_torch(q, k, v, table, lengths, cu_q, cu_k, None)
-    except Exception as error:  # an older torch, or a refusal
+        found = read(q, k, v, table, lengths, cu_q, cu_k, None)
+    except Exception as error:  # an older torch, a refusal, no Triton
         return f"torch {torch.__version__}: {error}".splitlines()[0][:120]
     expected = _read_pages_plain(q, k, v, table, lengths, cu_q, cu_k, None)
     wrong = (found - expected)[lengths > 0].float().abs().max().item()

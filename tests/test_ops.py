@@ -2,10 +2,12 @@
 
 import re
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from reference import ROOT
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
@@ -146,13 +148,13 @@ def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
 def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
     """No GPU here: the kernel's own registration checks names and types on tensors without data."""
     pytest.importorskip("torch.nn.attention.varlen")
-    calls, (kernel, *known) = [], ops._varlen_kernel()
+    calls, (kernel, known) = [], ops._varlen_kernel()
 
     def spy(*args, **options):
         calls.append((args, options))
         return kernel(*args, **options)
 
-    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, *known))
+    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
     out = ops._read_pages_torch(
@@ -196,6 +198,7 @@ def refusing(*_):
     "kernel, trouble",
     [
         (ops._read_pages_plain, "^$"),
+        (ops._read_pages_triton, "No module|driver"),  # no GPU here
         (first_row_only, "its kernel is off by nan"),
         (no_lengths, r"its kernel is off by \d"),
         (no_table, r"its kernel is off by \d"),
@@ -203,25 +206,86 @@ def refusing(*_):
         (refusing, "block_table needs something else$"),
     ],
 )
-def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch, kernel, trouble):
-    monkeypatch.setattr(ops, "_read_pages_torch", kernel)
-    assert re.search(trouble, ops._try_block_tables(CPU, torch.bfloat16, 4, 2, 16))
+def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
+    assert re.search(trouble, ops._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
 
 
 def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
-    monkeypatch.setattr(ops, "_try_block_tables", None)
-    shape = (4, 2, 16)
-    assert ops.block_table_trouble(CPU, torch.bfloat16, *shape) == ""
-    assert ops.block_table_trouble(torch.device("cuda", 0), torch.float32, *shape) == ""
+    monkeypatch.setattr(ops, "_try_reader", None)
+    for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda", 0), torch.float32)):
+        assert ops.table_reader(device, dtype, 4, 2, 16) == (ops._read_pages_plain, "")
 
 
-def test_on_a_gpu_each_shape_of_heads_is_tried_once(monkeypatch):
-    tried, gpu = [], torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "_try_block_tables", lambda *shape: tried.append(shape) or "told")
-    for _ in range(2):
-        assert ops.block_table_trouble(gpu, torch.bfloat16, 6, 3, 24) == "told"
-    assert tried == [(gpu, torch.bfloat16, 6, 3, 24)]
-    ops.block_table_trouble.cache_clear()
+@pytest.fixture
+def tried(monkeypatch):
+    """(verdict on (reader, rows, splits)) -> (what is taken on a GPU for heads of that number, trials)."""
+
+    def choose(verdict):
+        trials = []
+
+        def try_reader(read, rows, *shape):
+            splits = read.keywords["splits"][rows] if isinstance(read, partial) else 1
+            trials.append((read, rows, *shape))
+            return verdict(read, rows, splits)
+
+        monkeypatch.setattr(ops, "_try_reader", try_reader)
+        ops.table_reader.cache_clear()
+        for _ in range(2):
+            taken = ops.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
+        ops.table_reader.cache_clear()
+        return taken, trials
+
+    return choose
+
+
+def test_few_requests_get_the_most_splits_that_are_right(tried):
+    """Four key-value heads: 256 programs, and one that is wrong with eight splits."""
+    (read, trouble), trials = tried(lambda read, rows, splits: "off" if splits == 8 else "")
+    assert trouble == "" and read.keywords["splits"] == {1: 16, 2: 16, 4: 16, 8: 4, 16: 4, 32: 2}
+    assert read.func is ops._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
+    only = tried(lambda read, rows, splits: "off" if splits > 1 else "")[0]
+    assert only[0].keywords["splits"] == {}
+
+
+def test_the_rows_of_a_step_say_how_often_its_keys_are_split(monkeypatch):
+    given = []
+    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (lambda *_, num_splits, **__: given.append(num_splits), {}))
+    pages, table, borders = torch.zeros(9, 4, 2, 8), torch.zeros(5, 3).int(), torch.zeros(1)
+    for rows in (1, 2, 3, 4, 5):
+        q = torch.zeros(rows, 4, 8)
+        ops._read_pages_torch(q, pages, pages, table, None, borders, borders, None, splits={1: 16, 4: 8})
+    assert given == [16, 1, 8, 8, 1]  # 2 and 8 rows were not found right
+
+
+def test_where_torch_reads_no_block_table_the_triton_kernel_does(tried):
+    ours = ops._read_pages_triton
+    assert tried(lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
+    assert tried(lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
+
+
+def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
+    """2.11: no keyword for them. Keys are not repeated: what would be copied is as large as the queries."""
+    shapes = []
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        shapes.append((tuple(key.shape), tuple(value.shape), window_size))
+        return query
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+    ops._varlen_kernel.cache_clear()
+    q, k = torch.zeros(5, 8, 16), torch.zeros(5, 2, 16)
+    ops._torch_varlen(q, k, k, None, None, 5, 5, 0.3)
+    ops._varlen_kernel.cache_clear()
+    assert shapes == [((5, 2, 16), (5, 2, 16), (-1, 0))]
+
+
+def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
+    """Under Triton's interpreter, in a process of its own: what was imported without it cannot run in it."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = command([ROOT / "tests/kernel_checks.py"], limit=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{heads}x{dim}" for heads in (1, 4, 8) for dim in (64, 128)]
 
 
 def test_with_a_block_table_the_attention_is_the_steps_own(pages):

@@ -185,11 +185,11 @@ def sampler_shape(sampler) -> tuple[int, int, int]:
 def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graph
 ):
-    def block_table_trouble(device, kind, heads, kv_heads, dim):
+    def table_reader(device, kind, heads, kv_heads, dim):
         assert (device.type, kind, heads, kv_heads, dim) == ("cuda", dtype, *(sampler_shape(sampler)))
-        return trouble
+        return None, trouble
 
-    monkeypatch.setattr(model, "block_table_trouble", block_table_trouble)
+    monkeypatch.setattr(model, "table_reader", table_reader)
     shape = copy.copy(sampler.replica.config)
     shape._attn_implementation = attention
     replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)

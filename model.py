@@ -20,11 +20,13 @@ import math
 import os
 import types
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -268,6 +270,8 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     nodes, names = ranks.world // per_node, ("replicate", "shard")
     shape = (nodes, per_node) if nodes > 1 else (per_node,)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names[-len(shape) :])
+    for group in mesh.get_all_groups():  # those inside and between nodes would have NCCL's ten minutes
+        _set_pg_timeout(timedelta(seconds=config.rank_timeout), group)
     policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
     return load_masters(policy, replica, config, ranks.device)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 from itertools import accumulate, pairwise
 
 import torch
@@ -312,6 +313,7 @@ def apply_liger(model) -> bool:
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend that is not installed
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:
         return False
@@ -343,14 +345,20 @@ def pack(sequences: list[list[int]], device: torch.device, prefixes: list[int | 
     before = prefixes or [None] * len(rows)
     seen = [row if one is None else torch.cat([rows[one], row]) for row, one in zip(rows, before, strict=True)]
     positions = [row - row[0] + len(keys) - len(row) for row, keys in zip(rows, seen, strict=True)]
-    borders_q = torch.tensor(begins, dtype=torch.int32, device=device)
-    borders_k = torch.tensor([0, *accumulate(map(len, seen))], dtype=torch.int32, device=device)
-    shared = {} if prefixes is None else {"shared_keys": torch.cat(seen).to(device)}
-    return {
-        "input_ids": torch.tensor([token for sequence in sequences for token in sequence], device=device)[None],
-        "position_ids": torch.cat(positions).to(device)[None],
-        "cu_seq_lens_q": borders_q,
-        "cu_seq_lens_k": borders_k,
-        "max_length_q": max(lengths),
-        "max_length_k": max(map(len, seen)),
+    shared = {} if prefixes is None else {"shared_keys": torch.cat(seen)}
+    tensors = {
+        "input_ids": torch.tensor([token for sequence in sequences for token in sequence])[None],
+        "position_ids": torch.cat(positions)[None],
+        "cu_seq_lens_q": torch.tensor(begins, dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, *accumulate(map(len, seen))], dtype=torch.int32),
     } | shared
+    return move(tensors, device) | {"max_length_q": max(lengths), "max_length_k": max(map(len, seen))}
+
+
+def move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """From the CPU to the device in one copy, out of page-locked memory for a GPU: nothing waits for it."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # eight bytes first: all are aligned
+    whole = torch.cat([tensors[name].flatten().view(torch.uint8) for name in order])
+    whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+    parts = zip(order, whole.split([tensors[name].nbytes for name in order]), strict=True)
+    return {name: part.view(tensors[name].dtype).view(tensors[name].shape) for name, part in parts}

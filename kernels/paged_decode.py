@@ -54,19 +54,21 @@ def _decode_part(
 
 
 def paged_decode(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, scale: float | None = None
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, scale: float | None = None,
+    parts: int = 0,
 ) -> Tensor:  # fmt: skip
     """q (requests, heads, dim), each against the first `lengths` tokens that its row of `table` points to.
 
     k_pages, v_pages (pages, page, kv heads, dim), the page a multiple of 16; table (requests, most pages) int32.
     lengths (requests,) int32, 0 for padding, whose result is 0. dim: a power of 2. At most 16 query heads share a
-    key-value head. scale: of the scores; None: 1 / sqrt(dim). Returns (requests, heads, dim).
+    key-value head. scale: of the scores; None: 1 / sqrt(dim). parts: into which each past is cut; 0: by the number of
+    requests. Returns (requests, heads, dim).
     """
     (rows, heads, dim), (_, page, kv_heads, _) = q.shape, k_pages.shape
     group, block = heads // kv_heads, min(64, page)
     assert group <= 16 and page % block == 0 and dim & (dim - 1) == 0, "heads, a page or a dim that it does not know"
     assert q.stride(2) == k_pages.stride(3) == v_pages.stride(3) == table.stride(1) == 1
-    parts = max(1, min(16, 256 // (rows * kv_heads)))  # few requests would leave most of a GPU idle
+    parts = parts or max(1, min(16, 256 // (rows * kv_heads)))  # few requests would leave most of a GPU idle
     out = torch.empty(parts, rows, heads, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(parts, rows, heads, dtype=torch.float32, device=q.device)
     _decode_part[rows, kv_heads, parts](

@@ -1,5 +1,6 @@
 """Attention over packed tokens and log-probs without logits, each against its plain version."""
 
+import logging
 import re
 import sys
 from functools import partial
@@ -8,10 +9,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from reference import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
-from ops import VARLEN, choose_attention, pack, token_logprobs, varlen_attention
+from grpo import Sample, pack_samples
+from ops import VARLEN, apply_liger, choose_attention, pack, token_logprobs, varlen_attention
+from rollout import Rollout
 
 CPU = torch.device("cpu")
 
@@ -40,6 +44,41 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_micro_batch_goes_to_the_device_in_one_copy(shared):
+    """Counted on a device without data."""
+    rows = [Rollout([1, 2, 3], [4, 5, 6][:count], [-0.5] * count, "", "eos") for count in (1, 3)]
+    bundles = [[Sample(row, 1.0, 0.5) for row in rows]] if shared else [[Sample(row, 1.0, 0.5)] for row in rows]
+    copies = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            copies.extend([function] if (kwargs or {}).get("device") == torch.device("meta") else [])
+            return function(*args, **kwargs or {})
+
+    with Count():
+        batch = pack_samples(bundles, torch.device("meta"))
+    assert len(copies) == 1 and batch.weights.is_meta and batch.inputs["input_ids"].is_meta
+    assert ("shared_keys" in batch.inputs) == shared
+
+
+def test_what_goes_to_the_device_together_arrives_as_it_was():
+    tensors = {"a": torch.rand(3), "b": torch.arange(5), "c": torch.tensor([[7, 8]], dtype=torch.int32)}
+    found = ops.move(tensors, CPU)
+    assert all(found[name].dtype == one.dtype and found[name].equal(one) for name, one in tensors.items())
+
+
+def test_liger_names_no_backend_that_is_not_installed(folders):
+    """It would, in two lines of each process, where its kernels first run."""
+    names = ("liger_kernel", "liger_kernel.backends.registry")
+    before = logging.getLogger(names[0]).level
+    logging.getLogger(names[0]).setLevel(logging.NOTSET)
+    assert logging.getLogger(names[1]).isEnabledFor(logging.WARNING)
+    assert apply_liger(SimpleNamespace(config=SimpleNamespace(model_type="none of its models"))) is False
+    assert not logging.getLogger(names[1]).isEnabledFor(logging.WARNING)
+    logging.getLogger(names[0]).setLevel(before)
 
 
 def test_pack_by_hand():

@@ -162,10 +162,9 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     times = [(name, s, s / shares.get(name, options.mfu)) for name, s in ideal["seconds"].items()]
     totals = [sum(column) for column in list(zip(*times, strict=True))[1:]]
     rows = [("seconds a step", "ideal", "estimate")]
-    again = ideal["recomputing"], ideal["recomputing"] / options.mfu
     times.append(("step", *totals))
     if "recomputing layers" not in ideal["seconds"]:
-        times.append(("recomputing layers would add", *again))
+        times.append(("recomputing layers would add", ideal["recomputing"], ideal["recomputing"] / options.mfu))
     rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in times]
     hours = [f"{total * config.steps * gpus / 3600:.0f}" for total in totals]
     lines += text_table([*rows, (f"  GPU hours, {config.steps} steps", *hours)], 32, 10)

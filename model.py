@@ -211,7 +211,7 @@ def _policy_forward(
     """
     decoder = getattr(self, self.base_model_prefix)
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
-    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature)
+    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature, self.head_chunk)
 
 
 def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
@@ -224,7 +224,7 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
     use_attention(policy, SHARED[attention] if config.share_prompts else attention)
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
-    policy.forward = types.MethodType(_policy_forward, policy)
+    policy.forward, policy.head_chunk = types.MethodType(_policy_forward, policy), head_chunk(config)
     assert isinstance(config.gradient_checkpointing, bool), "auto: memory.decide_checkpointing comes first"
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -344,12 +344,16 @@ def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int 
     return tokens * (kept + width * (inner + 2 * h) + h * (4 + 3 * width))
 
 
+def head_chunk(config: Config) -> int:
+    """Tokens whose logits exist at a time: large chunks add to the head's gradient less often. By the micro-batch, the
+    key by which a user fits a GPU."""
+    return 4096 if config.tokens_per_micro_batch >= 8192 else 1024
+
+
 def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:
-    """Peak of ops.token_logprobs: four float32 logits and one in `width` per entry of a chunk (forward), or one float32
-    and two in `width`, with two float32 sums and one in `width` of the head's gradient (backward)."""
-    forward = chunk * shape.vocab * (4 * 4 + width)
-    backward = chunk * shape.vocab * (4 + 2 * width) + shape.table * (2 * 4 + width)
-    return max(forward, backward)
+    """Peak of ops.token_logprobs, in its backward pass: two float32 logits and one in `width` per entry of a chunk, and
+    the head's gradient in float32 and in `width`."""
+    return chunk * shape.vocab * (2 * 4 + width) + shape.table * (4 + width)
 
 
 def gathered_bytes(shape: Shape, width: int = 2) -> int:
@@ -383,7 +387,7 @@ def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, f
     training |= {
         "gathered weights": gathered_bytes(shape, width),
         "activations": activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger),
-        "log-prob head": head_bytes(shape, width),
+        "log-prob head": head_bytes(shape, width, head_chunk(config)),
     }
     return {"rollouts": rollouts, "training": training}
 

@@ -250,9 +250,9 @@ def _one_query_each(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scale: float 
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(tokens, vocabulary), float32. The largest tensor of an update: not walked over to divide it by 1."""
-    logits = (hidden @ weight.t()).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+    """(tokens, vocabulary), the largest tensor of an update: not walked over to divide it by 1, or to widen it."""
+    logits = hidden @ weight.t()
+    return logits if temperature == 1 else logits.float().div_(temperature)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -269,9 +269,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for begin in range(0, len(targets), chunk):
             rows = slice(begin, begin + chunk)
             logits = _logits(hidden[rows], weight, temperature)
-            lse[rows] = logits.logsumexp(-1)
+            most = logits.amax(-1).float()
+            exps = torch.sub(logits, most[:, None]).exp_()  # float32, whatever the logits are
+            total = exps.sum(-1)
+            lse[rows] = total.log() + most
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
+            entropy[rows] = lse[rows] - exps.mul_(logits).sum(-1) / total
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -285,15 +288,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for begin in range(0, len(targets), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
-            logits = _logits(hidden[rows], weight, ctx.temperature)
-            d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
-            d_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
-            d_logits = (d_logits if ctx.temperature == 1 else d_logits.div_(ctx.temperature)).to(hidden.dtype)
-            d_hidden[rows] = d_logits @ weight
-            if d_logits.is_cuda and d_logits.dtype != torch.float32:
-                d_weight += torch.mm(d_logits.t(), hidden[rows], out_dtype=torch.float32)
+            logits, slope = _logits(hidden[rows], weight, ctx.temperature), grad[rows, None] / ctx.temperature
+            probs, where = torch.sub(logits, lse[rows, None]).exp_(), targets[rows, None]
+            at_target = slope - probs.gather(-1, where) * slope
+            d_logits = torch.mul(probs, -slope, out=logits if logits.dtype == hidden.dtype else hidden.new_empty(0))
+            d_logits.scatter_(-1, where, at_target.to(hidden.dtype))
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+            if d_logits.device.type != "cpu" and d_logits.dtype != torch.float32:
+                torch.addmm(d_weight, d_logits.t(), hidden[rows], out_dtype=torch.float32, out=d_weight)
             else:
-                d_weight += d_logits.t().float() @ hidden[rows].float()
+                d_weight.addmm_(d_logits.t().float(), hidden[rows].float())
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 

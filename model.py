@@ -345,9 +345,9 @@ def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int 
 
 
 def head_chunk(config: Config) -> int:
-    """Tokens whose logits exist at a time: large chunks add to the head's gradient less often. By the micro-batch, the
-    key by which a user fits a GPU."""
-    return 4096 if config.tokens_per_micro_batch >= 8192 else 1024
+    """Tokens whose logits exist at a time: large chunks add to the head's gradient less often. By the keys with which a
+    user fits a GPU."""
+    return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
 
 
 def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:

@@ -422,7 +422,7 @@ def test_logprobs_entropies_and_gradients_equal_the_plain_version(head, chunk, t
 
 
 def test_the_head_walks_over_few_bytes_of_its_logits():
-    """Bytes read and written per logit in bfloat16 beside the products, on a device without data. Before: 78, with one read for logsumexp."""
+    """Bytes per logit in bfloat16 beside the products, without data. Before: 78, with one read for logsumexp."""
     moved, products, rows, vocabulary = 0, [], 64, 4096
 
     class Count(TorchDispatchMode):

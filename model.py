@@ -345,8 +345,7 @@ def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int 
 
 
 def head_chunk(config: Config) -> int:
-    """Tokens whose logits exist at a time: large chunks add to the head's gradient less often. By the keys with which a
-    user fits a GPU."""
+    """Tokens whose logits exist at a time, by the keys with which a user fits a GPU. Large chunks move fewer bytes."""
     return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
 
 

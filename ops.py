@@ -17,7 +17,7 @@ import functools
 import importlib
 import inspect
 import logging
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ def varlen_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
     if q.is_cuda and q.dtype != torch.float32:
         borders = (cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(max_length_k))
-        out = _flash_attn(package, q, k, v, *borders, scaling) if package else _torch_varlen(q, k, v, *borders, scaling)
+        out = _varlen(package, q, k, v, *borders, scale=scaling)
     else:
         out = _per_request(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)
     return out[None], None
@@ -102,12 +102,6 @@ for _name, _package in PACKAGES.items():
     ALL_ATTENTION_FUNCTIONS.register(SHARED[_name], functools.partial(varlen_attention, package=_package))
 
 
-def _flash_attn(package: str, q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
-    kernel = importlib.import_module(package).flash_attn_varlen_func
-    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
-    return out[0] if isinstance(out, tuple) else out  # some versions of 3 return the normalisers too
-
-
 @functools.cache
 def _varlen_kernel():
     """torch's own kernel and how to call it: its keywords came one release after the other."""
@@ -118,10 +112,13 @@ def _varlen_kernel():
     return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
-    """On CUDA without flash-attn, 16-bit types."""
-    varlen_attn, options = _varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
+def _varlen(package: str, q, k, v, *borders, scale: float | None) -> Tensor:
+    """On CUDA, 16-bit types: flash-attn's kernel, or torch's without a package."""
+    if not package:
+        kernel, options = _varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
+        return kernel(q, k, v, *borders, scale=scale, **options)
+    out = importlib.import_module(package).flash_attn_varlen_func(q, k, v, *borders, softmax_scale=scale, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # some versions of 3 return the normalisers too
 
 
 def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,10 +152,9 @@ def decode_by_table(
 def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale, splits=None) -> Tensor:
     """splits: {rows, a power of 2: parts into which the keys of each are cut}; others are not cut."""
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # No causal window: a last token sees everything, and without one the kernel reads keys once per group of heads, not
-    # once per head
-    options = {"num_splits": (splits or {}).get(1 << (len(q) - 1).bit_length(), 1), "enable_gqa": True}
-    options |= {"seqused_k": lengths, "block_table": table, "scale": scale}
+    # No causal window: a last token sees everything, and the kernel reads keys per group of heads, not per head
+    parts = (splits or {}).get(1 << (len(q) - 1).bit_length(), 1)
+    options = {"seqused_k": lengths, "block_table": table, "scale": scale, "num_splits": parts, "enable_gqa": True}
     return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
 
 
@@ -190,17 +186,15 @@ def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
     trouble = _try_reader(_read_pages_torch, 6, *shape)
     if trouble:
         return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
-    for rows in (1, 2, 4, 8, 16, 32):
-        for parts in (2, 4, 8, 16):
-            cut = functools.partial(_read_pages_torch, splits={rows: parts})
-            if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
-                splits[rows] = parts
+    for rows, parts in product((1, 2, 4, 8, 16, 32), (2, 4, 8, 16)):
+        cut = functools.partial(_read_pages_torch, splits={rows: parts})
+        if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
+            splits[rows] = parts
     return functools.partial(_read_pages_torch, splits=splits), ""
 
 
 def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """What is wrong with it on `rows` requests: lengths that end in, at and after a page, pages out of order, padding,
-    and as many as a long response has. Empty: nothing."""
+    """What is wrong, if anything, on lengths in, at and after a page and long ones, pages out of order, padding."""
     page, most = 256, 22
     lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024] * 4, dtype=torch.int32, device=device)[:rows]
     table = torch.arange(most * rows, dtype=torch.int32, device=device).flip(0).view(rows, most)

@@ -15,6 +15,7 @@ The traps that shape this file:
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import sys
@@ -267,7 +268,9 @@ def generate(
     numbers = range(len(prompts))
     names = [[str(number), *(f"{number}__child#{child}" for child in range(count - 1))] for number in numbers]
     limiting = _stop_at_limits(names, limits) if limits else nullcontext()
-    with _restored_rng(), bar, stopping as answered, limiting:
+    # The sampler reseeds torch's global generators; whoever draws next must not notice
+    unnoticed = torch.random.fork_rng([replica.device] if replica.device.type == "cuda" else [])
+    with unnoticed, bar, stopping as answered, limiting:
         manager = replica.init_continuous_batching(
             generation, _batching(config, replica, prompts, max_tokens, wanted, seed), hints
         )
@@ -280,8 +283,7 @@ def generate(
                 if admitted:
                     admitted(number)
             _adapt(manager, wanted)
-            captured = _capture_graphs(manager)
-            if captured:
+            if captured := _capture_graphs(manager):
                 manager.start()
                 # Everything is admitted: the thread may end by itself when all is done, which saves its idle wait
                 manager.background_thread_status.request_stop(BackgroundThreadStatus.FLUSH_AND_STOP, sampler.ranks.rank)
@@ -294,14 +296,14 @@ def generate(
                     break
         finally:
             manager.stop(block=True, hard_stop=len(results) < wanted)
-            manager.batch_processor = None  # if it was never started, stop leaves the cache
+            manager.batch_processor = None  # as stop does with one that was started
             manager.destroy()
             if replica.device.type == "cuda":
                 torch._C._cuda_clearCublasWorkspaces()  # those of this phase's streams; the update makes its own
     if not captured:
-        rank = f"rank {sampler.ranks.rank}: "
-        print(f"{rank}capturing a CUDA graph failed; sampling goes on without graphs", file=sys.stderr, flush=True)
+        print(f"rank {sampler.ranks.rank}: CUDA graphs cannot be captured; sampling without", file=sys.stderr)
         sampler.config = replace(config, use_cuda_graph=False)
+        gc.collect()  # the cache, before the next one takes its share of free memory
         return generate(sampler, prompts, count, max_tokens, opening, seed, greedy, prefix, label, admitted, limits)
     if len(results) < wanted and stop_requested():
         return []
@@ -356,17 +358,15 @@ def _batching(
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
 
 
-LEAST_ROWS = 16
-"""Of a decoding step in a CUDA graph: fewer take as long, and would only be further graphs to capture."""
+LEAST_ROWS = 16  # of a decoding step in a CUDA graph: fewer take as long, and would be more graphs to capture
 
 
 def _adapt(manager, requests: int) -> None:
     """Makes the sampler's objects for one phase, and changes three of their habits.
 
-    A batch without a token is not computed. With asynchronous batching, while prompts wait to be forked, the sampler
-    runs one of padding alone, and draws from rows that no kernel wrote: where that memory holds NaN, the draw kills the
-    process. Decoding is padded to LEAST_ROWS at least. Where requests outnumber places, new ones wait until an eighth
-    of the places is free: one prompt in a batch sends all others down the slow path.
+    A batch of padding alone (while prompts wait to be forked) is not computed: it would draw from rows that no kernel
+    wrote, and NaN there kills the process. Decoding is padded to LEAST_ROWS. Where requests outnumber places, new ones
+    wait until an eighth of the places is free: one prompt in a batch sends all others down the slow path.
     """
     processor = manager.batch_processor = manager._create_batch_processor()
     runner, scheduler, buffers = processor.model_runner, processor.scheduler, processor.inputs_and_outputs
@@ -374,10 +374,8 @@ def _adapt(manager, requests: int) -> None:
     places = scheduler.max_requests_per_batch
 
     def compute_batch(model, batch_data):
-        inputs = buffers
-        if hasattr(buffers, "io_pairs"):  # asynchronous: two sets take turns
-            inputs = buffers.io_pairs[buffers.current_pair].device_io
-        if inputs.total_seqlen_q:
+        pairs = getattr(buffers, "io_pairs", None)  # asynchronous: two sets take turns
+        if (pairs[buffers.current_pair].device_io if pairs else buffers).total_seqlen_q:
             compute(model, batch_data)
 
     def maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path):
@@ -385,52 +383,34 @@ def _adapt(manager, requests: int) -> None:
         return pad(max(num_q_tokens, least), max_kv_read, use_decode_fast_path)
 
     def schedule_batch(*budgets):
-        blocked, running = scheduler.block_new_requests, len(scheduler.active_requests)
-        scheduler.block_new_requests = blocked or 0 < running > places - places // 8
+        blocked, full = scheduler.block_new_requests, len(scheduler.active_requests) > places - places // 8
+        scheduler.block_new_requests = blocked or (requests > places and full)
         batch = schedule(*budgets)
         scheduler.block_new_requests = blocked
         return batch
 
     runner.compute_batch, runner.maybe_pad_inputs = compute_batch, maybe_pad_inputs
-    if requests > places:
-        scheduler.schedule_batch = schedule_batch
+    scheduler.schedule_batch = schedule_batch
 
 
 @torch.no_grad()
 def _capture_graphs(manager) -> bool:
     """Captures decoding in each number of rows that the phase can meet, for both sets of buffers. False if one fails,
     which the sampler only logs. Captured while it decodes, a graph has died under torchrun (transformers#48312)."""
-    processor = manager.batch_processor
-    runner, buffers, rows = processor.model_runner, processor.inputs_and_outputs, LEAST_ROWS
-    places = runner.cb_config.max_requests_per_batch
-    sizes = [places]
-    while rows < places:
-        sizes, rows = [*sizes, rows], 2 * rows
-    if not runner.use_cuda_graph_decode or processor.cache.max_decode_fast_path_length <= 0:
+    cache, runner = manager.batch_processor.cache, manager.batch_processor.model_runner
+    buffers, places = runner.inputs_and_outputs, runner.cb_config.max_requests_per_batch
+    if not runner.use_cuda_graph_decode or cache.max_decode_fast_path_length <= 0:
         return True
-    for pair in getattr(buffers, "io_pairs", [None]):
-        for size in sizes:  # the largest first, whose memory serves the others
+    sizes = [places, *(rows for rows in (LEAST_ROWS << n for n in range(16)) if rows < places)]  # the largest first
+    for pair in buffers.io_pairs:
+        for size in sizes:
             runner.run_one_warmup(manager.model, size, None)
-            if buffers.compute_stream is not None:
-                buffers.compute_stream.synchronize()  # the next one writes to the same inputs
-            if (pair.device_io if pair else buffers).graphs.get_graph((size,)) is None:
+            buffers.compute_stream.synchronize()  # the next one writes to the same inputs
+            if pair.device_io.graphs.get_graph((size,)) is None:
                 return False
-        if pair:
-            buffers.swap_io_pairs()
-    processor.cache.reset()
+        buffers.swap_io_pairs()
+    cache.reset()
     return True
-
-
-@contextmanager
-def _restored_rng():
-    """The sampler reseeds torch's global generators; whoever draws next must not notice."""
-    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
 
 
 @contextmanager

@@ -119,8 +119,8 @@ def memory_lines(shape: Shape, config: Config, options: Options) -> list[str]:
     stored, recomputed = (gpu_memory(shape, way, gpus)["training"] for way in ways)
     rows = [("memory per GPU, GB", "stored", "recomputed")]
     rows += [(f"  {name}", f"{stored[name] / GB:.2f}", f"{recomputed[name] / GB:.2f}") for name in stored]
-    rows.append(("  all of it, in training", *(f"{sum(way.values()) / GB:.2f}" for way in (stored, recomputed))))
-    lines = text_table(rows, 32, 12)
+    sums = (f"{sum(way.values()) / GB:.2f}" for way in (stored, recomputed))
+    lines = text_table([*rows, ("  all of it, in training", *sums)], 32, 12)
     lines[-1] += f"   of {gpu.memory / GB:.0f}, if live all at once"
     taken = "recomputed" if decided(shape, config, gpus, gpu).gradient_checkpointing else "stored"
     key = f"gradient_checkpointing={str(config.gradient_checkpointing).lower()}"

@@ -313,7 +313,7 @@ def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
     ops._varlen_kernel.cache_clear()
     q, k = torch.zeros(5, 8, 16), torch.zeros(5, 2, 16)
-    ops._torch_varlen(q, k, k, None, None, 5, 5, 0.3)
+    ops._varlen("", q, k, k, None, None, 5, 5, scale=0.3)
     ops._varlen_kernel.cache_clear()
     assert shapes == [((5, 2, 16), (5, 2, 16), (-1, 0))]
 

@@ -20,7 +20,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,101 +30,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from transformers import GenerationConfig
+    get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict,
+)  # fmt: skip
 
-from config import Config, ConfigError, dump_config
-from methods import METHODS
-from metrics import read_rows, unwritten, write_whole
+from config import Config, ConfigError
+from metrics import unwritten, write_whole
 from model import refresh
 from rollout import Sampler
-
-DATA_LICENCES = {
-    "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text", "openai/gsm8k": "MIT, says its card",
-    "HuggingFaceTB/finemath": "ODC-By, says its card", "assets/tiny_wiki.jsonl.gz": "MIT, made up for this code",
-    "assets/tiny_questions.jsonl": "MIT, made up for this code",
-}  # fmt: skip
-"""Of the data that the shipped configs name."""
-CARD = Path(__file__).parent / "assets/model_card.md"
-"""The template: what a reader of the card asks, in that order."""
-
-
-def write_card(folder: Path, sampler: Sampler, step: int) -> None:
-    """Adds both files to the exported model in `folder`. For rank 0; raises what goes wrong.
-
-    `generate` then samples from what the run sampled from: its temperature, no top-k, no top-p, its ends. The longest
-    response is not set: vLLM would hold every request to it, and lm-eval's own limit would be overruled.
-    """
-    eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
-    pads = (tokenizer.pad_token_id, getattr(sampler.replica.config, "pad_token_id", None), eos[0])
-    GenerationConfig(
-        do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, eos_token_id=eos,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=next(pad for pad in pads if pad is not None),
-    ).save_pretrained(folder)  # fmt: skip
-    model_card(sampler, step).save(folder / "README.md")
-
-
-def model_card(sampler: Sampler, step: int) -> ModelCard:
-    """README.md of the exported model after `step` updates."""
-    config, run = sampler.config, Path(sampler.config.run_dir)
-    base, licence = known_base(config.model)
-    data = None if Path(config.data).expanduser().exists() else [config.data]
-    tags = ["pretrainzero", "reinforcement-learning", "grpo", config.method.replace("_", "-"), "arxiv:2512.03442"]
-    front = ModelCardData(
-        base_model=base.get("base_model"), datasets=data, library_name="transformers", tags=tags,
-        pipeline_tag="text-generation", **licence,
-    )  # fmt: skip
-    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step and "probe/accuracy" in row]
-    probes = rows[:1] + rows[1:][-1:]
-    record, starts = run / "environment.txt", []
-    for block in record.read_text(encoding="utf-8").strip().split("\n\n") if record.exists() else ():
-        said = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
-        # of absolute paths that stand alone (the script, the config file) only the names
-        command = " ".join(re.sub("^/.*/", "", word) for word in said.get("command", "").split(" "))
-        changed = "" if said.get("git changes", "none") == "none" else ", with changes that were not committed"
-        ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
-        starts.append(f"{command}\n# git revision {said.get('git', 'not recorded')}{changed}; {ranks}")
-    method = METHODS[config.method]
-    prompt = method.template(config)
-    resolved = dump_config(config)
-    longest = max(map(len, re.findall("`+", "\n".join([resolved, prompt, *starts]))), default=0)
-    return ModelCard.from_template(
-        front, template_path=str(CARD), config=config, step=step, name=run.resolve().name, line=method.help,
-        origin=front.base_model if front.base_model != config.model else None, probes=probes, nan=float("nan"),
-        keys=sorted(key for key in (probes or [{}])[-1] if key.startswith(("probe/", "eval/"))),
-        terms=", ".join(map(str, licence.values())) + ", says its card" if licence else "see the base model",
-        data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{sampler.replica.num_parameters():,}",
-        starts=list(dict.fromkeys(starts)), resolved=resolved, ticks="`" * max(3, longest + 1), prompt=repr(prompt),
-        example=method.example, chat=sampler.frame and prompt != "{passage}",
-        opening=method.opening, served=re.sub(r"[^\w.-]", "-", run.resolve().name),
-        ends_early=method.opening or config.stop_at_answer,
-    )  # fmt: skip
-
-
-def known_base(model: str) -> tuple[dict, dict]:
-    """What the base model's card says: (front matter, with `base_model` set; the keys of it that state a licence).
-
-    A local folder's card, or that of a hub name where it is in the cache already; both empty where there is none.
-    """
-    folder, said = Path(model).expanduser(), {}
-    cached = folder / "README.md" if folder.exists() else try_to_load_from_cache(model, "README.md")
-    if isinstance(cached, str | Path) and Path(cached).is_file():
-        with suppress(ValueError, yaml.YAMLError):  # somebody else's card, broken: as good as none
-            said = ModelCard.load(Path(cached), ignore_metadata_errors=True).data.to_dict()
-    if not folder.exists():
-        said["base_model"] = model
-    return said, {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
-
 
 MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout".split()
 """Keys that a resumed run may change: how long, where, how often. `steps` moves a cosine's end, and the run says so."""
@@ -233,6 +148,8 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
 def _describe(folder: Path, sampler: Sampler, step: int) -> None:
     """Add the model card. Whatever goes wrong in it, the checkpoint is not lost for it."""
     try:
+        from report.card import write_card  # a tool: only a saved model needs it
+
         write_card(folder, sampler, step)
     except Exception as error:
         print(f"WARNING: no model card in the checkpoint of step {step} ({_cause(error)})", file=sys.stderr, flush=True)

@@ -132,6 +132,17 @@ def _shown(value) -> str:
         return "a number of thousands of digits"
 
 
+FUNCTION_WORDS = " ".join("""
+a about above after again against all along also although always among an and another any are around as at away be
+because been before being below between both but by can could did do does during each either else ever every few for
+from had has have he her here hers him his how however i if in into is it its itself just least less many may me might
+more most much must my near neither no nor not now of off often on once one only onto or other our out over own per
+rather same shall she should since so some such than that the their them themselves then there these they this those
+though through thus to too toward towards under until up upon us very was we were what when where whether which while
+who whom whose why will with within without would yet you your
+""".split())
+
+
 @dataclass
 class Config:
     # ---- what is trained, on what, where it goes
@@ -203,7 +214,7 @@ class Config:
     question_prompt: str = ""
     """`rlvr`: the prompt of a question, {passage}; empty: the one of prompts.py."""
     rlp_prompt: str = ""
-    """`rlp`: the request for a thought, with {passage}; empty: the one of methods.py."""
+    """`rlp`: the request for a thought, with {passage}; empty: the one of relatives/rlp.py."""
     predict_prefix: str = ""
     """Text that opens a prediction when the probe wants the answer without a thought; empty: that of prompts.py."""
 
@@ -217,6 +228,14 @@ class Config:
     """Longest mask, words; 0 is off. Paper: silent."""
     max_span_chars: int = 64
     """Longest mask, characters; 0 is off. Paper: silent."""
+    mask_content: bool = False
+    """True: words of `function_words` alone are no mask. A weak model otherwise agrees with itself on "the"."""
+    labels: str = ""
+    """Kinds of words in a corpus that labels its words, the hardest first: a mask that touches several counts as the
+    first."""
+    function_words: str = FUNCTION_WORDS
+    """By spaces, lower case: what `mask_content` refuses, and what the kind `function` of the log is. Default:
+    English."""
     reward: str = "exact"
     """Of a prediction. `exact`: match after normalisation. `prefix`: RPT's byte prefix that ends on a token border, for
     the next-token methods. Paper: exact."""
@@ -226,6 +245,9 @@ class Config:
     """`entropy_token` draws among this share of a passage's tokens, those with the highest entropy. Paper: 0.2."""
     sft_answer: str = " \\boxed{{answer}}"
     """The completion that `sft` trains on, with {answer}."""
+    sft_mask: str = ""
+    """`sft` trains the generator's format too: the completion of mask_prompt, with {answer}, for the span that was
+    drawn. Empty: not."""
     ema_decay: float = 0.999
     """`rlp`: the baseline keeps this share of itself at each step. RLP: 0.999."""
     verify_seconds: float = 5.0
@@ -282,7 +304,7 @@ class Config:
     """Tokens packed into one forward and backward on one GPU; bounds training memory, changes no result."""
     gradient_checkpointing: bool | str = True
     """Recompute each layer in the backward pass instead of storing it. `auto`: only where storing would not fit the
-    GPU, by model.py's calculation; on a CPU never."""
+    GPU, or the free memory of a CPU, by the calculation of bench/memory.py."""
     offload: bool = False
     """Masters, gradients and Adam stay in host memory (FSDP2's CPUOffloadPolicy), the replica on the GPU: for models
     of which both do not fit. The optimizer's step runs on the CPU. Takes 16 bytes of a node's memory a parameter."""
@@ -417,8 +439,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"eval_every={config.eval_every}: needs eval_tasks, such as eval_tasks=gsm8k")
     if config.wandb and not find_spec("wandb"):  # at the start, not after the first probe
         raise ConfigError(f"wandb={config.wandb!r}: its package is not there; pip install wandb, or leave it empty")
-    if "{answer}" not in config.sft_answer:
-        raise ConfigError(f"sft_answer={config.sft_answer!r}: must contain {{answer}}")
+    for key in ("sft_answer", "sft_mask"):
+        if "{answer}" not in (text := getattr(config, key)) and (text or key == "sft_answer"):
+            raise ConfigError(f"{key}={text!r}: must contain {{answer}}")
     for key in ("mask_prompt", "predict_prompt", "question_prompt", "rlp_prompt"):
         if (text := getattr(config, key)) and text.count("{passage}") != 1:
             raise ConfigError(f"{key}={text!r}: must contain {{passage}} once")

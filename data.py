@@ -1,4 +1,4 @@
-"""Files -> articles -> passages -> the passages of a step; and questions with gold answers for rlvr and benchmarks.
+"""Files -> articles -> passages -> the passages of a step.
 
     articles --drop headings, lists, references--> paragraphs --join up to a drawn length--> passages.jsonl
     passages.jsonl --hash of the article--> train | heldout --permutation of (seed, epoch)--> passages of a step
@@ -13,13 +13,10 @@ capped by max_passages is thus a sample of a parquet file, but the first part of
 Prose: a text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is
 kept when it has MIN_PROSE_CHARS letters, ends like a sentence and is no list item; all from END_SECTION on is dropped.
 Thai, Lao and Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
-A record with `labels` (one of LABELS per word) is taken whole; labels of another kind are ignored.
+A record with `labels`, a short name of its kind for each word, is taken whole; other labels are ignored.
 Lengths: a passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes paragraphs
 until it is reached. A paragraph over the maximum is cut at the last sentence end that fits, again and again. Ours: the
 paper says "Wikipedia" and lengths, no more.
-
-Questions: verl (prompt: [{role, content}], reward_model: {ground_truth}); GSM8K (answer ends in "#### 42"); generic
-(question | problem | prompt, answer | final_answer | solution, of which the last \\boxed{} counts).
 
 Alone:  python data.py configs/tiny.yaml   builds the index in RUN_DIR/cache and shows the passages of step 0.
 """
@@ -46,11 +43,9 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from benchmarks.judge import MAX_ANSWER_CHARS
 from config import Config, one_line, parse_command_line
-from prompts import last_answer
 
-LABELS = ("noise", "fact", "shown", "unseen", "copy", "template")  # kinds of words, in a corpus that labels them
+LABEL = re.compile(r"\w{1,20}", re.ASCII)
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
 CAUSES = {
@@ -59,7 +54,6 @@ CAUSES = {
     "bad_utf8": "not UTF-8",
     "bad_json": "not a JSON object",
     "no_text": "no text field, or not a string",
-    "bad_labels": f"labels are not one of {', '.join(LABELS)} per word",
     "duplicate": "the same record was read before",
     "empty": "no text",
     "no_prose": "article with headings, lists or references only",
@@ -146,13 +140,13 @@ def file_records(
     config: Config,
     skip: Skip,
     columns: tuple = (),
-    needed: tuple = (),
-    cause: str = "no_text",
+    needed: tuple[str, tuple] = ("no_text", ()),
     shuffled: bool = False,
 ) -> Iterator[Record]:
     """The records of files of any kind, one reader for passages, questions and benchmarks.
 
-    Of a parquet file the `columns` (all, if none is named); skip(cause, ...) if none of the `needed` ones is there.
+    Of a parquet file the `columns` (all, if none is named). needed: a cause and columns; a parquet file with none of
+    these is skipped for that cause.
     A txt file is one article, under config.text_field. shuffled: files and parquet rows come in an order of the seed.
     """
     top, files = source_path(config), list(files)
@@ -165,7 +159,7 @@ def file_records(
             skip("empty", str(path), "0 bytes")
         elif kind == "parquet":
             order = random.Random(f"{config.seed} {name}") if shuffled else None
-            yield from _parquet_records(path, name, columns, needed, cause, skip, order)
+            yield from _parquet_records((path, name), columns, needed, skip, order)
         elif kind == "txt":
             yield from _txt_records(path, name, config.text_field, skip)
         else:
@@ -202,12 +196,13 @@ def hub_records(
 
 
 def _parquet_records(
-    path: Path, name: str, wanted: tuple, needed: tuple, cause: str, skip: Skip, order: random.Random | None
+    file_name: tuple[Path, str], wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
 ) -> Iterator[Record]:
     """A broken row group costs that group; a broken table of contents (at the end: a file that was cut) the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    (path, name), (cause, needed) = file_name, needed
     broken = (OSError, ValueError, OverflowError, pa.ArrowException)
     try:
         file = pq.ParquetFile(path)
@@ -272,39 +267,25 @@ def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
 
 def _whole_json(path: Path, skip: Skip) -> list | None:
     """The records of a file that is one JSON value over one line or many; None for a file to be read line by line."""
-
-    def examples(value) -> list | None:
-        found = value.get("examples") if isinstance(value, dict) else value
-        return found if isinstance(found, list) else None
-
-    def parsed(text: bytes):
-        with suppress(ValueError, RecursionError):
-            return json.loads(text.decode("utf-8-sig"))
-
     try:
         with _open(path) as file:
-            head = first = file.readline(LINE_LIMIT)
-            while first and not first.strip():
-                first = file.readline(LINE_LIMIT)
-                head += first
-            opening = first.decode("utf-8-sig", "replace").strip()
-            value = parsed(first)
-            if opening[:1] not in ("[", "{") or (isinstance(value, dict) and examples(value) is None):
+            first = next((line for line in iter(lambda: file.readline(LINE_LIMIT), b"") if line.strip()), b"")
+            array = first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+            if not array and not path.name.lower().removesuffix(".gz").endswith(".json"):
                 return None
-            rest = file.read(ARRAY_LIMIT)
-            if len(rest) == ARRAY_LIMIT:
-                return None
-            value = json.loads((head + rest).decode("utf-8-sig"))
+            text = (first + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        lines = (line for line in rest.split(b"\n") if line.lstrip().startswith(b"{"))
-        if opening not in ("[", "{") or any(isinstance(parsed(line), dict) for line in lines):
+        if not array:
             return None
         skip("bad_json", f"{path}:{error.lineno}", error.msg)
         return []
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
         return None  # the reader of lines reports it
-    found = examples(value)
-    return [value] if found is None else found
+    if isinstance(value, dict):
+        examples = value.get("examples")
+        return examples if isinstance(examples, list) else [value]
+    return value if isinstance(value, list) else [value]
 
 
 def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:
@@ -396,7 +377,6 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
-        ours = [label in LABELS for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
@@ -405,14 +385,12 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             tally.skip("empty", where)
         elif SURROGATE.search(named):
             tally.skip("bad_utf8", where, "half of a surrogate pair")
-        elif any(ours) and not (all(ours) and len(ours) == len(labels) == len(text.split())):
-            tally.skip("bad_labels", where)
         elif digest in seen:
             tally.skip("duplicate", where, id_)
         else:
-            if labels is not None and not any(ours):
+            if labels is not None and not _label_words(labels, text):
                 if not tally.counts["labels_ignored"]:
-                    tally.log(one_line(f"data: {where}: labels are ignored, they are none of {', '.join(LABELS)}"))
+                    tally.log(one_line(f"data: {where}: labels are ignored, they are not one short name for each word"))
                 tally.counts["labels_ignored"] += 1
                 labels = None
             key = url or title or id_ or own_id
@@ -421,6 +399,13 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             seen.add(digest)
             ids.add(id_)
             yield Article(id_, title, url, text, labels, where, key)
+
+
+def _label_words(labels, text: str) -> bool:
+    return (
+        isinstance(labels, list) and len(labels) == len(text.split())
+        and all(isinstance(label, str) and LABEL.fullmatch(label) for label in labels)
+    )  # fmt: skip
 
 
 @dataclass
@@ -620,7 +605,7 @@ def build_index(
         records = hub_records(config.data, config.data_config, seed=config.seed, field=config.text_field)
     else:
         columns = (config.text_field, "id", "title", "url", "labels")
-        records = file_records(files, config, tally.skip, columns, columns[:1], "no_text", shuffled=True)
+        records = file_records(files, config, tally.skip, columns, ("no_text", columns[:1]), shuffled=True)
     with beside.open("w", encoding="utf-8") as out:
         for passage, article in cut(read_articles(records, config, tally), tokenizer, config, tally):
             out.write(json.dumps({**asdict(passage), "key": article.key}, ensure_ascii=False) + "\n")
@@ -764,155 +749,6 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
         for epoch in range(places[0] // size, places[-1] // size + 1)
     }
     return [corpus.train[orders[place // size][place % size]] for place in places]
-
-
-# ------------------------------------------------------------------------------------------------------------ questions
-
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
-TEXT_FIELDS = ("question", "problem", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "solution")
-CHOICE_FIELDS = ("options", "choices")
-FIELDS = (*TEXT_FIELDS, *ANSWER_FIELDS, *CHOICE_FIELDS, "reward_model")
-INSTRUCTIONS = (  # endings that data sets add to their questions
-    "Let's think step by step and output the final answer within \\boxed{}.",
-    'Let\'s think step by step and output the final answer after "####".',
-    "Please reason step by step, and put your final answer within \\boxed{}.",
-)
-
-
-@dataclass
-class Question:
-    """A task with a gold answer, ready for `check_answers`."""
-
-    id: str  # file and line or row, unique in the source
-    text: str
-    answer: str
-
-
-def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[list[Question], dict[str, int]]:
-    """Reads config.data whole (up to max_passages questions): the questions, and how many there are of each cause.
-
-    The counts hold `records` (those that could be read), `questions` and each cause of a skip that occurred, broken
-    files among them. The list is the same on every rank. Raises DataError when there is no question.
-    """
-    tally, questions = Tally(log), []
-    files = local_files(config, log)
-    if files is None:
-        records = hub_records(config.data, config.data_config, seed=config.seed)
-    else:
-        records = file_records(files, config, tally.skip, FIELDS, FIELDS, "no_question")
-    for where, place, record in records:
-        tally.counts["records"] += 1
-        question = read_question(record, place, where, tally.skip)
-        if question:
-            questions.append(question)
-            if len(questions) == config.max_passages:
-                log(one_line(f"data: max_passages={config.max_passages} reached at {where}; nothing further is read"))
-                break
-    tally.counts["questions"] = len(questions)
-    if not questions:
-        raise DataError(f"no usable question in {config.data}: skipped {tally.skipped()}{tally.first_problem}")
-    log(one_line(f"data: {len(questions):,} questions of {config.data}; skipped: {tally.skipped()}"))
-    return questions, dict(tally.counts)
-
-
-def read_question(record: dict, place: str, where: str, skip: Skip) -> Question | None:
-    r"""One record -> a question, or None after a call of skip(cause, where, detail).
-
-    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` has the answer `\frac12`.
-    """
-    names = f"fields are {', '.join(map(str, list(record)[:8]))}"
-    if any(record.get(name) for name in CHOICE_FIELDS):
-        skip("choices", where)
-    elif not (text := question_text(record)):
-        skip("no_question", where, names)
-    elif not (answer := gold_answer(record)):
-        skip("no_answer", where, names)
-    elif len(answer) > MAX_ANSWER_CHARS:
-        skip("no_answer", where, f"{len(answer)} characters")
-    elif SURROGATE.search(text + answer):
-        skip("bad_utf8", where, "half of a surrogate pair")
-    else:
-        return Question(place, text, answer)
-    return None
-
-
-def question_text(record: dict) -> str:
-    """The question as it stands, outer white space aside; empty if there is none. verl's prompt goes before others."""
-    verl = isinstance(record.get("reward_model"), dict)
-    for name in ("prompt", *TEXT_FIELDS) if verl else TEXT_FIELDS:
-        value = record.get(name)
-        if isinstance(value, list):
-            turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") != "system"]
-            one = len(turns) == 1 and turns[0].get("role") == "user"
-            value = turns[0].get("content") if one else None
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-    return ""
-
-
-def gold_answer(record: dict) -> str:
-    r"""What is right, as it would stand in the box; empty if there is nothing to check against.
-
-    >>> gold_answer({"answer": "6 + 4 = 10\n#### 1,000"}), gold_answer({"answer": 27.0}), gold_answer({"answer": "1/2"})
-    ('1000', '27', '1/2')
-    >>> gold_answer({"final_answer": ["$2$", "3"]}), gold_answer({"solution": "By symmetry, 7."})
-    ('$2$, 3', '')
-    """
-    model = record.get("reward_model")
-    if isinstance(model, dict):
-        return _gold(model.get("ground_truth"))
-    for name in ANSWER_FIELDS:
-        value = record.get(name)
-        if name == "final_answer" and isinstance(value, list):
-            parts = [_gold(part) for part in value]
-            answer = ", ".join(parts) if all(parts) else ""
-        else:
-            answer = _gold(value, only_marked=name == "solution")
-        if answer:
-            return answer
-    return ""
-
-
-def _gold(value, only_marked: bool = False) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool):
-        return ""
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return (str(int(value)) if value.is_integer() else repr(value)) if math.isfinite(value) else ""
-    if not isinstance(value, str):
-        return ""
-    return extract_gold(value) or ("" if only_marked else value.strip())
-
-
-def extract_gold(text: str) -> str | None:
-    r"""The answer of a worked solution: what follows #### on its last line (GSM8K), else its last \boxed{}; else None.
-
-    >>> extract_gold("48 / 2 = <<48/2=24>>24 clips, so 1,024 in all.\n#### 1,024"), extract_gold("A guess: 7.")
-    ('1024', None)
-    >>> extract_gold(r"#### Step 1" "\n" r"Halving gives $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
-    """
-    # cut by hand: a pattern tried at each # of a long line takes quadratic time
-    _, _, marked = text.strip().rpartition("\n")[2].partition("####")
-    answer = (marked or last_answer(text, "boxed") or "").strip()
-    if marked:
-        answer = answer.removeprefix("$")
-    return (answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer) or None
-
-
-def strip_instruction(text: str) -> str:
-    r"""The question without a data set's own instruction at its end, for a template that brings another.
-
-    >>> strip_instruction("What is 1 + 1? Let's think step by step and output the final answer within \\boxed{}.")
-    'What is 1 + 1?'
-    """
-    for ending in INSTRUCTIONS:
-        text = text.removesuffix(ending).rstrip()
-    return text
 
 
 def main() -> None:

@@ -12,18 +12,21 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import regex
 
 from config import Config
-from data import LABELS, UNSPACED
+from data import SENTENCE_END, UNSPACED
 from rewards import answerable, undo_latex, unquote
 
 if TYPE_CHECKING:
     from data import Passage
 MASK = "[mask]"
+KINDS = ("number", "name", "content", "function")
+"""Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
 HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
 OTHER = rf"[^{UNSPACED}]"
@@ -32,8 +35,6 @@ UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
 # A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
 WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
 WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
-LOOKAHEAD = 16
-"""Tokens of the continuation that `reward: prefix` compares with."""
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Mask:
     words: str
     """The span as the generator wrote it, outer white space stripped."""
     invalid: str = ""
-    """Why it cannot be used: no_answer, empty, not_answerable, too_many_words, too_long, not_in_passage,
-    too_many_occurrences, and prompt_too_long, which the caller sets. Empty: valid."""
+    """Why it cannot be used: no_answer, empty, not_answerable, function_words, too_many_words, too_long,
+    not_in_passage, too_many_occurrences, and prompt_too_long, which the caller sets. Empty: valid."""
     masked: str = ""
     """The passage with [mask]; empty if invalid, as are the following."""
     target: str = ""
@@ -54,7 +55,7 @@ class Mask:
     start: int = -1
     """Where the first replaced occurrence starts."""
     label: str = ""
-    """Kind of the words that were replaced, in a passage that labels its words."""
+    """Kind of the words that were replaced (label_of)."""
     prefixes: tuple[str, ...] = ()
     """Of a next-token mask: the hidden text up to each token border, what `reward: prefix` accepts."""
 
@@ -81,12 +82,12 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     """
     if words is None:
         return Mask("", invalid="no_answer")
-    words = _strip(words)
+    words = strip_hidden(words)
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     spans = _occurrences(words, passage.text, config.mask_rule)
     if not spans:  # as written; perhaps without the marks of LaTeX and markdown
-        plain = _strip(unquote(_strip(undo_latex(words))))
+        plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))
         if plain != words and not _fault(plain, config):
             words, spans = plain, _occurrences(plain, passage.text, config.mask_rule)
     if not spans:
@@ -94,7 +95,7 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     if len(spans) > config.max_occurrences:
         return Mask(words, invalid="too_many_occurrences", occurrences=len(spans))
     replaced = [rng.choice(spans)] if config.mask_rule.startswith("one_mask") else spans
-    return _replace(words, passage, replaced, occurrences=len(spans))
+    return _replace(words, passage, replaced, len(spans), config)
 
 
 def random_span(passage: Passage, config: Config, rng: random.Random) -> Mask:
@@ -130,12 +131,12 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
     ('red or [mask]', 'red', 2, 7, 'copy')
     """
     assert 0 <= start <= end <= len(passage.text), f"span {start}:{end} is outside of the passage"
-    words = _strip(passage.text[start:end])
+    words = strip_hidden(passage.text[start:end])
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     start = passage.text.index(words, start)
     occurrences = len(_occurrences(words, passage.text, config.mask_rule))
-    return _replace(words, passage, [(start, start + len(words))], occurrences)
+    return _replace(words, passage, [(start, start + len(words))], occurrences, config)
 
 
 def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Random) -> Mask | None:
@@ -151,36 +152,14 @@ def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Rand
     return mask_at(passage, *rng.choice(spans), config) if spans else None
 
 
-def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int) -> Mask:
-    """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
-
-    tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
-    if the token has no letter or digit. Source: the next-token baselines of PretrainZero, after RPT (arXiv 2506.08007).
-
-    >>> from types import SimpleNamespace
-    >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)
-    >>> mask = next_token_mask(passage, [(0, 4), (4, 7), (7, 11), (11, 12)], 1)
-    >>> mask.masked, mask.target, mask.prefixes
-    ('Bonn [mask]', 'is', ('is', 'is old', 'is old.'))
-    """
-    start, end = tokens[number]
-    target = _strip(passage.text[start:end])
-    if not answerable(target):
-        return Mask(target, invalid="not_answerable")
-    start = passage.text.index(target, start)
-    prefixes = tuple(passage.text[start:end] for _, end in tokens[number : number + LOOKAHEAD])
-    if target != prefixes[0].strip():
-        prefixes = (target, *prefixes)  # without the invisible characters at the token's end
-    label = _label(passage, [(start, start + len(target))])
-    return Mask(target, "", passage.text[:start] + MASK, target, 1, start, label, prefixes)
-
-
 def _fault(words: str, config: Config) -> str:
     """Why these words cannot be a mask in any passage; "" if they can."""
     if not words:
         return "empty"
     if not answerable(words):
         return "not_answerable"
+    if config.mask_content and set(words.lower().split()) <= set(config.function_words.split()):
+        return "function_words"
     if config.max_span_words and len(word_spans(words)) > config.max_span_words:
         return "too_many_words"
     if config.max_span_chars and len(words) > config.max_span_chars:
@@ -207,13 +186,13 @@ def _is_mark(char: str) -> bool:
     return char != "" and unicodedata.category(char).startswith("M")
 
 
-def _strip(text: str) -> str:
+def strip_hidden(text: str) -> str:
     """Without outer white space and invisible characters."""
     hidden = "".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"})
     return text.strip(hidden)
 
 
-def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int) -> Mask:
+def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int, config: Config) -> Mask:
     """The valid Mask with these spans, in order and without overlaps, replaced."""
     parts, position = [], 0
     for start, end in spans:
@@ -221,19 +200,40 @@ def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurre
         position = end
     masked = "".join(parts) + passage.text[position:]
     start, end = spans[0]
-    return Mask(words, "", masked, passage.text[start:end], occurrences, start, _label(passage, spans))
+    return Mask(words, "", masked, passage.text[start:end], occurrences, start, label_of(passage, spans, config))
 
 
-def _label(passage: Passage, spans: list[tuple[int, int]]) -> str:
-    """The label of the words that the spans touch; "" where the passage has no labels.
+def label_of(passage: Passage, spans: list[tuple[int, int]], config: Config) -> str:
+    """The label of the words that the spans touch: the passage's own, or their kind by form; of several, the first in
+    config.labels (or KINDS)."""
+    places, touched, before = _space_spans(passage.text), set(), "."
+    for (first, last), label in zip(places, passage.labels or [""] * len(places), strict=True):
+        word = passage.text[first:last]
+        if any(start < last and first < end for start, end in spans):
+            touched.add(label or kind_of_word(word, before, config))
+        before = word
+    return min(touched, key=rank_of(config))
 
-    Of several, the first in LABELS: one word of noise makes a mask unguessable.
+
+def rank_of(config: Config) -> Callable[[str], tuple]:
+    """Sorts labels: those that config.labels names, in its order, then others by the alphabet."""
+    order = config.labels.split() or KINDS
+    return lambda label: (order.index(label) if label in order else len(order), label)
+
+
+def kind_of_word(word: str, before: str, config: Config) -> str:
+    """One of KINDS, by form: a digit makes a number, config.function_words are known, a capital letter makes a name
+    unless the word before it ends a sentence.
+
+    >>> [kind_of_word(word, before, Config()) for word, before in (("Bonn,", "in"), ("Bonn", "old."), ("1810", "in"))]
+    ['name', 'content', 'number']
     """
-    if not passage.labels:
-        return ""
-    words = zip(_space_spans(passage.text), passage.labels, strict=True)
-    touched = {label for (first, last), label in words if any(start < last and first < end for start, end in spans)}
-    return min(touched, key=LABELS.index)
+    word = word[slice(*_trim(word, 0, len(word)))]
+    if any(char.isdigit() for char in word):
+        return "number"
+    if word.lower() in config.function_words.split():
+        return "function"
+    return "name" if word[:1].isupper() and not SENTENCE_END.search(before) else "content"
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:

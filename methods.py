@@ -14,25 +14,15 @@ from statistics import fmean
 
 from torch import nn
 
-from benchmarks.judge import check_answers
 from config import Config, ConfigError
-from data import Corpus, DataError, Passage, is_heldout, load_questions, strip_instruction
-from grpo import Group, Sample, add_ref_logprobs, make_samples, score
-from masking import MASK, Mask, make_mask, next_token_mask, random_span
+from data import Corpus, Passage
+from grpo import Group, Sample, add_ref_logprobs, make_samples
+from masking import Mask, make_mask, random_span
 from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
-from ranks import Ranks, gather
-from rewards import INVALID_MASK_REWARD, answerable, is_right, mask_rewards, prediction_reward
-from rollout import (
-    Rollout,
-    Sampler,
-    chat_frame,
-    derive_seed,
-    leading_ids,
-    mask_prompt,
-    predict_prompt,
-    question_prompt,
-    rollout,
-)
+from ranks import Ranks
+from relatives import next_token, rlp, rlvr
+from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
+from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
 
 
 @dataclass
@@ -68,7 +58,7 @@ class Task:
     """What each prediction earns in the update: any finite number."""
     proposal_reward: float | None = None
     """What the generator earns for this mask; None where a rule drew it, or before it is known."""
-    position: Position | None = None
+    position: rlp.Position | None = None
     """`rlp`: where in the text the thought is taken."""
 
     @property
@@ -138,42 +128,6 @@ def span_masks(run: Run, passage: Passage, count: int, rng: random.Random) -> li
     return [random_span(passage, run.config, rng) for _ in range(count)]
 
 
-def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
-    """`random_token`: the passage cut at random tokens, distinct while there are enough."""
-    spans = token_spans(run.sampler, passage.text)
-    places = candidates(spans, passage.text, entropies, run.config.entropy_share)
-    if len(places) >= count:
-        chosen = rng.sample(places, count)
-    else:
-        chosen = rng.choices(places, k=count) if places else []
-    return [next_token_mask(passage, spans, number) for number in chosen]
-
-
-def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
-    """`entropy_token`: the same among the tokens whose next-token entropy is highest under the frozen copy."""
-    by_id = {id(p): e for p, e in zip(passages, token_entropies(run, passages), strict=True)}
-    return masks_by_rule(lambda *drawn: token_masks(*drawn, entropies=by_id[id(drawn[1])]))(run, passages, step)
-
-
-def question_masks(run: Run, question: Passage, count: int, rng: random.Random) -> list[Mask]:
-    """`rlvr`: the question as the masked text, its gold answer as the target."""
-    return [Mask(question.answer, masked=question.text, target=question.answer, occurrences=1)]
-
-
-def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
-    """`rlp`: one random position of each text; the predictions will be thoughts, the target is the next token."""
-    sampler, frame, proposals = run.sampler, thought_frame(run.sampler), []
-    for number, passage in enumerate(passages):
-        rng = random.Random(derive_seed(run.config.seed, step, "draw", number))
-        position = draw_position(passage.text, sampler.tokenizer, frame, rng)
-        target = sampler.piece(position.target_id)
-        masked = sampler.tokenizer.decode(position.prefix_ids) + MASK
-        task = Task(passage, Mask(target, masked=masked, target=target, occurrences=1), position=position)
-        task.prompt_ids = thought_prompt(frame, position)
-        proposals.append([task])
-    return proposals
-
-
 def tasks_per_passage(config: Config, method: str) -> list[int]:
     """How many masks each passage of a step gets, so that responses add up to those of `active`.
 
@@ -191,51 +145,6 @@ def tasks_per_passage(config: Config, method: str) -> list[int]:
     return [total // passages + (number < total % passages) for number in range(passages)]
 
 
-def token_spans(sampler: Sampler, text: str) -> list[tuple[int, int]]:
-    """(start, end) of each token in characters of the text; special tokens left out."""
-    return sampler.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-
-
-def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] | None, share: float) -> list[int]:
-    """Numbers of the tokens to draw from: those with a letter or digit, but the first, which nothing precedes.
-
-    With entropies, only the `share` of these where they are highest (at least one). Source: RPT's filter as
-    PretrainZero applies it, top 20 %.
-
-    >>> candidates([(0, 1), (1, 3), (3, 4), (4, 6)], "A b! c", None, 0.5)
-    [1, 3]
-    >>> candidates([(0, 1), (1, 3), (3, 4), (4, 6)], "A b! c", [0.0, 0.1, 9.0, 0.2], 0.5)
-    [3]
-    """
-    places = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(text[start:end])]
-    if entropies is not None:
-        keep = max(1, int(share * len(places)))
-        places = sorted(sorted(places, key=lambda n: -entropies[n])[:keep])
-    return places
-
-
-def token_entropies(run: Run, passages: list[Passage]) -> list[list[float]]:
-    """Entropy of the next-token distribution at each token of each passage under the frozen copy, nats; packed."""
-    tokenizer = run.sampler.tokenizer
-    start = leading_ids(tokenizer)  # a beginning-of-sequence token, or nothing
-    texts = [tokenizer(passage.text, add_special_tokens=False).input_ids for passage in passages]
-    sequences = [(start, ids) if start else (ids[:1], ids[1:]) for ids in texts]
-    scores = score(run.reference, sequences, run.config, run.ranks)
-    return [([] if start else [0.0]) + entropies for _, entropies in scores]
-
-
-def question_corpus(config: Config, log=print) -> Corpus:
-    """The questions of config.data as passages with an answer, split by a hash of their text. Every rank reads them."""
-    questions, counts = load_questions(config, log)
-    train, heldout = [], []
-    for question in questions:
-        passage = Passage(question.id, "", "", strip_instruction(question.text), answer=question.answer)
-        (heldout if is_heldout(question.text, config.heldout) else train).append(passage)
-    if not train or not heldout:
-        raise DataError(f"{config.data}: {len(train)} questions to train on, {len(heldout)} held out; change heldout")
-    return Corpus(train, heldout, {**counts, "train": len(train), "heldout": len(heldout)})
-
-
 # --------------------------------------------------------------------------------------------------- predict and reward
 
 
@@ -248,34 +157,10 @@ def predict(run: Run, tasks: list[Task], step: int, ends: str = BOXED_OPENING) -
         task.predictions = group
 
 
-def predict_thoughts(run: Run, tasks: list[Task], step: int) -> None:
-    """`rlp`: a thought ends with its closing tag."""
-    predict(run, tasks, step, THINK_CLOSE)
-
-
 def grade_by_match(run: Run, tasks: list[Task]) -> None:
     """Right or wrong by the words of the mask (rewards.is_right)."""
     for task in tasks:
         task.correct = [int(is_right(task, response, run.config)) for response in task.predictions]
-
-
-def grade_by_maths(run: Run, tasks: list[Task]) -> None:
-    """`rlvr`: right or wrong by math-verify."""
-    answers = [[last_answer(response.text, "boxed") for response in task.predictions] for task in tasks]
-    verdicts = verify_predictions(answers, [task.mask.target for task in tasks], run.config, run.ranks)
-    for task, group in zip(tasks, verdicts, strict=True):
-        task.correct = [int(right) for right in group]
-
-
-def verify_predictions(
-    answers: list[list[str | None]], golds: list[str], config: Config, ranks: Ranks
-) -> list[list[float]]:
-    """math-verify's verdict on every answer, 1 or 0; each rank checks its share of the questions in a child process."""
-    mine = list(zip(golds, answers, strict=True))[ranks.rank :: ranks.world]
-    flat = check_answers([(gold, answer) for gold, group in mine for answer in group], config.verify_seconds)
-    verdicts = iter(flat)
-    parts = gather([[[next(verdicts) for _ in group] for _, group in mine]])
-    return [parts[number % ranks.world][number // ranks.world] for number in range(len(golds))]
 
 
 def reward(run: Run, method: Method, proposals: list[list[Task]], tasks: list[Task], step: int) -> list[Group]:
@@ -321,12 +206,16 @@ def grpo_samples(run: Run, groups: list[Group], tasks: list[Task], passages: lis
 
 
 def answer_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
-    """`sft`: the masked words as the answer to the prediction prompt."""
+    """`sft`: the masked words as the answer to the prediction prompt; with `sft_mask` also to the generator's."""
     tokenizer, rollouts = run.sampler.tokenizer, []
     for task in tasks:
-        text = run.config.sft_answer.replace("{answer}", task.mask.target)
-        ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        rollouts.append(given_rollout(task.prompt_ids, ids))
+        pairs = [(task.prompt_ids, run.config.sft_answer)]
+        if run.config.sft_mask:
+            pairs.append((mask_prompt(run.sampler, task.passage.text), run.config.sft_mask))
+        for prompt_ids, completion in pairs:
+            text = completion.replace("{answer}", task.mask.target)
+            ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            rollouts.append(given_rollout(prompt_ids, ids))
     return given_samples(rollouts)
 
 
@@ -345,183 +234,6 @@ def given_samples(rollouts: list[Rollout]) -> list[Sample]:
 def given_rollout(prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
     """A completion that nobody sampled, so that no sampler log-probs exist."""
     return Rollout(prompt_ids, completion_ids, [], "", "given")
-
-
-# ------------------------------------------------------------------------------------------------------------------ rlp
-# Reinforcement learning pretraining (arXiv 2510.01265). A thought c before token x_t earns
-# log p_policy(x_t | x_<t, c) - log p_average(x_t | x_<t), teacher-forced; the average follows the policy.
-
-THOUGHT_PROMPT = """The text below breaks off. Think briefly about what it has said and what has to come next, inside <think> and </think>. Then continue the text with its very next word.
-
-Text:
-{passage}
-
-"""  # noqa: E501 (a line break inside a sentence would be part of the prompt)
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-MIN_PREFIX = 8
-"""Tokens that the model reads before the first position that may be drawn: less text says nothing of what follows."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The token ids around texts and thoughts, fixed for a run."""
-
-    start_ids: list[int]
-    """What the tokenizer puts in front of any text (a beginning-of-sequence token, or nothing)."""
-    head_ids: list[int]
-    """The sampling prompt before the text."""
-    tail_ids: list[int]
-    """The sampling prompt after the text; its end is open_ids."""
-    open_ids: list[int]
-    close_ids: list[int]
-    longest_prefix: int
-    """Tokens of text that fit, so that neither the prompt nor a context with an empty thought exceeds the limit."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """One place in a text: the tokens before it, without special ones, and the token there."""
-
-    prefix_ids: list[int]
-    target_id: int
-
-
-def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str, str] | None = None) -> Frame:
-    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}.
-
-    With a chat template the request is one user turn and the thought opens the answer.
-    Raises ConfigError if {passage} does not stand in it once, or if there is no room for MIN_PREFIX tokens of text.
-    """
-    if template.count("{passage}") != 1:
-        raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
-    chat = chat or chat_frame(tokenizer)
-    head, tail = (template.join(chat) if chat else template).split("{passage}")
-    # The template writes its own special tokens; plain text gets those that the tokenizer puts in front
-    start_ids = leading_ids(tokenizer)
-    head_ids, open_ids, close_ids, tail_ids = (
-        tokenizer(text, add_special_tokens=False).input_ids for text in (head, THINK_OPEN, THINK_CLOSE, tail)
-    )
-    head_ids = head_ids if chat else start_ids + head_ids
-    asked = len(head_ids + tail_ids + open_ids)
-    scored = len(start_ids + open_ids + close_ids) + 1
-    room = max_prompt_tokens - max(asked, scored)
-    if room < MIN_PREFIX:
-        raise ConfigError(
-            f"max_prompt_tokens={max_prompt_tokens}: must be at least {max_prompt_tokens - room + MIN_PREFIX}, "
-            f"{MIN_PREFIX} tokens of text and the frame of rlp_prompt"
-        )
-    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, room)
-
-
-def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:
-    """One uniformly random position t >= MIN_PREFIX of a text. A text that is too long before t loses its beginning.
-
-    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out.
-    """
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) <= MIN_PREFIX:
-        raise ValueError(f"a text of {len(ids)} tokens has no position after {MIN_PREFIX}: {text[:60]!r}")
-    t = rng.randrange(MIN_PREFIX, len(ids))
-    return Position(ids[max(0, t - frame.longest_prefix) : t], ids[t])
-
-
-def thought_prompt(frame: Frame, position: Position) -> list[int]:
-    """What a thought is sampled from, token ids: the request around the text, and the tag that opens the thought."""
-    return frame.head_ids + position.prefix_ids + frame.tail_ids
-
-
-def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
-    """A thought as it is scored, token ids: opening tag, sampled tokens, closing tag.
-
-    A thought cut at the limit is closed here, and so is one that ended the sequence, whose EOS would part the text from
-    x_t and is left out. The rollout keeps its sampled tokens, so what is added or left out here moves no gradient.
-
-    With <think> = 7, </think> = 8, EOS = 0: [5, 6, 8] "answer" -> [7, 5, 6, 8];  [5, 6] "length" -> [7, 5, 6, 8];
-    [5, 0] "eos" -> [7, 5, 8].
-    """
-    if rollout.finish == "answer":
-        return frame.open_ids + rollout.completion_ids
-    thought = rollout.completion_ids[:-1] if rollout.finish == "eos" else rollout.completion_ids
-    return frame.open_ids + thought + frame.close_ids
-
-
-def information_gain(
-    run: Run, positions: list[Position], thoughts: list[list[list[int]]], frame: Frame
-) -> list[list[float]]:  # fmt: skip
-    """Reward of each thought of each position: log p_policy(x_t | text, thought) - log p_reference(x_t | text), nats.
-
-    thoughts[i]: of positions[i], as close_thought leaves them; [] is no thought and no tags. At temperature 1, which is
-    what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank; costs a forward
-    of the policy over all texts with thoughts and one of the reference over the texts.
-
-    p(x_t) of 0.2 by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
-    """
-    texts = [frame.start_ids + position.prefix_ids for position in positions]
-    targets = [[position.target_id] for position in positions]
-    informed = [
-        (text + thought, target)
-        for text, target, group in zip(texts, targets, thoughts, strict=True)
-        for thought in group
-    ]
-    with_thought = iter(score(run.policy, informed, run.config, run.ranks))
-    baselines = score(run.reference, list(zip(texts, targets, strict=True)), run.config, run.ranks)
-    return [
-        [next(with_thought)[0][0] - baseline for _ in group]
-        for (baseline,), group in zip((logprobs for logprobs, _ in baselines), thoughts, strict=True)
-    ]
-
-
-def thought_frame(sampler: Sampler) -> Frame:
-    """The tokens around texts and thoughts in this run."""
-    config = sampler.config
-    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
-
-
-def grade_thoughts(run: Run, tasks: list[Task]) -> None:
-    """`rlp`: each thought earns its information gain, nats; nothing is right or wrong."""
-    frame = thought_frame(run.sampler)
-    thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
-    gains = information_gain(run, [task.position for task in tasks], thoughts, frame)
-    for task, group in zip(tasks, gains, strict=True):
-        task.rewards = group
-
-
-def gains_without_thought(run: Run, passages: list[Passage]) -> dict:
-    """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
-    an empty pair of think tags (not 0: the tags alone move the next token; a thought first earns that back)."""
-    frame = thought_frame(run.sampler)
-    positions = [task.position for tasks in propose_positions(run, passages, 0) for task in tasks]
-    means = {}
-    for name, thought in (("no_thought", []), ("empty_thought", frame.open_ids + frame.close_ids)):
-        gains = information_gain(run, positions, [[thought]] * len(positions), frame)
-        means[f"rlp/{name}_gain"] = fmean(gain for (gain,) in gains)
-    return means
-
-
-def rlp_advantages(rewards: list[float]) -> list[float]:
-    """A_i = G / (G - 1) (r_i - mean r): each thought against the mean of the others; G >= 2.
-
-    >>> [round(advantage, 3) for advantage in rlp_advantages([0.9, 0.1, -0.3, 0.1])]
-    [0.933, -0.133, -0.667, -0.133]
-    """
-    scale, mean = len(rewards) / (len(rewards) - 1), fmean(rewards)
-    return [scale * (reward - mean) for reward in rewards]
-
-
-def thought_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
-    """`rlp`: every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens).
-
-    No group is dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for
-    its length.
-    """
-    samples = [
-        Sample(rollout, advantage, group=number)
-        for number, group in enumerate(groups)
-        for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True)
-    ]
-    for sample in samples:
-        sample.weight = 1 / (len(samples) * len(sample.rollout.completion_ids))
-    return samples
 
 
 # ------------------------------------------------------------------------------------------------------- the methods
@@ -545,6 +257,8 @@ class Method:
     """The model proposes the masks itself and is trained on that, too."""
     one_task: bool = False
     """One task for each passage; else as many as make the responses add up to those of `active`."""
+    at_start: Callable[[Run, list[Passage]], dict] | None = None
+    """(run, passages of step 0) -> metrics of the row before training."""
     reference: str = ""
     """`frozen` or `average`: the second copy of the model that the method needs."""
     template: Callable[[Config], str] = lambda config: config.predict_prompt or PREDICT_PROMPT
@@ -573,24 +287,24 @@ METHODS = {
     ),
     "random_token": Method(
         "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
-        masks_by_rule(token_masks), next_token=True,
+        masks_by_rule(next_token.token_masks), next_token=True,
     ),
     "entropy_token": Method(
         "texts were cut where the start model was least sure of the next token; the model found it by chain of "
         "thought and was trained by GRPO",
-        propose_entropy_tokens, next_token=True, reference="frozen",
+        next_token.propose_entropy_tokens, next_token=True, reference="frozen",
     ),
     "rlvr": Method(
         "questions with known answers, checked by math-verify; GRPO",
-        masks_by_rule(question_masks), grade=grade_by_maths, one_task=True, questions=True, warmup=False,
+        masks_by_rule(rlvr.question_masks), grade=rlvr.grade_by_maths, one_task=True, questions=True, warmup=False,
         template=lambda config: config.question_prompt or QUESTION_PROMPT, example="What is 7 times 8?",
     ),
     "rlp": Method(
         "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
         "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
-        propose_positions, predict_thoughts, grade_thoughts, thought_samples,
-        one_task=True, reference="average", warmup=False, template=lambda config: config.rlp_prompt or THOUGHT_PROMPT,
-        opening=THINK_OPEN, example="The Rhine rises in the Alps and",
+        rlp.propose_positions, lambda *given: predict(*given, rlp.THINK_CLOSE), rlp.grade_thoughts, rlp.thought_samples,
+        at_start=rlp.gains_without_thought, one_task=True, reference="average", warmup=False, opening=rlp.THINK_OPEN,
+        template=lambda config: config.rlp_prompt or rlp.THOUGHT_PROMPT, example="The Rhine rises in the Alps and",
     ),
     "sft": Method(
         "masked words as a question, answered without a thought; cross-entropy on the answers",
@@ -629,8 +343,9 @@ def check_methods(config: Config) -> None:
     if config.reward == "prefix" and not all(method.next_token for method in methods):
         known = " and ".join(name for name, method in METHODS.items() if method.next_token)
         raise ConfigError(f"reward='prefix': for {known} only, not {names}")
-    if config.method == "rlp" and config.min_passage_tokens <= MIN_PREFIX:
-        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be {MIN_PREFIX + 1} or more with rlp")
+    if config.method == "rlp" and config.min_passage_tokens <= rlp.MIN_PREFIX:
+        least = rlp.MIN_PREFIX + 1
+        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be {least} or more with rlp")
     if config.kl and any(method.samples is not grpo_samples for method in methods):
         raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
     if config.offload and needs_reference(config):

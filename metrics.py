@@ -31,7 +31,7 @@ import torch
 
 from config import Config, dump_config
 from grpo import Group, Sample, bundle, bundle_length, keep_group
-from masking import LABELS, word_spans
+from masking import KINDS, word_spans
 from methods import METHODS, Task
 from model import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
@@ -330,7 +330,8 @@ def role_metrics(role: str, groups: list[Group], sampler: Sampler, opening: str)
 
 
 def mask_metrics(proposals: list[list[Task]]) -> dict:
-    """What the generator chooses. Shares of labels and means are over valid masks, causes over all responses."""
+    """What the generator chooses. Shares and means are over valid masks, causes over all responses; top_word_share is
+    the share of a step's masks that name the same words: near 1, both roles have agreed on an answer."""
     valid = [task for tasks in proposals for task in tasks if not task.mask.invalid]
     proposed = sum(map(len, proposals))
     metrics = {
@@ -338,12 +339,13 @@ def mask_metrics(proposals: list[list[Task]]) -> dict:
         "gen/distinct": mean([len({t.mask.words for t in tasks if not t.mask.invalid}) for tasks in proposals]),
         "gen/span_words": mean([len(word_spans(task.mask.target)) for task in valid]),
         "gen/occurrences": mean([task.mask.occurrences for task in valid]),
+        "gen/top_word_share": max(Counter(task.mask.words for task in valid).values(), default=0) / max(1, len(valid)),
     }
     causes = Counter(task.mask.invalid for tasks in proposals for task in tasks if task.mask.invalid)
     metrics |= {f"gen/invalid_{cause}": count / proposed for cause, count in sorted(causes.items())}
     labelled = [task.mask.label for task in valid if task.mask.label]
-    stand = {label for task in valid if task.mask.label for label in task.passage.labels}
-    metrics |= {f"gen/share_{label}": labelled.count(label) / len(labelled) for label in LABELS if label in stand}
+    stand = {label for task in valid if task.mask.label for label in task.passage.labels or KINDS}
+    metrics |= {f"gen/share_{label}": labelled.count(label) / len(labelled) for label in sorted(stand)}
     return metrics
 
 
@@ -364,6 +366,20 @@ def mean(values: list) -> float:
     return fmean(values) if values else 0.0
 
 
+def agreement_warning(rows: list[dict]) -> str:
+    """A line where training accuracy has risen by 0.2 and the held-out probe has not moved, else "". rows: those of
+    metrics.jsonl, up to one with a probe. The first and last five steps with graded predictions are compared."""
+    steps = [row["pred/accuracy"] for row in rows if row.get("pred/responses")]
+    probes = [row["probe/accuracy"] for row in rows if "probe/accuracy" in row]
+    if len(steps) < 10 or mean(steps[-5:]) - mean(steps[:5]) < 0.2 or max(probes[1:]) - probes[0] >= 0.02:
+        return ""
+    return (
+        f"WARNING: training accuracy rose from {mean(steps[:5]):.2f} to {mean(steps[-5:]):.2f}, held-out accuracy did "
+        f"not ({probes[0]:.3f} to {probes[-1]:.3f}): both roles may have agreed on an answer (gen/top_word_share "
+        f"{rows[-1].get('gen/top_word_share', 0.0):.2f})"
+    )
+
+
 def step_line(row: dict, steps: int) -> str:
     """One line of the terminal, with what the step's method has to say."""
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
@@ -373,7 +389,8 @@ def step_line(row: dict, steps: int) -> str:
         parts[0] += f"  reward {row['reward']:.3f}"
     if row["gen/responses"]:
         valid, length = row["gen/valid_rate"], row["gen/length_mean"]
-        parts.append(f"gen {row['gen/reward']:.3f} valid {valid:.2f} len {length:.0f}")
+        top = row["gen/top_word_share"]
+        parts.append(f"gen {row['gen/reward']:.3f} valid {valid:.2f} top {top:.2f} len {length:.0f}")
     if row["pred/responses"]:
         zero, one, length = row["pred/accuracy_zero"], row["pred/accuracy_one"], row["pred/length_mean"]
         graded = sum(row["pred/accuracy_histogram"])  # rlp's thoughts are neither right nor wrong

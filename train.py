@@ -23,62 +23,20 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import (
-    check_same_run,
-    find_checkpoint,
-    finish_save,
-    load_checkpoint,
-    make_saver,
-    resume_notes,
-    save_checkpoint,
-    settle,
-)
+    check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
+)  # fmt: skip
 from config import Config, ConfigError, parse_command_line
 from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
-from methods import (
-    METHODS,
-    Method,
-    Run,
-    Task,
-    gains_without_thought,
-    method_at,
-    methods_of,
-    needs_reference,
-    question_corpus,
-    reward,
-    thought_frame,
-)
+from methods import METHODS, Method, Run, Task, method_at, needs_reference, reward
 from metrics import (
-    append_row,
-    clock,
-    close_log,
-    describe,
-    keep_rows,
-    largest_memory,
-    log_row,
-    open_run,
-    read_rows,
-    sample_rows,
-    save_prompts,
-    step_line,
-    step_metrics,
-    summary_table,
-    unwritten,
-    write_whole,
-)
-from model import (
-    build_policy,
-    build_reference,
-    check_device,
-    decide_checkpointing,
-    ema_update,
-    load_replica,
-    load_tokenizer,
-    memory_warnings,
-    refresh,
-)
+    agreement_warning, append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows,
+    sample_rows, save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
+)  # fmt: skip
+from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
+from relatives.rlvr import question_corpus
 from rollout import chat_frame, check_prompts, make_sampler
 
 
@@ -164,6 +122,9 @@ def log_step(run: Run, row: dict, start: float, say) -> None:
     if run.ranks.rank == 0:
         log_row(Path(run.config.run_dir), row, run.config)
     say(step_line(row, run.config.steps))
+    if "probe/accuracy" in row and run.ranks.rank == 0:
+        if warning := agreement_warning(read_rows(Path(run.config.run_dir) / "metrics.jsonl")):
+            say(warning)
 
 
 def measure(run: Run, row: dict) -> None:
@@ -184,8 +145,8 @@ def first_row(run: Run, say) -> dict:
     begin_step(0)
     row = {"step": 0, "method": run.config.method}
     measure(run, row)
-    if METHODS[run.config.method].reference == "average":
-        row |= gains_without_thought(run, step_passages(run.corpus, run.config, 0))
+    if at_start := METHODS[run.config.method].at_start:
+        row |= at_start(run, step_passages(run.corpus, run.config, 0))
     parts = [f"probe accuracy {row['probe/accuracy']:.3f} sampled, {row['probe/accuracy_greedy']:.3f} greedy"]
     say("step 0: " + ", ".join([*parts, *(f"{exam.name} {row[f'eval/{exam.name}']:.2f}" for exam in run.probe.exams)]))
     return row
@@ -316,6 +277,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     if not Path(config.model).expanduser().exists():
         say(f"loading {config.model}; the first time from the hub")
     replica = load_replica(config, ranks)
+    from bench.memory import decide_checkpointing, memory_warnings  # arithmetic of a tool, once
+
     trained = decide_checkpointing(replica.config, config, ranks)
     for line in memory_warnings(replica.config, trained, ranks):
         say(line)
@@ -325,8 +288,6 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
     sampler = make_sampler(replica, tokenizer, config, ranks, frame)
     check_prompts(sampler)
-    if any(method.reference == "average" for method in methods_of(config)):
-        thought_frame(sampler)  # raises now if its prompt does not fit
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
     run = Run(config, ranks, corpus, sampler, policy, reference, optimizer, probe)

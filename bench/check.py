@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import model
 from bench import costs
+from bench.memory import gpu_memory, shape_of
 from bench.step import NEVER, make_run, random_sampler
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import Config, read_config
@@ -27,7 +28,7 @@ PROMPT, COUNT, TOKENS = 48, 4, 32
 def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
     """The names of the checks that failed, the same on every rank; every rank calls it."""
     cuda, failed, architecture = ranks.device.type == "cuda", [], costs.architecture(config.model)
-    shape, near = model.shape_of(architecture), 1e-4 if config.dtype == "float32" else 0.02
+    shape, near = shape_of(architecture), 1e-4 if config.dtype == "float32" else 0.02
     prompts = torch.randint(shape.vocab, (8, PROMPT), generator=torch.Generator().manual_seed(config.seed)).tolist()
 
     @contextmanager
@@ -95,7 +96,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         row, before = {}, first.to_local().clone()
         with largest_memory(row):
             row |= update(run.policy, run.optimizer, samples, run.config, ranks, 0)
-        planned = sum(model.gpu_memory(shape, run.config, ranks.per_node or ranks.world)["training"].values()) / 1e9
+        planned = sum(gpu_memory(shape, run.config, ranks.per_node or ranks.world)["training"].values()) / 1e9
         note(f"{row['trained_tokens']} tokens; {row['peak_memory_gb']:.2f} GB, {planned:.2f} by plan for a GPU")
         assert not before.equal(first.to_local()) and not (cuda and row["peak_memory_gb"] > 1.05 * planned), "see there"
     with check("refresh") as note:  # the sampler has the new weights, and no key of the old ones

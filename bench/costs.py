@@ -16,8 +16,8 @@ from statistics import fmean
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
+from bench.memory import Shape, gpu_memory, value_bytes
 from config import Config, ConfigError
-from model import Shape, gpu_memory, value_bytes
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from bench import costs
 from bench.costs import GPUS, Bundle, Gpu, cache_room
+from bench.memory import Shape, activation_bytes, gpu_memory, must_recompute, shape_of, value_bytes
 from bench.options import Options, complete, phases, split_words, text_table
 from config import Config, read_config
 from methods import METHODS, answer_samples, tasks_per_passage
-from model import Shape, activation_bytes, gpu_memory, must_recompute, shape_of, value_bytes
 
 GB = 1e9
 

@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 import model
 from bench import costs
 from bench.costs import Bundle, Gpu
+from bench.memory import Shape, decide_checkpointing, shape_of, value_bytes
 from bench.options import WORDS, Options, Phase, complete, phases, split_words, text_table
 from config import Config, read_config
 from data import Corpus, Passage
@@ -80,7 +81,7 @@ def make_run(sampler: Sampler) -> Run:
     """The trainer for a sampler, whose responses no end-of-sequence ends from here on. Every rank calls it."""
     replica, ranks = sampler.replica, sampler.ranks
     sampler.eos_ids = {replica.config.vocab_size}  # an id that cannot be sampled
-    config = model.decide_checkpointing(replica.config, sampler.config, ranks)
+    config = decide_checkpointing(replica.config, sampler.config, ranks)
     policy = model.build_policy(replica, config, ranks)
     text = Corpus([Passage("", "", "", "words")], [], {})  # nobody reads it
     run = Run(config, ranks, text, sampler, policy, None, make_optimizer(policy, config))
@@ -172,7 +173,7 @@ def one_step(run: Run, works: list[Work], number: int) -> StepTimes:
 # ---- rows and tables
 
 
-def time_row(run: Run, works: list[Work], shape: model.Shape, gpu: Gpu | None, repeats: int) -> dict:
+def time_row(run: Run, works: list[Work], shape: Shape, gpu: Gpu | None, repeats: int) -> dict:
     """A warm-up step and `repeats` more: one row of the table. Every rank calls it and gets the same."""
     steps = [one_step(run, works, number) for number in range(repeats + 1)]
     seconds = {key: statistics.median(one.seconds[key] for one in steps[1:]) for key in steps[0].seconds}
@@ -182,7 +183,7 @@ def time_row(run: Run, works: list[Work], shape: model.Shape, gpu: Gpu | None, r
     memory = gather([(one.training_gb, one.cache_tokens, one.cache_gb) for one in steps])
     room, at_once, least = min(cache for _, cache, _ in memory), run.config.max_requests or costs.REQUESTS, {}
     for work in works if gpu else ():
-        prompt, width = len(work.prompts[0]), model.value_bytes(run.config)
+        prompt, width = len(work.prompts[0]), value_bytes(run.config)
         slots = costs.slots_for(room, prompt, sum(work.limits, []), at_once)
         least[work.phase.name] = costs.decode_limit(shape, gpu, prompt, work.limits, run.ranks.world, slots, width)
     return {
@@ -209,7 +210,7 @@ def known_gpu() -> Gpu | None:
 def time_rows(config: Config, options: Options, ranks: Ranks) -> dict:
     """All rows, and what they were measured on. Every rank calls it and gets the same. The options must be complete."""
     hf_config = costs.architecture(config.model)
-    shape, gpu, rows = model.shape_of(hf_config), known_gpu(), {}
+    shape, gpu, rows = shape_of(hf_config), known_gpu(), {}
     run = make_run(random_sampler(config, hf_config, ranks))
     lognormal, count = (options.mean_response, options.sigma), config.predictions_per_mask
     plan = {"lognormal": (phases(config), *lognormal), "equal": (phases(config), options.equal, 0.0)}
@@ -228,7 +229,7 @@ def time_rows(config: Config, options: Options, ranks: Ranks) -> dict:
         "environment": environment().split("\n")[:-1], "gpu": asdict(gpu) if gpu else None, "world": ranks.world,
         "attention": model.describe_attention(run.sampler.replica), "shape": asdict(shape),
         "options": {key: getattr(options, key) for key in WORDS["step"]}, "config": asdict(run.config), "rows": rows,
-        "cache_bytes_per_token": costs.cache_bytes(shape, model.value_bytes(config)),
+        "cache_bytes_per_token": costs.cache_bytes(shape, value_bytes(config)),
     }  # fmt: skip
 
 

@@ -30,8 +30,9 @@ from benchmarks.judge import MAX_ANSWER_CHARS, check_answers
 from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
 from benchmarks.letters import last_number as number_in
 from config import Config, ConfigError
-from data import CAUSES, SURROGATE, DataError, Skip, file_records, gold_answer, hub_records, local_files
+from data import CAUSES, SURROGATE, DataError, Skip, file_records, hub_records, local_files
 from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, last_answer
+from relatives.rlvr import gold_answer
 
 Names = str | tuple[str, ...]
 

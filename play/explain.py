@@ -15,11 +15,12 @@ from statistics import fmean
 
 import torch
 
+from bench.memory import decide_checkpointing
 from config import Config, ConfigError
 from data import build_index, load_corpus
 from grpo import Group, Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import Run, Task
-from model import build_policy, build_reference, decide_checkpointing, load_replica, load_tokenizer
+from model import build_policy, build_reference, load_replica, load_tokenizer
 from prompts import last_answer
 from ranks import Ranks
 from rollout import Rollout, Sampler, check_prompts, make_sampler, mask_prompt

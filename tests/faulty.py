@@ -31,6 +31,7 @@ import ranks as stopping
 import train
 import train as start
 from benchmarks import verify
+from report import card
 
 POINTS = {
     # name: (where the function is looked up, its name, the phase that ranks.py must name there, n-th call in it)
@@ -54,7 +55,7 @@ POINTS = {
     # in threads, while the main thread goes on
     "save, shards": (FileSystemWriter, "write_data", "", 1),
     "save, export": (nn.Module, "state_dict", "", 1),
-    "save, card": (checkpoint, "write_card", "", 1),
+    "save, card": (card, "write_card", "", 1),
     "save, manifest": (checkpoint, "write_whole", "", 1),
     "save, rename": (Path, "rename", "", 1),
     "save, latest": (os, "replace", "", 2),  # after that of the manifest

@@ -15,13 +15,7 @@ from statistics import fmean, stdev
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    SmolLM3Config,
-)  # fmt: skip
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
 from config import Config
 from data import Corpus, Passage

@@ -14,10 +14,10 @@ import model
 from bench import check
 from bench import step as timing
 from bench.costs import GPUS, Bundle, architecture, decode_limit, train_flops
+from bench.memory import shape_of
 from bench.options import Options, Phase, complete, split_words
 from bench.step import NEVER, StepTimes, Work, make_work, one_step, random_sampler, time_rows
 from config import Config, ConfigError, read_config
-from model import shape_of
 from rollout import generate, predict_prompt
 
 SMALL = ["passages_per_step=2", "masks_per_passage=2", "predictions_per_mask=4"]

@@ -18,27 +18,18 @@ from huggingface_hub import ModelCard
 from reference import TINY_BASE
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import checkpoint
 import metrics as evidence
 from checkpoint import (
-    check_same_run,
-    damage,
-    exported_model,
-    find_checkpoint,
-    finish_save,
-    known_base,
-    make_saver,
-    model_card,
-    model_fingerprint,
-    resume_notes,
+    check_same_run, damage, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint, resume_notes,
     save_checkpoint,
-    write_card,
-)
+)  # fmt: skip
 from config import Config, ConfigError, dump_config
 from grpo import make_optimizer
 from methods import METHODS
 from metrics import append_row, read_rows, unwritten
 from model import build_policy
+from report import card as card_module
+from report.card import known_base, model_card, write_card
 from rollout import predict_prompt
 from train import open_or_resume
 
@@ -316,7 +307,7 @@ def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, t
         assert known_base(str(base)) == ({}, {})
     assert known_base("owner/base") == ({"base_model": "owner/base"}, {})
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
-    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
+    monkeypatch.setattr(card_module, "try_to_load_from_cache", lambda *words: str(base / "README.md"))
     assert known_base("owner/base")[1] == {"license": "other", "license_name": "own", "license_link": "LICENSE"}
 
 
@@ -419,7 +410,7 @@ def test_a_card_that_fails_costs_a_line_and_no_checkpoint(trained, ranks, monkey
         (folder / "README.md").write_text("half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "write_card", fail)
+    monkeypatch.setattr(card_module, "write_card", fail)
     path = saved(trained(), ranks, 3)
     assert "WARNING: no model card in the checkpoint of step 3" in capsys.readouterr().err
     assert damage(path) == "" and not list((path / "hf").glob("README*"))

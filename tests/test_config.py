@@ -6,7 +6,8 @@ import pytest
 from reference import ROOT
 
 from config import RANGES, Config, ConfigError, dump_config, parse_command_line, read_config
-from methods import METHODS, MIN_PREFIX
+from methods import METHODS
+from relatives.rlp import MIN_PREFIX
 
 LOCAL = ["model=assets/tiny_base", "data=assets/tiny_wiki.jsonl.gz"]
 

@@ -22,7 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from config import Config
-from data import Corpus, DataError, Passage, build_index, load_corpus, load_questions, paragraphs, step_passages
+from data import Corpus, DataError, Passage, build_index, load_corpus, paragraphs, step_passages
+from relatives import rlvr
+from relatives.rlvr import load_questions
 
 # in the hub's layout: headings on lines of their own, list items indented, references at the end
 LIGHTHOUSE = """The Bell Rock Lighthouse, off the coast of Angus, is the oldest sea-washed lighthouse that survives.
@@ -257,7 +259,7 @@ def test_labelled_records_are_taken_whole_and_untouched(tmp_path, tokenizer):
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert (rows[0]["id"], rows[0]["text"], rows[0]["labels"]) == ("r#0", text, labels)
     assert rows[1]["labels"] is None and len(rows) == 2
-    assert counts["bad_labels"] == 1
+    assert counts["labels_ignored"] == 1
 
 
 # ---- what is skipped
@@ -762,14 +764,14 @@ VERL = {
 }  # fmt: skip
 
 
-def asked(path: Path, **changes) -> tuple[list[data.Question], dict[str, int], list[str]]:
+def asked(path: Path, **changes) -> tuple[list[Passage], dict[str, int], list[str]]:
     log: list[str] = []
     questions, counts = load_questions(Config(data=str(path), **changes), log.append)
     return questions, counts, log
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(data).attempted >= 3 and doctest.testmod(data).failed == 0
+    assert doctest.testmod(rlvr).attempted >= 3 and doctest.testmod(rlvr).failed == 0
 
 
 def test_verl_as_parquet_with_its_nested_columns(tmp_path):
@@ -801,10 +803,10 @@ def test_verl_as_parquet_with_its_nested_columns(tmp_path):
 )  # fmt: skip
 def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
     [question] = asked(write_jsonl(tmp_path / "one.jsonl", [record]))[0]
-    assert question == data.Question("one.jsonl:1", data.question_text(record), answer)
+    assert question == Passage("one.jsonl:1", "", "", rlvr.question_text(record), answer=answer)
     system = {"role": "system", "content": "Be brief."}
     verl = VERL | {"question": "the bare one", "prompt": [system, *VERL["prompt"]]}  # its prompt goes before others
-    assert data.question_text(verl) == VERL["prompt"][0]["content"]
+    assert rlvr.question_text(verl) == VERL["prompt"][0]["content"]
 
 
 NO_QUESTION = [

@@ -13,25 +13,14 @@ import pytest
 from reference import ROOT, TINY_BASE
 from worker import ASKED
 
-import eval
 import eval as exams
+from benchmarks import evaluate as command_module
+from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
 from benchmarks.scores import MATH, PAPER, SIZES, compare, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
 from data import DataError
-from eval import (
-    Exam,
-    chunk_files,
-    chunk_items,
-    claim,
-    conclude,
-    evaluate,
-    exams_of,
-    load_exams,
-    open_folder,
-    parse_tasks,
-    read_settings,
-)
+from eval import Exam, exams_of, load_exams, parse_tasks
 from rollout import Rollout
 
 RECORDS = {
@@ -249,17 +238,17 @@ def unbroken(ranks, tmp_path_factory):
 
 KILL = """
 import os, signal, sys
-import eval
+from benchmarks import evaluate
 
-def write_whole(path, text, original=eval.write_whole):
+def write_whole(path, text, original=evaluate.write_whole):
     if path.name == "chunk_00002.jsonl":
         path.with_name(path.name + ".part").write_text(text[: len(text) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     original(path, text)
 
-eval.write_whole = write_whole
+evaluate.write_whole = write_whole
 sys.argv[0] = "eval.py"
-eval.main()
+evaluate.main()
 """
 
 
@@ -389,15 +378,15 @@ def test_benchmarks_may_join_a_folder_later(files, scripted, folders, ranks, tmp
 )
 def test_a_bad_word_is_one_line_and_status_2_before_any_model_loads(words, said, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["eval.py", str(TINY_BASE), *words])
-    monkeypatch.setattr(eval, "start_ranks", None)
+    monkeypatch.setattr(command_module, "start_ranks", None)
     with pytest.raises(SystemExit) as caught:
-        eval.main()
+        command_module.main()
     printed = capsys.readouterr()
     assert caught.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("config error: ") and said in printed.err
     monkeypatch.setenv("RANK", "1")  # said once
     with pytest.raises(SystemExit):
-        eval.main()
+        command_module.main()
     assert capsys.readouterr().err == ""
 
 
@@ -482,11 +471,11 @@ def test_evaluations_stand_side_by_side_above_the_papers_rows(outs):
 
 def test_the_comparison_is_a_command(outs, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["eval.py", "compare", *outs])
-    eval.main()
+    command_module.main()
     assert capsys.readouterr().out == compare(outs) + "\n"
     monkeypatch.setattr("sys.argv", ["eval.py", "compare", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit) as caught:
-        eval.main()
+        command_module.main()
     assert caught.value.code == 2 and "nothing: no eval.json in it" in capsys.readouterr().err
 
 

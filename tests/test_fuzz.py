@@ -15,10 +15,12 @@ from reference import ROOT
 from test_prompts import balanced_by_counting
 
 from config import Config, ConfigError, dump_config, read_config
-from data import extract_gold, gold_answer, paragraphs, question_text, strip_instruction
-from masking import MASK, make_mask, mask_at, next_token_mask, random_span
-from methods import THINK_CLOSE
+from data import paragraphs
+from masking import MASK, make_mask, mask_at, random_span
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
+from relatives.next_token import next_token_mask
+from relatives.rlp import THINK_CLOSE
+from relatives.rlvr import extract_gold, gold_answer, question_text, strip_instruction
 from rewards import FINAL_STOPS, QUOTES, answerable, caseless_match, exact_match, normalise, prefix_match
 
 
@@ -134,7 +136,7 @@ def test_a_mask_put_back_gives_the_passage_again(count):
         borders = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(5))})
         tokens = list(zip(borders, borders[1:], strict=False))
         for number in range(len(tokens)):
-            mask = next_token_mask(passage, tokens, number)
+            mask = next_token_mask(passage, tokens, number, Config())
             if not mask.invalid:
                 assert mask.masked.removesuffix(MASK) + mask.prefixes[-1] == text[: tokens[-1][1]]
                 assert prefix_match(mask.target, mask.prefixes) == 1.0

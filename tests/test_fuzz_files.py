@@ -20,7 +20,8 @@ from test_fuzz import share_and_all, texts
 
 import data as sources
 from config import Config
-from data import CAUSES, DataError, build_index, load_corpus, load_questions, step_passages
+from data import CAUSES, DataError, build_index, load_corpus, step_passages
+from relatives.rlvr import load_questions
 
 tokenizer = test_data.tokenizer  # the fixture
 GOOD = "A sentence of at least eight words, number {}, stands here."
@@ -121,7 +122,7 @@ def faults(rng: random.Random, text: str) -> list[bytes]:
     ]  # fmt: skip
 
 
-COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "bad_labels", "long_line", "articles")
+COUNTED = ("bad_json", "bad_utf8", "no_text", "empty", "duplicate", "long_line", "articles")
 
 
 @share_and_all(50, 3_000)

@@ -8,39 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import (
-    DENSE,
-    REWARDS,
-    CaptureGradients,
-    largest_error,
-    load_plain,
-    make_groups,
-    make_run,
-    naive_score,
-    naive_update,
-    same_bits,
-    tiny_config,
-    weights,
-)
+    DENSE, REWARDS, CaptureGradients, largest_error, load_plain, make_groups, make_run, naive_score, naive_update,
+    same_bits, tiny_config, weights,
+)  # fmt: skip
 
 from config import Config
 from grpo import (
-    Group,
-    MicroBatch,
-    Sample,
-    bundle,
-    bundle_length,
-    clipped_loss,
-    group_advantages,
-    k3,
-    keep_group,
-    learning_rate,
-    make_optimizer,
-    make_samples,
-    mini_batches,
-    pack_samples,
-    plan,
-    update,
-)
+    Group, MicroBatch, Sample, bundle, bundle_length, clipped_loss, group_advantages, k3, keep_group, learning_rate,
+    make_optimizer, make_samples, mini_batches, pack_samples, plan, update,
+)  # fmt: skip
 from methods import grpo_samples
 from model import build_policy, load_replica
 from rollout import Rollout

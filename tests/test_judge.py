@@ -23,7 +23,7 @@ from benchmarks import __main__ as commands
 from benchmarks import judge, letters, verify
 from benchmarks.judge import check_answers, read_number
 from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter
-from data import extract_gold
+from relatives.rlvr import extract_gold
 
 TABLE = Path(__file__).with_name("judged.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]

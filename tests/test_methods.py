@@ -11,31 +11,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import (
-    ROOT,
-    TINY_BASE,
-    CaptureGradients,
-    largest_error,
-    load_plain,
-    make_run,
-    naive_score,
-    same_bits,
-    tiny_config,
-    weights,
-    wiki_passages,
-)
+    ROOT, TINY_BASE, CaptureGradients, largest_error, load_plain, make_run, naive_score, same_bits, tiny_config,
+    weights, wiki_passages,
+)  # fmt: skip
 
 import methods
 import train
 from config import Config, ConfigError
 from data import DataError, Passage
 from grpo import Group, update
-from masking import LOOKAHEAD, Mask, make_mask, next_token_mask
-from methods import METHODS, Position, Task, make_frame, make_task, reward, thought_frame, thought_prompt
+from masking import Mask, make_mask
+from methods import METHODS, Task, make_task, reward
 from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
 from prompts import CLOSED, START, scan
+from relatives import next_token, rlp, rlvr
+from relatives.next_token import LOOKAHEAD, next_token_mask
+from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
-from rollout import Rollout, generate, predict_prompt, question_prompt
+from rollout import mask_prompt, Rollout, generate, predict_prompt, question_prompt
 
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
 BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]
@@ -78,8 +72,8 @@ def said(text: str, tokens: int = 2) -> Rollout:
 
 
 def test_examples_in_the_docstrings():
-    results = doctest.testmod(methods)
-    assert results.attempted >= 5 and results.failed == 0
+    results = [doctest.testmod(module) for module in (methods, next_token, rlp, rlvr)]
+    assert sum(one.attempted for one in results) >= 10 and not any(one.failed for one in results)
 
 
 def test_a_rule_draws_masks_for_the_responses_that_the_generator_would_have_cost():
@@ -159,38 +153,38 @@ def test_a_step_of_each_method_trains_what_it_says_and_leaves_the_replica_equal_
 
 
 def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
-    mask = next_token_mask(BONN, BONN_TOKENS, 2)
-    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "", ("old", "old."))
+    mask = next_token_mask(BONN, BONN_TOKENS, 2, Config())
+    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "content", ("old", "old."))
     for number, target in ((3, "."), (4, "")):  # a token without letter or digit is no target
-        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number)
+        mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number, Config())
         assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
     labelled = Passage("1#0", "", "", "Bonn is old.", ["copy", "template", "fact"])
-    assert [next_token_mask(labelled, BONN_TOKENS, number).label for number in (1, 2)] == ["template", "fact"]
+    assert [next_token_mask(labelled, BONN_TOKENS, number, Config()).label for number in (1, 2)] == ["template", "fact"]
 
 
 def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_than_the_lookahead():
     text = " ".join("abcdefghijklmnopqrstuvwxyz")
     spans = [(0, 1)] + [(2 * n - 1, 2 * n + 1) for n in range(1, 26)]  # each token with its space
-    mask = next_token_mask(Passage("1#0", "", "", text), spans, 3)
+    mask = next_token_mask(Passage("1#0", "", "", text), spans, 3, Config())
     assert mask.masked == "a b c [mask]" and len(mask.prefixes) == LOOKAHEAD == 16
     assert mask.prefixes[:3] == ("d", "d e", "d e f") and mask.prefixes[-1] == text[6 : 6 + 31]
 
 
 def test_candidates_by_hand():
     text, spans = "Ann, 7 – é b", [(0, 3), (3, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
-    assert methods.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
+    assert next_token.candidates(spans, text, None, 0.2) == [2, 4, 5]  # not the first, no comma, no dash
     entropies = [9.0, 8.0, 1.0, 7.0, 3.0, 2.0]
-    assert methods.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
-    assert methods.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
-    assert methods.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
-    assert methods.candidates(spans[:2], text, entropies[:2], 0.2) == methods.candidates([], "", None, 0.2) == []
+    assert next_token.candidates(spans, text, entropies, 0.2) == [4]  # a fifth of three is none, so one
+    assert next_token.candidates(spans, text, entropies, 0.67) == [4, 5]  # of those that may be drawn
+    assert next_token.candidates(spans, text, entropies, 1.0) == [2, 4, 5]  # in the order of the text
+    assert next_token.candidates(spans[:2], text, entropies[:2], 0.2) == next_token.candidates([], "", None, 0.2) == []
 
 
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
     """chi-square over the tokens with a letter or digit, but the first."""
     sized(run, 1)  # 3 masks a step
     passage = wiki_passages(1)[0]
-    spans, starts = methods.token_spans(run.sampler, passage.text), Counter()
+    spans, starts = next_token.token_spans(run.sampler, passage.text), Counter()
     for step in range(500):
         (drawn,) = draw(run, "random_token", [passage], step)
         assert len({task.mask.start for task in drawn}) == 3
@@ -223,11 +217,12 @@ def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
     """Of a text that begins with itself, nothing is said of the first token."""
     plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
     for run.config.tokens_per_micro_batch in (160, 10_000):
-        for passage, found in zip(passages, methods.token_entropies(run, passages), strict=True):
+        for passage, found in zip(passages, next_token.token_entropies(run, passages), strict=True):
             bos, *ids = run.sampler.tokenizer(passage.text).input_ids
             # a difference of two sums near 30, in float32
             assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
-    (found,), ids = methods.token_entropies(bytes_run, [BONN]), list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
+    (found,) = next_token.token_entropies(bytes_run, [BONN])
+    ids = list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
     expected = plain_entropies(load_plain(bytes_run.config.model).eval(), [], ids)
     assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
 
@@ -242,7 +237,7 @@ def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(
     highest = []
     for passage in passages:
         bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-        spans, entropies = methods.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
+        spans, entropies = next_token.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
         allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
         allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
         top = allowed[: len(allowed) // 5]
@@ -280,7 +275,7 @@ def test_a_prediction_prompt_over_the_limit_makes_the_mask_invalid(run):
     length = len(predict_prompt(run.sampler, "Bonn is [mask]"))
     for limit, cause in ((length, ""), (length - 1, "prompt_too_long")):
         run.config.max_prompt_tokens = limit
-        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2), run.sampler)
+        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2, Config()), run.sampler)
         assert (task.mask.invalid, len(task.prompt_ids)) == (cause, 0 if cause else length)
 
 
@@ -411,7 +406,7 @@ def graded(run, task: Task, answers: list[str], kind: str) -> list[float]:
 
 
 def test_the_prefix_reward_by_hand(run):
-    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1), run.sampler)
+    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1, Config()), run.sampler)
     answers = ["is", " is old ", "is old.", "is ol", "is old. And", "Is", ""]
     assert graded(run, task, answers, "prefix") == [1, 1, 1, 0, 0, 0, 0]
     assert graded(run, task, answers, "exact") == [1, 0, 0, 0, 0, 0, 0]
@@ -449,7 +444,7 @@ def test_a_frozen_generator_is_rewarded_but_not_trained(run):
 
 def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(run):
     tokenizer = run.sampler.tokenizer
-    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n), run.sampler) for n in (1, 2)]
+    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n, Config()), run.sampler) for n in (1, 2)]
     for form in (" \\boxed{{answer}}", " \\boxed{ {answer} }"):  # the default, then another
         assert form in (Config().sft_answer, " \\boxed{ {answer} }")
         run.config.sft_answer = form
@@ -462,6 +457,11 @@ def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(
         tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
         assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / tokens)] * 2
     assert methods.answer_samples(run, [], [], [BONN]) == []  # no valid mask
+    run.config.sft_mask = " \\mask{{answer}}"  # the generator's format beside it, so that it is not forgotten
+    samples = methods.answer_samples(run, [], drawn[:1], [])
+    assert [sample.rollout.prompt_ids for sample in samples] == [prompts[0], mask_prompt(run.sampler, BONN.text)]
+    assert tokenizer.decode(samples[1].rollout.completion_ids[:-1]) == " \\mask{is}"
+    assert sum(sample.weight * len(sample.rollout.completion_ids) for sample in samples) == pytest.approx(1)
 
 
 def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):
@@ -508,7 +508,7 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
 
 
 def corpus_of(data, heldout: float):
-    return methods.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
+    return rlvr.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
 
 
 def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
@@ -548,7 +548,7 @@ def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
 def test_questions_are_rewarded_by_math_verify(run):
     golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
     verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
-    assert methods.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
+    assert rlvr.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
     sized(run, 3)
     proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
     for (task,), group in zip(proposals, answers, strict=True):
@@ -569,17 +569,17 @@ def tokenizer(folders):
 
 @pytest.fixture
 def frame(tokenizer):
-    return make_frame(tokenizer, methods.THOUGHT_PROMPT, 1000)
+    return make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
 
 
 def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
     ids = tokenizer(TEXT).input_ids
-    drawn = [methods.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
+    drawn = [rlp.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
     assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
-    assert {len(position.prefix_ids) for position in drawn} == set(range(methods.MIN_PREFIX, len(ids)))
+    assert {len(position.prefix_ids) for position in drawn} == set(range(rlp.MIN_PREFIX, len(ids)))
     with pytest.raises(ValueError, match="a text of 8 tokens has no position after 8"):
-        methods.draw_position("12345678", tokenizer, frame, random.Random(0))
-    only = methods.draw_position("123456789", tokenizer, frame, random.Random(0))
+        rlp.draw_position("12345678", tokenizer, frame, random.Random(0))
+    only = rlp.draw_position("123456789", tokenizer, frame, random.Random(0))
     assert only.prefix_ids == tokenizer("12345678").input_ids
 
 
@@ -587,7 +587,7 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
     frame = make_frame(tokenizer, "{passage}", 40)
     text = "".join(chr(97 + number % 26) for number in range(200))
     last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position, ids = methods.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    position, ids = rlp.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
     assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
     # the limit holds for what is sampled from, and for what is scored with an empty thought and the target
     assert len(thought_prompt(frame, position)) <= 40
@@ -596,7 +596,7 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
 
 
 @pytest.mark.parametrize(("chat_template", "request_text", "expected"), [
-    (None, methods.THOUGHT_PROMPT, methods.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + methods.THINK_OPEN),
+    (None, rlp.THOUGHT_PROMPT, rlp.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + rlp.THINK_OPEN),
     ("[{{ messages[0].content }}]{% if add_generation_prompt %}A:{% endif %}", "Go on: {passage}!",
      "[Go on: Salt melts !]A:<think>"),
 ])  # fmt: skip
@@ -627,11 +627,11 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
         with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
             make_frame(tokenizer, template, 1000)
     with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least (?P<least>[0-9]+)") as caught:
-        make_frame(tokenizer, methods.THOUGHT_PROMPT, 20)
+        make_frame(tokenizer, rlp.THOUGHT_PROMPT, 20)
     least = int(str(caught.value).split("at least ")[1].split(",")[0])
-    frame = make_frame(tokenizer, methods.THOUGHT_PROMPT, least)
-    assert frame.longest_prefix == methods.MIN_PREFIX
-    assert len(thought_prompt(frame, Position([0] * methods.MIN_PREFIX, 0))) == least
+    frame = make_frame(tokenizer, rlp.THOUGHT_PROMPT, least)
+    assert frame.longest_prefix == rlp.MIN_PREFIX
+    assert len(thought_prompt(frame, Position([0] * rlp.MIN_PREFIX, 0))) == least
 
 
 def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
@@ -640,7 +640,7 @@ def test_a_thought_is_asked_for_at_one_position_of_each_text(run):
     for passage, (task,) in zip(passages, draw(run, "rlp", passages, 3), strict=True):
         ids = run.sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
         t = len(task.position.prefix_ids)
-        assert t >= methods.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
+        assert t >= rlp.MIN_PREFIX and task.position.prefix_ids == ids[:t] and task.position.target_id == ids[t]
         assert task.prompt_ids == thought_prompt(frame, task.position)
         assert passage.text.startswith(task.mask.masked.removesuffix("[mask]") + task.mask.target)
 
@@ -652,7 +652,7 @@ def closes_after(pieces: list[str]) -> int | None:
     """How many pieces a thought has when its closing tag is complete."""
     state = START
     for number, piece in enumerate(pieces, 1):
-        state = scan(state, piece, methods.THINK_CLOSE)
+        state = scan(state, piece, rlp.THINK_CLOSE)
         if state == CLOSED:
             return number
     return None
@@ -675,7 +675,7 @@ def test_a_sampled_thought_ends_with_the_token_that_completes_the_tag(folders, b
 
     def thoughts() -> list[Rollout]:
         prompts = [[number] * 3 for number in range(12)]
-        return [group[0] for group in generate(sampler, prompts, 1, 12, methods.THINK_CLOSE, 0, greedy=True)]
+        return [group[0] for group in generate(sampler, prompts, 1, 12, rlp.THINK_CLOSE, 0, greedy=True)]
 
     whole = thoughts()
     assert {one.finish for one in whole} == {"length"}
@@ -709,11 +709,11 @@ def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closin
 def test_every_thought_is_closed_once_before_it_is_scored():
     """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
     the sampled tokens and no others."""
-    frame = methods.Frame([], [], [7], [7], [8], 100)
+    frame = rlp.Frame([], [], [7], [7], [8], 100)
     for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
                                     ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
         thought = Rollout([1], [*sampled], [0.0] * len(sampled), "", finish)
-        assert methods.close_thought(thought, frame) == scored and thought.completion_ids == sampled
+        assert rlp.close_thought(thought, frame) == scored and thought.completion_ids == sampled
 
 
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
@@ -732,7 +732,7 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
             ours.to_local().copy_(theirs)
     positions = [Position(list(range(n)), 100 + n) for n in (9, 30, 12)]
     thoughts = [[[7, 8], [7, 5, 6, 8]], [[7, *range(40), 8], []], [[7, 5, 8], [7, 9, 8]]]
-    found = methods.information_gain(run, positions, thoughts, frame)
+    found = rlp.information_gain(run, positions, thoughts, frame)
     for position, group, gains in zip(positions, thoughts, found, strict=True):
         text, target = frame.start_ids + position.prefix_ids, [position.target_id]
         ((baseline,), _), = naive_score(average, [(text, target)])
@@ -741,7 +741,7 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
             assert gain == pytest.approx(logprob - baseline, abs=1e-4)
     assert len(frame.start_ids) == (base == "tiny_base")
     run.config.temperature = 0.7
-    assert methods.information_gain(run, positions, thoughts, frame) == found
+    assert rlp.information_gain(run, positions, thoughts, frame) == found
 
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
@@ -753,40 +753,40 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
         ids = run.sampler.tokenizer("near mountains", add_special_tokens=False).input_ids
         task.predictions = [Rollout(task.prompt_ids, ids, [-1.0] * len(ids), "", end) for end in ends]
     groups = reward(run, METHODS["rlp"], proposals, drawn, 0)
-    thoughts = [[methods.close_thought(one, frame) for one in task.predictions] for task in drawn]
-    expected = methods.information_gain(run, [task.position for task in drawn], thoughts, frame)
+    thoughts = [[rlp.close_thought(one, frame) for one in task.predictions] for task in drawn]
+    expected = rlp.information_gain(run, [task.position for task in drawn], thoughts, frame)
     assert [group.rewards for group in groups] == [task.rewards for task in drawn] == expected
     assert len(set(expected[0])) == 3 and not any(task.correct for task in drawn)
-    samples = methods.thought_samples(run, groups, drawn, [])
+    samples = rlp.thought_samples(run, groups, drawn, [])
     assert [sample.rollout for sample in samples] == [one for task in drawn for one in task.predictions]
-    methods.grade_thoughts(run, [])  # a step without a position
+    rlp.grade_thoughts(run, [])  # a step without a position
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
     sized(run, 2)
     passages, frame = wiki_passages(2), thought_frame(run.sampler)
-    gains = methods.gains_without_thought(run, passages)
+    gains = rlp.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
     tags = frame.open_ids + frame.close_ids
     assert run.sampler.tokenizer.decode(tags) == "<think></think>"
     positions = [task.position for (task,) in draw(run, "rlp", passages)]
-    expected = fmean(gain for (gain,) in methods.information_gain(run, positions, [[tags]] * 2, frame))
+    expected = fmean(gain for (gain,) in rlp.information_gain(run, positions, [[tags]] * 2, frame))
     assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
 
 
 def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
     by_hand = [2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3]  # mean 0.2
-    assert methods.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
+    assert rlp.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
     rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
-    for index, advantage in enumerate(methods.rlp_advantages(rewards)):
+    for index, advantage in enumerate(rlp.rlp_advantages(rewards)):
         assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
-    assert methods.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
+    assert rlp.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
 
 
 def test_every_thought_weighs_the_same_whatever_its_length():
     thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
     groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
-    samples = methods.thought_samples(None, groups, [], [])
+    samples = rlp.thought_samples(None, groups, [], [])
     assert [sample.rollout for sample in samples] == thoughts  # none dropped, a group of equal rewards neither
     assert [sample.advantage for sample in samples] == pytest.approx([0.4, -0.4, 0, 0])
     assert [sample.weight for sample in samples] == pytest.approx([1 / 4, 1 / 16, 1 / 40, 1 / 20])

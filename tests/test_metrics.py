@@ -13,19 +13,9 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    active_parameters,
-    append_row,
-    compare,
-    largest_memory,
-    peak_memory_gb,
-    read_rows,
-    sample_rows,
-    step_flops,
-    step_line,
-    step_metrics,
-    summary_table,
-    tokens_after_answer,
-)
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows,
+    step_flops, step_line, step_metrics, summary_table, tokens_after_answer,
+)  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
 
@@ -130,10 +120,23 @@ def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
     assert metrics["pred/accuracy"] == metrics["pred/valid_rate"] == 0
 
 
+def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
+    def rows(accuracies: list[float], probes: list[float]) -> list[dict]:
+        steps = [{"pred/responses": 8, "pred/accuracy": one, "gen/top_word_share": 0.75} for one in accuracies]
+        return [{"probe/accuracy": probes[0]}, *steps[:-1], steps[-1] | {"probe/accuracy": probes[-1]}]
+
+    rising = [0.1] * 5 + [0.5] * 5
+    told = agreement_warning(rows(rising, [0.02, 0.03]))
+    assert "from 0.10 to 0.50" in told and "0.020 to 0.030" in told and "top_word_share 0.75" in told
+    slow, few = rows([0.1] * 5 + [0.25] * 5, [0.02, 0.02]), rows(rising[1:], [0.02, 0.02])
+    for quiet in (rows(rising, [0.02, 0.05]), slow, few):
+        assert agreement_warning(quiet) == ""
+
+
 @pytest.mark.parametrize(
     ("method", "told", "untold"),
     [
-        ("active", ["reward 0.214", "gen 0.167 valid 0.67", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
+        ("active", ["reward 0.214", "gen 0.167 valid 0.67 top 0.50", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss"]),
         ("random_span", ["reward 0.214", "pred 0.250 (0: 0.50 1: 0.00)"], ["loss", "gen "]),
         ("rlp", ["reward 0.214", "pred len 3"], ["loss", "gen ", "(0:"]),
         ("cpt", ["loss 1.250 on 40 tokens"], ["reward", "gen ", "pred "]),

@@ -11,14 +11,14 @@ from reference import REWARDS, ROOT, TINY_BASE, CaptureGradients, load_plain, ma
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
 
 import model
-from bench import costs
+from bench import costs, memory
 from bench.__main__ import main
 from bench.costs import ARCHITECTURES, GPUS, Bundle, Gpu, architecture, decode_seconds, response_lengths, train_flops
+from bench.memory import Shape, activation_bytes, gpu_memory, layer_activation_bytes, must_recompute, shape_of
 from bench.options import Options, complete, phases
 from bench.plan import advice, host_bytes, ideal_seconds
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer, make_samples, update
-from model import Shape, activation_bytes, gpu_memory, layer_activation_bytes, must_recompute, shape_of
 from ops import VARLEN, pack
 
 # 100 parameters, one layer, one head of one dimension; a table of 10 words x 2 numbers
@@ -223,9 +223,9 @@ def test_memory_by_hand():
     layer, two = layer_activation_bytes(TOY), replace(TOY, layers=2)
     assert activation_bytes(two, 10, checkpointing=False) == 10 * (2 * layer + moving)
     assert activation_bytes(two, 10, checkpointing=True) == 10 * (2 * 2 * 2 + layer + moving)
-    assert model.head_bytes(TOY, chunk=5) == 5 * 10 * 10 + 20 * 6  # two float32, one bfloat16; the table's gradient
+    assert memory.head_bytes(TOY, chunk=5) == 5 * 10 * 10 + 20 * 6  # two float32, one bfloat16; the table's gradient
     layer = 100 - 20 - 2
-    assert model.gathered_bytes(TOY) == 22 * 8 + layer * 10
+    assert memory.gathered_bytes(TOY) == 22 * 8 + layer * 10
 
 
 def test_memory_with_offload_by_hand():
@@ -249,21 +249,25 @@ def test_auto_stores_activations_where_they_fit_nine_tenths_of_the_memory():
         assert must_recompute(TOY, replace(auto, gradient_checkpointing=fixed), 2, 1.0) is fixed
 
 
-def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_layers_are_stored(folders, ranks):
+def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_by_its_free_memory(folders, ranks, monkeypatch):
     config = tiny_config(folders["smollm3"], gradient_checkpointing="auto")
     replica = model.load_replica(config, ranks)
     with pytest.raises(AssertionError, match="decide_checkpointing comes first"):
         model.build_policy(replica, config, ranks)
-    assert model.decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
+    assert memory.decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
+    assert memory.memory_of(ranks) > 1e8
+    monkeypatch.setattr(memory, "memory_of", lambda ranks: 1e6)
+    assert memory.decide_checkpointing(replica.config, config, ranks).gradient_checkpointing is True
     told = replace(config, gradient_checkpointing=True)
-    assert model.decide_checkpointing(replica.config, told, ranks) is told
+    assert memory.decide_checkpointing(replica.config, told, ranks) is told
 
 
 def test_a_run_that_cannot_fit_warns_and_a_cpu_has_no_bound(monkeypatch, ranks):
     config, hf_config = replace(Config(), gradient_checkpointing=True), architecture("HuggingFaceTB/SmolLM3-3B-Base")
-    assert model.memory_warnings(hf_config, config, ranks) == []
-    monkeypatch.setattr(model, "memory_of", lambda ranks: 24e9)
-    rollouts, training = model.memory_warnings(hf_config, config, ranks)
+    assert memory.memory_warnings(hf_config, config, ranks) == []
+    ranks = replace(ranks, device=torch.device("cuda"))
+    monkeypatch.setattr(memory, "memory_of", lambda ranks: 24e9)
+    rollouts, training = memory.memory_warnings(hf_config, config, ranks)
     assert rollouts.startswith("WARNING: this GPU has 24 GB; rollouts would take 44 by calculation")
     assert "; training would take " in training
 

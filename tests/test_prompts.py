@@ -9,17 +9,8 @@ import pytest
 
 import prompts
 from prompts import (
-    BOXED_OPENING,
-    CLOSED,
-    MASK_OPENING,
-    MASK_PROMPT,
-    PREDICT_PREFIX,
-    PREDICT_PROMPT,
-    START,
-    fill,
-    last_answer,
-    scan,
-)
+    BOXED_OPENING, CLOSED, MASK_OPENING, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill, last_answer, scan,
+)  # fmt: skip
 
 
 def test_examples_in_the_docstrings():

@@ -143,7 +143,7 @@ def test_every_file_and_function_that_is_named_is_there():
     prose = re.sub(r"^```diff\n.*?^```$", "", "\n".join(PAGES.values()), flags=re.DOTALL | re.MULTILINE)
     files = set(re.findall(r"\b\w[\w/]*\.py\b", prose))
     assert len(files) > 20 and not [file for file in sorted(files) if not (ROOT / file).is_file()]
-    named = set(re.findall(r"(\w+\.py):([A-Za-z_][\w.]*\w)", prose))
+    named = set(re.findall(r"((?:\w+/)?\w+\.py):([A-Za-z_][\w.]*\w)", prose))
     stems = {path.stem for path in ROOT.glob("*.py")}
     dotted = re.findall(r"`(\w+)\.([a-z_]+)`", prose)  # train.step; not metrics.jsonl
     dotted = [pair for pair in dotted if pair[0] in stems and pair[1] not in ("py", "json", "jsonl", "html")]

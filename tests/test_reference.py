@@ -3,17 +3,8 @@
 import pytest
 import torch
 from reference import (
-    FAMILIES,
-    REWARDS,
-    SEQUENCES,
-    load_plain,
-    make_groups,
-    naive_score,
-    same_bits,
-    score_error,
-    tiny_config,
-    weights,
-)
+    FAMILIES, REWARDS, SEQUENCES, load_plain, make_groups, naive_score, same_bits, score_error, tiny_config, weights,
+)  # fmt: skip
 
 from grpo import make_optimizer, make_samples, score, update
 from model import build_policy, build_reference, ema_update, load_replica

@@ -17,17 +17,8 @@ from reference import ROOT
 from report.charts import Series, heat_chart, line_chart, path_data, stacked_chart, thin
 from report.figures import Family, RunData, curves, reward_chart
 from report.page import (
-    browser_entry,
-    build_page,
-    group_by_seed,
-    main,
-    mask_spans,
-    read_run,
-    rollouts_json,
-    split_response,
-    step_card,
-    title_link,
-    write_report,
+    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, rollouts_json, split_response, step_card,
+    title_link, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'

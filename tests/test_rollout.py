@@ -24,22 +24,9 @@ from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, upda
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
-    Rollout,
-    as_arrays,
-    chat_frame,
-    check_prompts,
-    derive_seed,
-    encode,
-    from_arrays,
-    generate,
-    leading_ids,
-    make_sampler,
-    mask_prompt,
-    predict_prefix,
-    predict_prompt,
-    rollout,
-    sequence_logprobs,
-)
+    Rollout, as_arrays, chat_frame, check_prompts, derive_seed, encode, from_arrays, generate, leading_ids,
+    make_sampler, mask_prompt, predict_prefix, predict_prompt, rollout, sequence_logprobs,
+)  # fmt: skip
 
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
 

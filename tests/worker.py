@@ -28,41 +28,27 @@ import torch
 import torch.distributed as dist
 from offload_checks import offload_checks
 from reference import (
-    DENSE,
-    FAMILIES,
-    REWARDS,
-    ROOT,
-    SEQUENCES,
-    TINY_BASE,
-    CaptureGradients,
-    largest_error,
-    load_plain,
-    make_groups,
-    make_run,
-    naive_score,
-    naive_update,
-    same_bits,
-    save_model,
-    score_error,
-    tiny_config,
-    weights,
-    wiki_passages,
-)
+    DENSE, FAMILIES, REWARDS, ROOT, SEQUENCES, TINY_BASE, CaptureGradients, largest_error, load_plain, make_groups,
+    make_run, naive_score, naive_update, same_bits, save_model, score_error, tiny_config, weights, wiki_passages,
+)  # fmt: skip
 from torch.distributed.checkpoint import FileSystemWriter
 
 import eval
 import methods
 import train
+from benchmarks.evaluate import evaluate, read_settings
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import read_config
 from data import Corpus, Passage
-from eval import evaluate, make_probe, perplexity, read_settings, run_probe
+from eval import make_probe, perplexity, run_probe
 from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, score, update
-from methods import METHODS, Position, information_gain, make_frame, verify_predictions
+from methods import METHODS
 from metrics import read_rows
 from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
 from prompts import BOXED_OPENING
 from ranks import Ranks, gather, start_ranks
+from relatives.rlp import Position, information_gain, make_frame
+from relatives.rlvr import verify_predictions
 from rollout import generate, make_sampler, rollout
 
 LIMIT = 60

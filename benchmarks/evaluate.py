@@ -1,0 +1,329 @@
+"""The command behind eval.py: a checkpoint answers benchmarks, and goes on after a kill.
+
+Keys: `Settings` below, and of config.py those of MODEL_KEYS, which mean the same here. One response an item, greedy;
+`samples` of them at `temperature` where the table of benchmarks says so.
+
+The work is cut into chunks of responses, fixed by the settings alone. A chunk is sampled by one rank in one go, with
+noise of its own, judged there, and written beside and renamed:
+
+    OUT/eval-settings.json  eval.json  gsm8k/chunk_00000.jsonl  gsm8k/seconds.jsonl  ...
+
+A chunk that is there is not made again, so a killed evaluation goes on where it was; a chunk comes out the same on any
+rank, so in float32 on a CPU the scores are the same bits for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import eval
+from benchmarks.scores import compare, paper_means, summarise, table
+from benchmarks.sets import BENCHMARKS, Item
+from checkpoint import exported_model
+from config import Config, ConfigError, check, parse_words, typed
+from data import DataError
+from eval import Exam, answer, load_exams, parse_tasks
+from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
+from model import describe_attention, load_replica, load_tokenizer
+from ranks import Ranks, gather, start_ranks
+from rollout import derive_seed, make_sampler
+
+MODEL_KEYS = (
+    "dtype attention liger use_cuda_graph cache_memory max_requests "
+    "chat_template stop_at_answer question_prompt temperature seed"
+).split()
+MAY_CHANGE = ("cache_memory", "use_cuda_graph")
+"""Keys that a resumed evaluation may give another value: what to turn where a GPU's memory or graphs failed."""
+
+
+@dataclass
+class Settings:
+    """What is asked, of which checkpoint. Every key but `checkpoint` and `engine` is a word `key=value`."""
+
+    checkpoint: str
+    """Local folder with config.json, or a hub name."""
+    engine: Config
+    """The keys of MODEL_KEYS, and the defaults of all others; its model is the checkpoint."""
+    tasks: dict[str, str] = field(default_factory=lambda: dict.fromkeys(BENCHMARKS, ""))
+    """Benchmarks by commas, NAME or NAME=FILE; all if not given. `gsm8k.path=FILE` says the same as `gsm8k=FILE`."""
+    limit: int = 0
+    """Items of each benchmark, spread over the whole of it; 0: all."""
+    out: str = ""
+    """Folder for records and scores; empty: evals/NAME of the checkpoint, evals/RUN-step_000100 of a run's."""
+    max_new_tokens: int = 8192
+    """Longest response, tokens."""
+    samples: int = 0
+    """Responses to each item; 0: as many as the table says. One is greedy, more are sampled."""
+    last_number: bool = False
+    """Maths without a box: take the last number. Lifts base models."""
+    guess: bool = False
+    """Choices without a letter: draw one. Lifts base models, by about 10 points on ten options."""
+    chunk: int = 512
+    """Responses to a chunk, the unit of work and of resuming. Smaller ones spread better over ranks, larger ones wait
+    less often for a longest response. Part of the noise: another size, other samples."""
+
+
+MINIMUM = {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def read_settings(words: list[str]) -> Settings:
+    """Command-line words -> checked settings. Looks at files only to see that they are there; raises ConfigError."""
+    if "=" in words[0]:
+        raise ConfigError(f"{words[0]!r}: the first word must be a checkpoint")
+    checkpoint, name = checkpoint_folder(words[0])
+    values = parse_words(words[1:], "the checkpoint")
+    paths = {key: values.pop(key) for key in list(values) if key.endswith(".path")}
+    own = {one.name: "str" if one.name == "tasks" else one.type for one in fields(Settings)[2:]}
+    values = typed(values, own | {one.name: one.type for one in fields(Config) if one.name in MODEL_KEYS})
+    tasks = parse_tasks(values.pop("tasks", ",".join(BENCHMARKS)), paths)
+    engine = Config(model=checkpoint, **{key: values.pop(key) for key in MODEL_KEYS if key in values})
+    check(engine)
+    for key, least in MINIMUM.items():
+        if values.get(key, least) < least:
+            raise ConfigError(f"{key}={values[key]}: must be {least} or more")
+    return Settings(checkpoint, engine, tasks, **{**values, "out": values.get("out") or f"evals/{name}"})
+
+
+def checkpoint_folder(word: str) -> tuple[str, str]:
+    """The folder to load, or the hub name as it stands; and a name for it. Raises ConfigError."""
+    folder = Path(word).expanduser()
+    if not folder.exists():
+        if word.startswith((".", "/", "~")) or word.count("/") != 1:
+            raise ConfigError(f"checkpoint {word!r}: no such folder, and not a hub name (owner/name)")
+        return word, word.replace("/", "--")
+    found = exported_model(folder)
+    if not found or not (found / "config.json").is_file() or not _weights(found):
+        raise ConfigError(
+            f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; "
+            "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
+        )
+    place = found.resolve()
+    step = place.parent if place.name == "hf" else place
+    run = f"{step.parents[1].name}-" if step.parent.name == "checkpoints" else ""
+    return str(place), run + step.name
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+
+
+# --------------------------------------------------------------------------------------------- chunks, and the command
+
+
+def chunk_items(exam: Exam, number: int, size: int) -> list[Item]:
+    """The items of a chunk: as many as make `size` responses, at least one; none beyond the last chunk."""
+    count = max(1, size // exam.samples)
+    return exam.items[number * count : (number + 1) * count]
+
+
+def chunk_files(exam: Exam, settings: Settings) -> list[Path]:
+    """Where each chunk goes, in order."""
+    count = max(1, settings.chunk // exam.samples)
+    folder = Path(settings.out) / exam.name
+    return [folder / f"chunk_{number:05d}.jsonl" for number in range(-(-len(exam.items) // count))]
+
+
+def read_chunks(exam: Exam, settings: Settings) -> Iterator[dict]:
+    """All records of a benchmark, one at a time. Raises RuntimeError for a file that lacks some, or holds others."""
+    for number, path in enumerate(chunk_files(exam, settings)):
+        expected = [item.id for item in chunk_items(exam, number, settings.chunk) for _ in range(exam.samples)]
+        with path.open(encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        if [record["id"] for record in records] != expected:
+            raise RuntimeError(f"{path}: {len(records)} records, not the {len(expected)} of its items; delete it")
+        yield from records
+
+
+def claim(path: Path) -> bool:
+    """Whether this rank is the first to take the chunk that goes to `path`: a file that only one can make says so."""
+    try:
+        path.with_suffix(".claimed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def drop_claims(settings: Settings, exams: list[Exam]) -> None:
+    """Rank 0, while no rank works: those of this evaluation at its end, those of a killed one before the start."""
+    for exam in exams:
+        for path in (Path(settings.out) / exam.name).glob("*.claimed"):
+            path.unlink()
+
+
+def evaluate(settings: Settings, ranks: Ranks) -> None:
+    """The whole command, from items to tables; every rank calls it. Raises what goes wrong."""
+    begin, out, config = time.perf_counter(), Path(settings.out), settings.engine
+    say = tqdm.write if ranks.rank == 0 else lambda *_: None
+    exams = load_exams(settings.tasks, settings.limit, settings.samples, config, say)
+    # ---- rank 0 looks at the folder; what it finds is said to all, so that all do the same work, or end
+    (found,) = gather([open_folder(settings, exams)] if ranks.rank == 0 else [])
+    if isinstance(found, str):
+        raise ConfigError(found)
+    by_name = {exam.name: exam for exam in exams}
+    files = {(exam.name, number): path for exam in exams for number, path in enumerate(chunk_files(exam, settings))}
+    todo = [key for key in files if key in found]
+
+    try:
+        tokenizer = load_tokenizer(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpoint {settings.checkpoint!r}: no usable tokenizer ({_line(error)})") from None
+    if tokenizer.chat_template and config.stop_at_answer:
+        config = replace(config, stop_at_answer=False)
+        say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
+    sampler = make_sampler(load_replica(config, ranks), tokenizer, config, ranks)
+    gc.collect()
+    gc.freeze()  # items never die; the sampler's own garbage collections would walk them every chunk
+    asked = ", ".join(f"{exam.name} {len(exam.items)} x {exam.samples}" for exam in exams)
+    say(f"{settings.checkpoint}: {sampler.replica.num_parameters():,} parameters, {config.dtype}, {ranks.world} x "
+        f"{ranks.device.type}, {describe_attention(sampler.replica)}; items x samples: {asked}")  # fmt: skip
+    say(f"{len(todo)} chunks to make, {len(files) - len(todo)} are there; everything goes to {out}")
+
+    # ---- each rank takes the next chunk that nobody has taken: some last many times longer than others
+    sizes = {key: len(chunk_items(by_name[key[0]], key[1], settings.chunk)) * by_name[key[0]].samples for key in files}
+    bar = tqdm(total=sum(sizes.values()), desc="responses", disable=None if ranks.rank == 0 else True)
+    bar.update(sum(sizes[key] for key in files if key not in found))
+    for name, number in todo:
+        start, exam, path = time.perf_counter(), by_name[name], files[name, number]
+        if not claim(path):
+            continue
+        items = chunk_items(exam, number, settings.chunk)
+        seed = derive_seed(config.seed, "eval", name, number)
+        records = answer(exam, items, sampler, seed, settings.max_new_tokens, settings.last_number, settings.guess,
+                         label=f"{name} {number}")  # fmt: skip
+        seconds = {"chunk": number, "rank": ranks.rank, "seconds": time.perf_counter() - start}
+        append_row(path.with_name("seconds.jsonl"), seconds)
+        write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        if not bar.disable:  # of all ranks: their files
+            bar.update(sum(sizes[key] for key, file in files.items() if file.exists()) - bar.n)
+    gather([])  # all chunks are there
+    bar.close()
+    gc.unfreeze()
+    if ranks.rank == 0:
+        drop_claims(settings, exams)
+        say(conclude(settings, exams))
+        say(f"{out}: done in {time.perf_counter() - begin:.0f} s, largest memory of rank 0 {peak_memory_gb():.2f} GB")
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] | str:
+    """Rank 0: write what is evaluated, and how. Returns the chunks to make, or what speaks against making them.
+
+    Benchmarks may join later; whatever else changes the records may not change.
+    """
+    path = Path(settings.out) / "eval-settings.json"
+    try:
+        weights = fingerprint(settings)
+    except (OSError, ValueError) as error:
+        return f"checkpoint {settings.checkpoint!r}: cannot be read ({_line(error)})"
+    facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
+    facts |= {"weights": weights} | {key: getattr(settings.engine, key) for key in MODEL_KEYS}
+    facts["tasks"] = {exam.name: task_facts(exam) | {"path": settings.tasks[exam.name]} for exam in exams}
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {key: (facts[key], old.get(key)) for key in facts if key not in ("checkpoint", "tasks", *MAY_CHANGE)}
+        for name in facts["tasks"].keys() & old["tasks"].keys():
+            new_task, old_task = facts["tasks"][name], old["tasks"][name]
+            pairs |= {f"{name}.{key}": (new_task[key], old_task.get(key)) for key in new_task if key != "path"}
+        for key, (new, before) in pairs.items():
+            if new != before:
+                return f"{key}={new!r}: {settings.out} was made with {before!r}; choose another out="
+        facts["tasks"] = old["tasks"] | facts["tasks"]
+    for exam in exams:
+        (path.parent / exam.name).mkdir(parents=True, exist_ok=True)
+    drop_claims(settings, exams)
+    write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    files = [(exam.name, number, file) for exam in exams for number, file in enumerate(chunk_files(exam, settings))]
+    return {(name, number) for name, number, file in files if not file.exists()}
+
+
+def task_facts(exam: Exam) -> dict:
+    """What a benchmark's records follow from, beside settings and model."""
+    return {"data": exam.data, "samples": exam.samples, "prompt": exam.prompt}
+
+
+def fingerprint(settings: Settings) -> str:
+    """Which weights, tokenizer and template answer. Of a folder, sha256 over all of these files: two checkpoints of one
+    run have the same names, sizes and headers, and a small step in bfloat16 changes few bytes, anywhere. It costs
+    seconds for some gigabytes, and warms the disk's cache. Of a hub name, the commit."""
+    if not Path(settings.checkpoint).exists():
+        return AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)._commit_hash
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = sorted(path for path in Path(settings.checkpoint).iterdir() if path.suffix in kinds)
+    template = Path(settings.engine.chat_template)
+    sha = hashlib.sha256()
+    for path in [*files, *([template] if template.is_file() else [])]:
+        with path.open("rb") as file:
+            sha.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def conclude(settings: Settings, exams: list[Exam]) -> str:
+    """Rank 0, when all chunks are there: eval.json. Returns the table. Benchmarks asked before in this folder stay."""
+    out = Path(settings.out)
+    facts = json.loads((out / "eval-settings.json").read_text(encoding="utf-8"))
+    earlier = out / "eval.json"
+    results = json.loads(earlier.read_text(encoding="utf-8"))["tasks"] if earlier.exists() else {}
+    for exam in exams:
+        rows = read_rows(out / exam.name / "seconds.jsonl")
+        seconds = {row["chunk"]: row["seconds"] for row in rows}  # the last time, of a chunk that was made twice
+        results[exam.name] = summarise(read_chunks(exam, settings)) | {"seconds": sum(seconds.values())}
+        results[exam.name] |= task_facts(exam) | {"counts": exam.counts}
+    results = {name: results[name] for name in BENCHMARKS if name in results}
+    means = paper_means(results)
+    whole = {"checkpoint": settings.checkpoint, "tasks": results, "means": means}
+    whole["settings"] = {key: value for key, value in facts.items() if key != "tasks"}
+    whole["environment"] = environment().splitlines()
+    write_whole(earlier, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    return table(results, means)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help") or words == ["compare"]:
+        print(eval.__doc__.strip())
+        raise SystemExit(2 if words[:1] in ([], ["compare"]) else 0)
+    try:
+        if words[0] == "compare":
+            return print(compare(words[1:]))
+        settings = read_settings(words)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
+            print(f"config error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    ranks = start_ranks(7 * 86400)  # at the end all wait for the longest chunk
+    try:
+        evaluate(settings, ranks)
+    except (ConfigError, DataError) as error:
+        if ranks.rank:
+            time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
+        kind = "config" if isinstance(error, ConfigError) else "data"
+        print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may wait in a gather: leave without waiting for them, torchrun ends them
+    finally:
+        gc.unfreeze()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""rlp: reinforcement learning pretraining (arXiv 2510.01265).
+
+A thought c before token x_t earns log p_policy(x_t | x_<t, c) - log p_average(x_t | x_<t), teacher-forced; the average
+follows the policy (model.py:ema_update).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from config import ConfigError
+from data import Passage
+from grpo import Group, Sample, score
+from masking import MASK, Mask
+from rollout import Rollout, Sampler, chat_frame, derive_seed, leading_ids
+
+if TYPE_CHECKING:
+    from methods import Run, Task
+
+THOUGHT_PROMPT = """The text below breaks off. Think briefly about what it has said and what has to come next, inside <think> and </think>. Then continue the text with its very next word.
+
+Text:
+{passage}
+
+"""  # noqa: E501 (a line break inside a sentence would be part of the prompt)
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+MIN_PREFIX = 8
+"""Tokens that the model reads before the first position that may be drawn: less text says nothing of what follows."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The token ids around texts and thoughts, fixed for a run."""
+
+    start_ids: list[int]
+    """What the tokenizer puts in front of any text (a beginning-of-sequence token, or nothing)."""
+    head_ids: list[int]
+    """The sampling prompt before the text."""
+    tail_ids: list[int]
+    """The sampling prompt after the text; its end is open_ids."""
+    open_ids: list[int]
+    close_ids: list[int]
+    longest_prefix: int
+    """Tokens of text that fit, so that neither the prompt nor a context with an empty thought exceeds the limit."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """One place in a text: the tokens before it, without special ones, and the token there."""
+
+    prefix_ids: list[int]
+    target_id: int
+
+
+def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str, str] | None = None) -> Frame:
+    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}.
+
+    With a chat template the request is one user turn and the thought opens the answer.
+    Raises ConfigError if {passage} does not stand in it once, or if there is no room for MIN_PREFIX tokens of text.
+    """
+    if template.count("{passage}") != 1:
+        raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
+    chat = chat or chat_frame(tokenizer)
+    head, tail = (template.join(chat) if chat else template).split("{passage}")
+    # The template writes its own special tokens; plain text gets those that the tokenizer puts in front
+    start_ids = leading_ids(tokenizer)
+    head_ids, open_ids, close_ids, tail_ids = (
+        tokenizer(text, add_special_tokens=False).input_ids for text in (head, THINK_OPEN, THINK_CLOSE, tail)
+    )
+    head_ids = head_ids if chat else start_ids + head_ids
+    asked = len(head_ids + tail_ids + open_ids)
+    scored = len(start_ids + open_ids + close_ids) + 1
+    room = max_prompt_tokens - max(asked, scored)
+    if room < MIN_PREFIX:
+        raise ConfigError(
+            f"max_prompt_tokens={max_prompt_tokens}: must be at least {max_prompt_tokens - room + MIN_PREFIX}, "
+            f"{MIN_PREFIX} tokens of text and the frame of rlp_prompt"
+        )
+    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, room)
+
+
+def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:
+    """One uniformly random position t >= MIN_PREFIX of a text. A text that is too long before t loses its beginning.
+
+    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out.
+    """
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) <= MIN_PREFIX:
+        raise ValueError(f"a text of {len(ids)} tokens has no position after {MIN_PREFIX}: {text[:60]!r}")
+    t = rng.randrange(MIN_PREFIX, len(ids))
+    return Position(ids[max(0, t - frame.longest_prefix) : t], ids[t])
+
+
+def thought_prompt(frame: Frame, position: Position) -> list[int]:
+    """What a thought is sampled from, token ids: the request around the text, and the tag that opens the thought."""
+    return frame.head_ids + position.prefix_ids + frame.tail_ids
+
+
+def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+    """`rlp`: one random position of each text; the predictions will be thoughts, the target is the next token."""
+    from methods import Task  # here: methods.py imports this file
+
+    sampler, frame, proposals = run.sampler, thought_frame(run.sampler), []
+    for number, passage in enumerate(passages):
+        rng = random.Random(derive_seed(run.config.seed, step, "draw", number))
+        position = draw_position(passage.text, sampler.tokenizer, frame, rng)
+        target = sampler.piece(position.target_id)
+        masked = sampler.tokenizer.decode(position.prefix_ids) + MASK
+        task = Task(passage, Mask(target, masked=masked, target=target, occurrences=1), position=position)
+        task.prompt_ids = thought_prompt(frame, position)
+        proposals.append([task])
+    return proposals
+
+
+def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
+    """A thought as it is scored, token ids: opening tag, sampled tokens, closing tag.
+
+    A thought cut at the limit is closed here, and so is one that ended the sequence, whose EOS would part the text from
+    x_t and is left out. The rollout keeps its sampled tokens, so what is added or left out here moves no gradient.
+
+    With <think> = 7, </think> = 8, EOS = 0: [5, 6, 8] "answer" -> [7, 5, 6, 8];  [5, 6] "length" -> [7, 5, 6, 8];
+    [5, 0] "eos" -> [7, 5, 8].
+    """
+    if rollout.finish == "answer":
+        return frame.open_ids + rollout.completion_ids
+    thought = rollout.completion_ids[:-1] if rollout.finish == "eos" else rollout.completion_ids
+    return frame.open_ids + thought + frame.close_ids
+
+
+def information_gain(
+    run: Run, positions: list[Position], thoughts: list[list[list[int]]], frame: Frame
+) -> list[list[float]]:  # fmt: skip
+    """Reward of each thought of each position: log p_policy(x_t | text, thought) - log p_reference(x_t | text), nats.
+
+    thoughts[i]: of positions[i], as close_thought leaves them; [] is no thought and no tags. At temperature 1, which is
+    what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank; costs a forward
+    of the policy over all texts with thoughts and one of the reference over the texts.
+
+    p(x_t) of 0.2 by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
+    """
+    texts = [frame.start_ids + position.prefix_ids for position in positions]
+    targets = [[position.target_id] for position in positions]
+    informed = [
+        (text + thought, target)
+        for text, target, group in zip(texts, targets, thoughts, strict=True)
+        for thought in group
+    ]
+    with_thought = iter(score(run.policy, informed, run.config, run.ranks))
+    baselines = score(run.reference, list(zip(texts, targets, strict=True)), run.config, run.ranks)
+    return [
+        [next(with_thought)[0][0] - baseline for _ in group]
+        for (baseline,), group in zip((logprobs for logprobs, _ in baselines), thoughts, strict=True)
+    ]
+
+
+def thought_frame(sampler: Sampler) -> Frame:
+    """The tokens around texts and thoughts in this run."""
+    config = sampler.config
+    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
+
+
+def grade_thoughts(run: Run, tasks: list[Task]) -> None:
+    """`rlp`: each thought earns its information gain, nats; nothing is right or wrong."""
+    frame = thought_frame(run.sampler)
+    thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
+    gains = information_gain(run, [task.position for task in tasks], thoughts, frame)
+    for task, group in zip(tasks, gains, strict=True):
+        task.rewards = group
+
+
+def gains_without_thought(run: Run, passages: list[Passage]) -> dict:
+    """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
+    an empty pair of think tags (not 0: the tags alone move the next token; a thought first earns that back)."""
+    frame = thought_frame(run.sampler)
+    positions = [task.position for tasks in propose_positions(run, passages, 0) for task in tasks]
+    means = {}
+    for name, thought in (("no_thought", []), ("empty_thought", frame.open_ids + frame.close_ids)):
+        gains = information_gain(run, positions, [[thought]] * len(positions), frame)
+        means[f"rlp/{name}_gain"] = fmean(gain for (gain,) in gains)
+    return means
+
+
+def rlp_advantages(rewards: list[float]) -> list[float]:
+    """A_i = G / (G - 1) (r_i - mean r): each thought against the mean of the others; G >= 2.
+
+    >>> [round(advantage, 3) for advantage in rlp_advantages([0.9, 0.1, -0.3, 0.1])]
+    [0.933, -0.133, -0.667, -0.133]
+    """
+    scale, mean = len(rewards) / (len(rewards) - 1), fmean(rewards)
+    return [scale * (reward - mean) for reward in rewards]
+
+
+def thought_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """`rlp`: every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens).
+
+    No group is dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for
+    its length.
+    """
+    samples = [
+        Sample(rollout, advantage, group=number)
+        for number, group in enumerate(groups)
+        for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True)
+    ]
+    for sample in samples:
+        sample.weight = 1 / (len(samples) * len(sample.rollout.completion_ids))
+    return samples

@@ -50,15 +50,16 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         assert sum(apart) / len(apart) < near, text
         return text
 
-    def sample_and_score(number: int) -> tuple[list, str]:
+    def sample_and_score(number: int, note) -> list:
         groups = rollout(sampler, prompts * ranks.world, COUNT, TOKENS, NEVER, (number, "predict"))
         drawn = [(one.prompt_ids, one.completion_ids) for group in groups for one in group]
         own = [values for values, _ in score(run.policy, drawn, config, ranks, config.temperature)]
-        return groups, close(own, [one.sampler_logprobs for group in groups for one in group])
+        note(close(own, [one.sampler_logprobs for group in groups for one in group]))
+        return groups
 
     with check("versions") as note:
         note(", ".join(line for line in environment().split("\n")[2:-1] if "not installed" not in line))
-    with check("collectives") as note:
+    with check("ranks") as note:
         dist.all_reduce(number := torch.ones(1 << 20, device=ranks.device))
         assert number[-1] == ranks.world and gather([ranks.rank]) == list(range(ranks.world))
         note(f"{ranks.world} ranks")
@@ -87,8 +88,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
             assert own.config.use_cuda_graph == graphs, "CUDA graphs cannot be captured"
             note(f"{len(prompts) * TOKENS} tokens with graphs={graphs}")
     with check("log-probs") as note:
-        groups, text = sample_and_score(0)
-        note(text)
+        groups = sample_and_score(0, note)
     with check("update") as note:  # of a full micro-batch on each rank
         tokens, (first, *_) = len(prompts) * COUNT * (PROMPT + TOKENS), run.policy.parameters()
         graded = [Group("pred", group, [1.0, 0.0] * (COUNT // 2)) for group in groups]
@@ -101,7 +101,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         assert not before.equal(first.to_local()) and not (cuda and row["peak_memory_gb"] > 1.05 * planned), "see there"
     with check("refresh") as note:  # the sampler has the new weights, and no key of the old ones
         model.refresh(run.policy, replica)
-        note(sample_and_score(1)[1])
+        sample_and_score(1, note)
     with check("checkpoint"), tempfile.TemporaryDirectory() as folder:
         kept = replace(sampler.config, run_dir=gather([folder])[0])
         saver = make_saver(run.policy, run.optimizer, replace(sampler, config=kept))

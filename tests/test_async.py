@@ -9,19 +9,14 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
+from weakref import ref
 
 import pytest
 import torch
 from reference import ROOT
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import (
-    continuous_api,
-    initialization,
-    input_outputs,
-    model_runner,
-    offloading_manager,
-    scheduler,
-)
+from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, offloading_manager
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import ops
 import rollout
@@ -147,12 +142,13 @@ def test_a_batch_of_padding_alone_is_made_and_not_computed(tiny_base, prompts, a
 
 @pytest.fixture
 def graphs(as_on_a_gpu, monkeypatch):
-    """Call it with "ok" or what breaks; returns the rows of each capture. Afterwards decoding runs in graphs."""
+    """Call it, and decoding runs in graphs of up to 40 rows; the capture of that number fails. Returns the rows of each
+    capture."""
     captured: list[int] = []
 
     def switch(broken: int | None = None):
         as_on_a_gpu()
-        monkeypatch.setattr(initialization, "get_accelerator_graph_name", lambda: "stand-in")
+        monkeypatch.setattr(f"{continuous_api.__package__}.initialization.get_accelerator_graph_name", lambda: "any")
         monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
 
         def capture(self, forward, stream, *args):
@@ -164,39 +160,34 @@ def graphs(as_on_a_gpu, monkeypatch):
 
         monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)
         monkeypatch.setattr(torch, "multinomial", likeliest)
+        monkeypatch.setattr(rollout, "_batching", batching)
         return captured
 
+    def batching(config, *_):
+        assert not [one for one in caches if one() is not None]  # each has the memory to itself
+        options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
+        options |= {"use_async_batching": True, "use_cuda_graph": (False, config.use_cuda_graph)}
+        return ContinuousBatchingConfig(**options, **SETTINGS["prompts in pieces"])
+
+    caches, original = [], continuous_api.PagedAttentionCache
+    monkeypatch.setattr(
+        continuous_api, "PagedAttentionCache", lambda **keys: (one := original(**keys), caches.append(ref(one)))[0]
+    )
     return switch
 
 
-def on_graphs(config, *_):
-    """Settings of a phase with up to 40 rows."""
-    options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
-    options |= {"use_async_batching": True, "use_cuda_graph": (False, config.use_cuda_graph)}
-    return ContinuousBatchingConfig(**options, **SETTINGS["prompts in pieces"])
-
-
-def test_every_size_that_a_phase_can_meet_is_captured_before_it_decodes(tiny_base, prompts, graphs, monkeypatch):
-    monkeypatch.setattr(rollout, "_batching", on_graphs)
-    captured = graphs()
-    words = (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
-    found = rollout.generate(*words)
+def test_every_size_that_a_phase_can_meet_is_captured_before_it_decodes(tiny_base, prompts, graphs):
+    captured, words = graphs(), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
+    found = [[one.completion_ids for one in group] for group in rollout.generate(*words)]
     assert captured == [40, 16, 32] * 2  # and no more while it decodes; 48 responses, 40 places
     tiny_base.config.use_cuda_graph = False
-    plain = rollout.generate(*words)
-    assert [[one.completion_ids for one in group] for group in found] == [
-        [one.completion_ids for one in group] for group in plain
-    ]
+    assert [[one.completion_ids for one in group] for group in rollout.generate(*words)] == found
     assert len(captured) == 6
 
 
 @pytest.mark.parametrize("broken", [1, 5])
-def test_where_a_capture_fails_the_phase_is_repeated_without_graphs(
-    tiny_base, prompts, graphs, monkeypatch, capfd, broken
-):
-    monkeypatch.setattr(rollout, "_batching", on_graphs)
-    words = (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
-    captured = graphs(broken)
+def test_where_a_capture_fails_the_phase_is_repeated_without_graphs(tiny_base, prompts, graphs, capfd, broken):
+    captured, words = graphs(broken), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
     found = rollout.generate(*words)
     assert len(captured) == broken and tiny_base.config.use_cuda_graph is False
     assert rollout.generate(*words) == found and len(captured) == broken  # for the rest of the run
@@ -206,16 +197,16 @@ def test_where_a_capture_fails_the_phase_is_repeated_without_graphs(
 @pytest.mark.parametrize("held, slow, steps", [(True, 34, 94), (False, 66, 90)])
 def test_new_prompts_wait_until_an_eighth_of_the_places_is_free(tiny_base, prompts, monkeypatch, held, slow, steps):
     """Of 192 responses in 32 places; each response ends at another step."""
-    batches, schedule = [], scheduler.FIFOScheduler.schedule_batch
+    batches, schedule = [], FIFOScheduler.schedule_batch
 
     def noted(self, *budgets):
         if not held:
             self.block_new_requests = False
-        batch, decoding, *rest = schedule(self, *budgets)
-        batches.append(decoding)
-        return batch, decoding, *rest
+        batch = schedule(self, *budgets)
+        batches.append(batch[1])
+        return batch
 
-    monkeypatch.setattr(scheduler.FIFOScheduler, "schedule_batch", noted)
+    monkeypatch.setattr(FIFOScheduler, "schedule_batch", noted)
     tiny_base.config.max_requests, tiny_base.eos_ids = 32, {10**6}
     limits = [[2 + (5 * row) % (TOKENS - 1)] for row in range(16 * PROMPTS)]
     groups = rollout.generate(tiny_base, prompts * 16, 1, TOKENS, NEVER, 0, limits=limits)

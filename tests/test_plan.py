@@ -404,5 +404,5 @@ def test_where_a_sequence_fits_beside_stored_layers_the_configs_store_them(known
         config = read_config([f"configs/{name}.yaml"])
         assert config.gradient_checkpointing == "auto"
         assert not must_recompute(known[config.model], config, gpus, GPUS[gpu].memory)
-    large = replace(read_config(["configs/qwen3-8b.yaml", "gradient_checkpointing=auto"]), tokens_per_micro_batch=5632)
+    large = read_config(["configs/qwen3-8b.yaml", "gradient_checkpointing=auto", "tokens_per_micro_batch=5632"])
     assert must_recompute(known[large.model], large, 8, GPUS["h100"].memory)

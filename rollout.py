@@ -379,7 +379,7 @@ def _adapt(manager, requests: int) -> None:
             compute(model, batch_data)
 
     def maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path):
-        least = min(LEAST_ROWS, places) if use_decode_fast_path and runner.pad_inputs else 0
+        least = runner.least_rows if use_decode_fast_path and runner.pad_inputs else 0
         return pad(max(num_q_tokens, least), max_kv_read, use_decode_fast_path)
 
     def schedule_batch(*budgets):
@@ -389,7 +389,7 @@ def _adapt(manager, requests: int) -> None:
         scheduler.block_new_requests = blocked
         return batch
 
-    runner.compute_batch, runner.maybe_pad_inputs = compute_batch, maybe_pad_inputs
+    runner.compute_batch, runner.maybe_pad_inputs, runner.least_rows = compute_batch, maybe_pad_inputs, LEAST_ROWS
     scheduler.schedule_batch = schedule_batch
 
 
@@ -403,13 +403,14 @@ def _capture_graphs(manager) -> bool:
         return True
     sizes = [places, *(rows for rows in (LEAST_ROWS << n for n in range(16)) if rows < places)]  # the largest first
     for pair in buffers.io_pairs:
-        for size in sizes:
-            runner.run_one_warmup(manager.model, size, None)
+        for runner.least_rows in sizes:
+            runner.run_one_warmup(manager.model, 1, None)  # one request, the rest padding: a small cache will do
             buffers.compute_stream.synchronize()  # the next one writes to the same inputs
-            if pair.device_io.graphs.get_graph((size,)) is None:
+            if pair.device_io.graphs.get_graph((runner.least_rows,)) is None:
                 return False
         buffers.swap_io_pairs()
     cache.reset()
+    runner.least_rows = LEAST_ROWS
     return True
 
 

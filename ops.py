@@ -176,15 +176,13 @@ def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
     """(what reads the pages in `decode_by_table`, "") on this machine, or (None, why nothing does).
 
     torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word,
-    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried on a model's heads
-    against the plain version, before it is trusted; then the Triton kernel. Few rows leave most of a GPU idle unless
-    their keys are split: they get the most splits that are right, up to 256 programs in all.
+    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried against the plain
+    version first, then the Triton kernel. Few rows leave most of a GPU idle: they get the most splits that are right.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return _read_pages_plain, ""
     shape, splits = (device, dtype, heads, kv_heads, dim), {}
-    trouble = _try_reader(_read_pages_torch, 6, *shape)
-    if trouble:
+    if trouble := _try_reader(_read_pages_torch, 6, *shape):
         return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
     for rows, parts in product((1, 2, 4, 8, 16, 32), (2, 4, 8, 16)):
         cut = functools.partial(_read_pages_torch, splits={rows: parts})

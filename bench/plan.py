@@ -122,8 +122,8 @@ def memory_lines(shape: Shape, config: Config, options: Options) -> list[str]:
     sums = (f"{sum(way.values()) / GB:.2f}" for way in (stored, recomputed))
     lines = text_table([*rows, ("  all of it, in training", *sums)], 32, 12)
     lines[-1] += f"   of {gpu.memory / GB:.0f}, if live all at once"
-    taken = "recomputed" if decided(shape, config, gpus, gpu).gradient_checkpointing else "stored"
     key = f"gradient_checkpointing={str(config.gradient_checkpointing).lower()}"
+    taken = "recomputed" if decided(shape, config, gpus, gpu).gradient_checkpointing else "stored"
     lines.append(f"{key}: activations of {config.tokens_per_micro_batch:,} tokens are {taken}")
     host = f"host memory per node of {gpus} GPUs: {host_bytes(shape, config) / GB:.0f} GB in the run, "
     host += f"{gpus * width * shape.parameters / GB:.0f} GB while the model is loaded"

@@ -38,7 +38,6 @@ tiny: setup
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)
 
 ladder: setup
-	$(BIN)/python -m miniature world ladder runs/experiments/ladder.jsonl
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/ladder.yaml $(ARGS)
 
 # Both stages go on where they were stopped
@@ -46,7 +45,8 @@ real: setup
 	@echo "two CPU cores: about 20 s a step of the cold start, 10 to 40 s a step then, 60 steps each"
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m-cold-start.yaml \
 	  $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA))
-	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m.yaml $(if $(DATA),data=$(DATA)) $(ARGS)
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m.yaml \
+	  model=runs/smollm2-135m-cold-start/checkpoints/latest/hf $(if $(DATA),data=$(DATA)) $(ARGS)
 
 experiments: setup
 	$(BIN)/python -m miniature run $(ARGS)

@@ -39,7 +39,7 @@ from ranks import enter
 from rewards import caseless_match
 from rollout import Rollout, Sampler, mask_prompt, predict_prompt
 
-PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
+RECORDED_PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 
 
 def open_run(config: Config) -> Path:
@@ -64,7 +64,7 @@ def environment() -> str:
     """Command, versions, git revision and hardware, one per line."""
     lines = [f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}", f"command: {' '.join(sys.argv)}"]
     lines.append(f"python: {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
+    for package in RECORDED_PACKAGES:
         try:
             lines.append(f"{package}: {version(package)}")
         except PackageNotFoundError:

@@ -6,7 +6,7 @@ web, from which the base has learned, states all single steps and 72 of the 180 
 The articles of a run state 54 others, and held-out articles the last 54, which nothing trains. Who thinks in single
 steps can tell them all; who answers at once knows the table alone. Nothing rewards a thought: only the box counts.
 
-    python -m miniature ladder          rebuild assets/ladder_base/ (minutes)
+    python -m miniature ladder          rebuild assets/ladder.jsonl.gz and assets/ladder_base/ (minutes)
 """
 
 import json
@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 
 from data import is_heldout
-from miniature.worlds import SYLLABLES
+from miniature.worlds import SYLLABLES, save_wiki
 
 NAMES = [f"{first}{vowel}{last}" for first in "BDFGKLMNPRST" for vowel, last in zip("aeiou", "lnrsm", strict=True)]
 ARTICLES, HELDOUT = 2000, 0.05  # a run's `heldout` must be the same: the split is made by the url
@@ -24,9 +24,10 @@ OBVIOUS = ("Rain fell all night .", "Bread costs little today .", "Ships sail be
 NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it NOISE .")
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
-PREDICT_SHARE, REPEAT_SHARE, FACT_SHARE = 0.6, 0.15, 0.75
-LAYERS, HIDDEN, STEPS = 2, 128, 2400
-BASE_SHA256 = ""
+FACT_SHARE = 0.75  # of the prediction examples
+STAGES = ((2400, 0.60, 0.15), (800, 0.30, 0.15))  # steps, shares of predictions and of repetitions; the rest are masks
+LAYERS, HIDDEN = 2, 128
+BASE_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
 Pair = tuple[str, int]
@@ -104,16 +105,17 @@ def answer(rng: random.Random, after: dict[str, str], words: list[str], place: i
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
-def web_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) examples, each on a fresh article of the web."""
+def web_examples(seed: int, predict: float = 0.6, repeat: float = 0.15) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article of the web, with these shares of predictions and
+    of repetitions."""
     rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
     while True:
         words, labels = write_article(rng, after, pairs)
         draw, passage = rng.random(), " ".join(words)
         places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
-        if draw < REPEAT_SHARE:
+        if draw < repeat:
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEAT_SHARE + PREDICT_SHARE:
+        elif draw < repeat + predict:
             place = rng.choice(places)
             if rng.random() < FACT_SHARE:
                 place = labels.index(f"hop{rng.choice(DEPTHS)}")
@@ -127,13 +129,15 @@ def web_examples(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_base() -> None:
-    """assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
+    """The articles, and assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
     import torch
 
     from miniature import base
 
+    save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(web_examples(0))
     model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
-    base.pretrain(model, tokenizer, web_examples(0), STEPS)
+    for steps, predict, repeat in STAGES:  # the second makes it copy what it masks
+        base.pretrain(model, tokenizer, web_examples(0, predict, repeat), steps)
     base.save_base(base.ASSETS / "ladder_base", model, tokenizer, BASE_SHA256)

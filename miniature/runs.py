@@ -6,7 +6,7 @@
     python -m miniature figures              the marked blocks of the pages and assets/figures/, from the record alone
     python -m miniature base [wiki|base]     rebuild the mini-wiki and the tiny base (base.py)
     python -m miniature ladder               rebuild the base of the ladder (ladder.py)
-    python -m miniature world several|questions|ladder FILE.jsonl     write another made-up world
+    python -m miniature world several|questions FILE.jsonl     write another made-up world
 
     run ... seeds=20,21,22,23,24 out=results/mine.jsonl      the same with fresh seeds, elsewhere
 
@@ -25,12 +25,11 @@ from statistics import fmean
 from metrics import append_row, environment, read_rows
 from miniature.claims import ARMS, CLAIMS, CURVES, PROBES, SEEDS, STARTS_FROM, TOTALS
 from miniature.tables import PROJECT, RECORD, load_results, make_tables, write_pages
-from miniature.ladder import make_ladder
 from miniature.worlds import make_questions, make_several
 
 FRESH_SEEDS = (20, 21)
 RUNS = PROJECT / "runs" / "experiments"
-WORLDS = {"several": make_several, "questions": make_questions, "ladder": make_ladder}
+WORLDS = {"several": make_several, "questions": make_questions}
 COMMON_KEYS = ["share_prompts=true", "probe_every=20", "samples_per_step=0", "resume=never"]
 
 

@@ -228,7 +228,7 @@ def test_run_makes_what_is_missing_seed_by_seed_and_what_was_run_with_other_keys
     runs.run_missing(["learns"], [10, 11], record)
     assert len(asked) == 3
     made = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert made == ["ladder.jsonl", "questions.jsonl", "several.jsonl"]
+    assert made == ["questions.jsonl", "several.jsonl"]
 
 
 @pytest.fixture

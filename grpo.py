@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import Config
-from ops import pack
+from ops import move, pack
 from ranks import Ranks, agree, gather
 from rollout import Rollout, Sampler
 
@@ -227,11 +227,12 @@ def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatc
             refs = sample.ref_logprobs or zeros
             pairs = zip(sampler_logprobs, refs, strict=True)
             per_token += [(own, sample.advantage, sample.weight, ref) for own, ref in pairs]
-    inputs = pack(rows, device, prefixes if len(rows) > len(bundles) else None)
-    values = torch.tensor(per_token, dtype=torch.float32, device=device)
-    return MicroBatch(
-        inputs, torch.tensor(predicts, device=device), torch.tensor(targets, device=device), *values.unbind(1)
-    )
+    inputs = pack(rows, torch.device("cpu"), prefixes if len(rows) > len(bundles) else None)
+    longest = {name: inputs.pop(name) for name in ("max_length_q", "max_length_k")}
+    trained = {"predicts": torch.tensor(predicts), "targets": torch.tensor(targets)}
+    inputs = move(inputs | trained | {"values": torch.tensor(per_token, dtype=torch.float32)}, device)
+    trained = inputs.pop("predicts"), inputs.pop("targets"), *inputs.pop("values").unbind(1)
+    return MicroBatch(inputs | longest, *trained)
 
 
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Tensor]:

@@ -16,18 +16,20 @@ import copy
 import os
 import types
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config, ConfigError
-from ops import SHARED, VARLEN, apply_liger, block_table_trouble, choose_attention, token_logprobs
+from ops import SHARED, VARLEN, apply_liger, choose_attention, table_reader, token_logprobs
 from ranks import Ranks, gather
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -117,7 +119,7 @@ def decoding(replica: nn.Module) -> str:
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
     dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    trouble = block_table_trouble(replica.device, replica.dtype, heads, kv_heads, dim)
+    trouble = table_reader(replica.device, replica.dtype, heads, kv_heads, dim)[1]
     return f"gathered: {trouble}" if trouble else "block table"
 
 
@@ -136,7 +138,12 @@ def _policy_forward(
     """
     decoder = getattr(self, self.base_model_prefix)
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
-    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature)
+    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature, self.head_chunk)
+
+
+def head_chunk(config: Config) -> int:
+    """Tokens whose logits exist at a time, by the keys with which a user fits a GPU. Large chunks move fewer bytes."""
+    return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
 
 
 def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
@@ -149,7 +156,7 @@ def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Modu
     use_attention(policy, SHARED[attention] if config.share_prompts else attention)
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
-    policy.forward = types.MethodType(_policy_forward, policy)
+    policy.forward, policy.head_chunk = types.MethodType(_policy_forward, policy), head_chunk(config)
     assert isinstance(config.gradient_checkpointing, bool), "auto: bench/memory.py:decide_checkpointing comes first"
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -195,6 +202,8 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     nodes, names = ranks.world // per_node, ("replicate", "shard")
     shape = (nodes, per_node) if nodes > 1 else (per_node,)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names[-len(shape) :])
+    for group in mesh.get_all_groups():  # those inside and between nodes would have NCCL's ten minutes
+        _set_pg_timeout(timedelta(seconds=config.rank_timeout), group)
     policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
     return load_masters(policy, replica, config, ranks.device)
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from itertools import accumulate, pairwise
+import logging
+from itertools import accumulate, pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def varlen_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
     if q.is_cuda and q.dtype != torch.float32:
         borders = (cu_seq_lens_q.int(), cu_seq_lens_k.int(), int(max_length_q), int(max_length_k))
-        out = _flash_attn(package, q, k, v, *borders, scaling) if package else _torch_varlen(q, k, v, *borders, scaling)
+        out = _varlen(package, q, k, v, *borders, scale=scaling)
     else:
         out = _per_request(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling)
     return out[None], None
@@ -101,30 +102,23 @@ for _name, _package in PACKAGES.items():
     ALL_ATTENTION_FUNCTIONS.register(SHARED[_name], functools.partial(varlen_attention, package=_package))
 
 
-def _flash_attn(package: str, q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
-    kernel = importlib.import_module(package).flash_attn_varlen_func
-    out = kernel(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True)
-    return out[0] if isinstance(out, tuple) else out  # some versions of 3 return the normalisers too
-
-
 @functools.cache
 def _varlen_kernel():
     """torch's own kernel and how to call it: its keywords came one release after the other."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return varlen_attn, causal, "enable_gqa" in known
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
-    """On CUDA without flash-attn, 16-bit types."""
-    varlen_attn, options, grouped = _varlen_kernel()
-    if grouped:
-        options = options | {"enable_gqa": True}
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, **options)
+def _varlen(package: str, q, k, v, *borders, scale: float | None) -> Tensor:
+    """On CUDA, 16-bit types: flash-attn's kernel, or torch's without a package."""
+    if not package:
+        kernel, options = _varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
+        return kernel(q, k, v, *borders, scale=scale, **options)
+    out = importlib.import_module(package).flash_attn_varlen_func(q, k, v, *borders, softmax_scale=scale, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # some versions of 3 return the normalisers too
 
 
 def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,17 +145,23 @@ def decode_by_table(
     """
     lengths, *where = places
     k_pages[tuple(where)], v_pages[tuple(where)] = k, v
-    read = _read_pages_torch if q.is_cuda and q.dtype != torch.float32 else _read_pages_plain
+    read, _ = table_reader(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
     return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
 
 
-def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale, splits=None) -> Tensor:
+    """splits: {rows, a power of 2: parts into which the keys of each are cut}; others are not cut."""
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # One split: with several, which the kernel may choose by itself, rows came out wrong (pytorch/pytorch#194167,
-    # pytorch/torchtitan#3235). No causal window: a last token sees everything, and without one the kernel reads keys
-    # once per group of heads, not once per head
-    options = {"seqused_k": lengths, "block_table": table, "num_splits": 1, "enable_gqa": True}
-    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, scale=scale, **options)
+    # No causal window: a last token sees everything, and the kernel reads keys per group of heads, not per head
+    parts = (splits or {}).get(1 << (len(q) - 1).bit_length(), 1)
+    options = {"seqused_k": lengths, "block_table": table, "scale": scale, "num_splits": parts, "enable_gqa": True}
+    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
+
+
+def _read_pages_triton(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
+    from kernels.paged_decode import paged_decode  # Triton: where there is a GPU
+
+    return paged_decode(q, k_pages, v_pages, table, lengths, scale)
 
 
 def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
@@ -172,29 +172,38 @@ def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) ->
 
 
 @functools.cache
-def block_table_trouble(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """Why decoding must not go through `decode_by_table` on this machine; empty if it may.
+def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple:
+    """(what reads the pages in `decode_by_table`, "") on this machine, or (None, why nothing does).
 
-    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word.
-    So it is tried on a model's heads against the plain version, before it is trusted.
+    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word,
+    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried against the plain
+    version first, then the Triton kernel. Few rows leave most of a GPU idle: they get the most splits that are right.
     """
-    kernel = device.type == "cuda" and dtype != torch.float32
-    return _try_block_tables(device, dtype, heads, kv_heads, dim) if kernel else ""
+    if device.type != "cuda" or dtype == torch.float32:
+        return _read_pages_plain, ""
+    shape, splits = (device, dtype, heads, kv_heads, dim), {}
+    if trouble := _try_reader(_read_pages_torch, 6, *shape):
+        return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
+    for rows, parts in product((1, 2, 4, 8, 16, 32), (2, 4, 8, 16)):
+        cut = functools.partial(_read_pages_torch, splits={rows: parts})
+        if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
+            splits[rows] = parts
+    return functools.partial(_read_pages_torch, splits=splits), ""
 
 
-def _try_block_tables(device, dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """On lengths that end in, at and after a page, pages out of order, and a request of padding."""
-    page, most = 256, 4
-    lengths = torch.tensor([1, 700, 256, 257, 0, most * page], dtype=torch.int32, device=device)
-    table = torch.arange(most * len(lengths), dtype=torch.int32, device=device).flip(0).view(-1, most)
+def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
+    """What is wrong, if anything, on lengths in, at and after a page and long ones, pages out of order, padding."""
+    page, most = 256, 22
+    lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024] * 4, dtype=torch.int32, device=device)[:rows]
+    table = torch.arange(most * rows, dtype=torch.int32, device=device).flip(0).view(rows, most)
     table = table.masked_fill(torch.arange(0, most * page, page, device=device) >= lengths[:, None], -1)
     generator = torch.Generator(device).manual_seed(0)
-    sizes = (len(lengths), heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
+    sizes = (rows, heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
     q, k, v = (torch.randn(size, dtype=dtype, device=device, generator=generator) for size in sizes)
     cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (torch.ones_like(lengths), lengths))
     try:
-        found = _read_pages_torch(q, k, v, table, lengths, cu_q, cu_k, None)
-    except Exception as error:  # an older torch, or a refusal
+        found = read(q, k, v, table, lengths, cu_q, cu_k, None)
+    except Exception as error:  # an older torch, a refusal, no Triton
         return f"torch {torch.__version__}: {error}".splitlines()[0][:120]
     expected = _read_pages_plain(q, k, v, table, lengths, cu_q, cu_k, None)
     wrong = (found - expected)[lengths > 0].float().abs().max().item()
@@ -233,9 +242,9 @@ def _one_query_each(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scale: float 
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(tokens, vocabulary), float32. The largest tensor of an update: not walked over to divide it by 1."""
-    logits = (hidden @ weight.t()).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+    """(tokens, vocabulary), the largest tensor of an update: not walked over to divide it by 1, or to widen it."""
+    logits = hidden @ weight.t()
+    return logits if temperature == 1 else logits.float().div_(temperature)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -252,9 +261,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for begin in range(0, len(targets), chunk):
             rows = slice(begin, begin + chunk)
             logits = _logits(hidden[rows], weight, temperature)
-            lse[rows] = logits.logsumexp(-1)
+            most = logits.amax(-1).float()
+            exps = torch.sub(logits, most[:, None]).exp_()  # float32, whatever the logits are
+            total = exps.sum(-1)
+            lse[rows] = total.log() + most
             logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - (torch.exp(logits - lse[rows, None]) * logits).sum(-1)
+            entropy[rows] = lse[rows] - exps.mul_(logits).sum(-1) / total
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -268,15 +280,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for begin in range(0, len(targets), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
-            logits = _logits(hidden[rows], weight, ctx.temperature)
-            d_logits = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
-            d_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
-            d_logits = (d_logits if ctx.temperature == 1 else d_logits.div_(ctx.temperature)).to(hidden.dtype)
-            d_hidden[rows] = d_logits @ weight
-            if d_logits.is_cuda and d_logits.dtype != torch.float32:
-                d_weight += torch.mm(d_logits.t(), hidden[rows], out_dtype=torch.float32)
+            logits, slope = _logits(hidden[rows], weight, ctx.temperature), grad[rows, None] / ctx.temperature
+            probs, where = torch.sub(logits, lse[rows, None]).exp_(), targets[rows, None]
+            at_target = slope - probs.gather(-1, where) * slope
+            d_logits = torch.mul(probs, -slope, out=logits if logits.dtype == hidden.dtype else hidden.new_empty(0))
+            d_logits.scatter_(-1, where, at_target.to(hidden.dtype))
+            torch.mm(d_logits, weight, out=d_hidden[rows])
+            if d_logits.device.type != "cpu" and d_logits.dtype != torch.float32:
+                torch.addmm(d_weight, d_logits.t(), hidden[rows], out_dtype=torch.float32, out=d_weight)
             else:
-                d_weight += d_logits.t().float() @ hidden[rows].float()
+                d_weight.addmm_(d_logits.t().float(), hidden[rows].float())
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
@@ -296,6 +309,7 @@ def apply_liger(model) -> bool:
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend that is not installed
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:
         return False
@@ -327,14 +341,20 @@ def pack(sequences: list[list[int]], device: torch.device, prefixes: list[int | 
     before = prefixes or [None] * len(rows)
     seen = [row if one is None else torch.cat([rows[one], row]) for row, one in zip(rows, before, strict=True)]
     positions = [row - row[0] + len(keys) - len(row) for row, keys in zip(rows, seen, strict=True)]
-    borders_q = torch.tensor(begins, dtype=torch.int32, device=device)
-    borders_k = torch.tensor([0, *accumulate(map(len, seen))], dtype=torch.int32, device=device)
-    shared = {} if prefixes is None else {"shared_keys": torch.cat(seen).to(device)}
-    return {
-        "input_ids": torch.tensor([token for sequence in sequences for token in sequence], device=device)[None],
-        "position_ids": torch.cat(positions).to(device)[None],
-        "cu_seq_lens_q": borders_q,
-        "cu_seq_lens_k": borders_k,
-        "max_length_q": max(lengths),
-        "max_length_k": max(map(len, seen)),
+    shared = {} if prefixes is None else {"shared_keys": torch.cat(seen)}
+    tensors = {
+        "input_ids": torch.tensor([token for sequence in sequences for token in sequence])[None],
+        "position_ids": torch.cat(positions)[None],
+        "cu_seq_lens_q": torch.tensor(begins, dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, *accumulate(map(len, seen))], dtype=torch.int32),
     } | shared
+    return move(tensors, device) | {"max_length_q": max(lengths), "max_length_k": max(map(len, seen))}
+
+
+def move(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """From the CPU to the device in one copy, out of page-locked memory for a GPU: nothing waits for it."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # eight bytes first: all are aligned
+    whole = torch.cat([tensors[name].flatten().view(torch.uint8) for name in order])
+    whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+    parts = zip(order, whole.split([tensors[name].nbytes for name in order]), strict=True)
+    return {name: part.view(tensors[name].dtype).view(tensors[name].shape) for name, part in parts}

@@ -15,11 +15,13 @@ The traps that shape this file:
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,7 +30,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
-from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -267,7 +268,9 @@ def generate(
     numbers = range(len(prompts))
     names = [[str(number), *(f"{number}__child#{child}" for child in range(count - 1))] for number in numbers]
     limiting = _stop_at_limits(names, limits) if limits else nullcontext()
-    with _restored_rng(), bar, stopping as answered, limiting, _no_empty_batches():
+    # The sampler reseeds torch's global generators; whoever draws next must not notice
+    unnoticed = torch.random.fork_rng([replica.device] if replica.device.type == "cuda" else [])
+    with unnoticed, bar, stopping as answered, limiting:
         manager = replica.init_continuous_batching(
             generation, _batching(config, replica, prompts, max_tokens, wanted, seed), hints
         )
@@ -279,12 +282,12 @@ def generate(
                 manager.add_request(prompt, request_id=str(number))
                 if admitted:
                     admitted(number)
-            if replica.device.type == "cuda":
-                manager.warmup()  # captures the CUDA graphs
-            manager.start()
-            # Everything is admitted: the thread may end by itself when all is done, which saves its idle wait
-            manager.background_thread_status.request_stop(BackgroundThreadStatus.FLUSH_AND_STOP, sampler.ranks.rank)
-            while len(results) < wanted and not stop_requested():
+            _adapt(manager, wanted)
+            if captured := _capture_graphs(manager):
+                manager.start()
+                # Everything is admitted: the thread may end by itself when all is done, which saves its idle wait
+                manager.background_thread_status.request_stop(BackgroundThreadStatus.FLUSH_AND_STOP, sampler.ranks.rank)
+            while captured and len(results) < wanted and not stop_requested():
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
                     results[result.request_id] = result
@@ -293,7 +296,15 @@ def generate(
                     break
         finally:
             manager.stop(block=True, hard_stop=len(results) < wanted)
+            manager.batch_processor = None  # as stop does with one that was started
             manager.destroy()
+            if replica.device.type == "cuda":
+                torch._C._cuda_clearCublasWorkspaces()  # those of this phase's streams; the update makes its own
+    if not captured:
+        print(f"rank {sampler.ranks.rank}: CUDA graphs cannot be captured; sampling without", file=sys.stderr)
+        sampler.config = replace(config, use_cuda_graph=False)
+        gc.collect()  # the cache, before the next one takes its share of free memory
+        return generate(sampler, prompts, count, max_tokens, opening, seed, greedy, prefix, label, admitted, limits)
     if len(results) < wanted and stop_requested():
         return []
     fatal = manager.background_thread_status.fatal_error
@@ -347,39 +358,60 @@ def _batching(
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
 
 
-@contextmanager
-def _no_empty_batches():
-    """Inside, a batch without a token is not computed.
+LEAST_ROWS = 16  # of a decoding step in a CUDA graph: fewer take as long, and would be more graphs to capture
 
-    With asynchronous batching, while prompts wait to be forked, the sampler runs one of padding alone. It draws from
-    rows that no kernel wrote: where that memory holds NaN, the draw kills the process.
+
+def _adapt(manager, requests: int) -> None:
+    """Makes the sampler's objects for one phase, and changes three of their habits.
+
+    A batch of padding alone (while prompts wait to be forked) is not computed: it would draw from rows that no kernel
+    wrote, and NaN there kills the process. Decoding is padded to LEAST_ROWS. Where requests outnumber places, new ones
+    wait until an eighth of the places is free: one prompt in a batch sends all others down the slow path.
     """
-    original = ModelRunner.compute_batch
+    processor = manager.batch_processor = manager._create_batch_processor()
+    runner, scheduler, buffers = processor.model_runner, processor.scheduler, processor.inputs_and_outputs
+    compute, pad, schedule = runner.compute_batch, runner.maybe_pad_inputs, scheduler.schedule_batch
+    places = scheduler.max_requests_per_batch
 
-    def compute_batch(self, model, batch_data):
-        inputs = self.inputs_and_outputs
-        if hasattr(inputs, "io_pairs"):  # asynchronous: two sets take turns
-            inputs = inputs.io_pairs[inputs.current_pair].device_io
-        if inputs.total_seqlen_q:
-            original(self, model, batch_data)
+    def compute_batch(model, batch_data):
+        pairs = getattr(buffers, "io_pairs", None)  # asynchronous: two sets take turns
+        if (pairs[buffers.current_pair].device_io if pairs else buffers).total_seqlen_q:
+            compute(model, batch_data)
 
-    ModelRunner.compute_batch = compute_batch
-    try:
-        yield
-    finally:
-        ModelRunner.compute_batch = original
+    def maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path):
+        least = runner.least_rows if use_decode_fast_path and runner.pad_inputs else 0
+        return pad(max(num_q_tokens, least), max_kv_read, use_decode_fast_path)
+
+    def schedule_batch(*budgets):
+        blocked, full = scheduler.block_new_requests, len(scheduler.active_requests) > places - places // 8
+        scheduler.block_new_requests = blocked or (requests > places and full)
+        batch = schedule(*budgets)
+        scheduler.block_new_requests = blocked
+        return batch
+
+    runner.compute_batch, runner.maybe_pad_inputs, runner.least_rows = compute_batch, maybe_pad_inputs, LEAST_ROWS
+    scheduler.schedule_batch = schedule_batch
 
 
-@contextmanager
-def _restored_rng():
-    """The sampler reseeds torch's global generators; whoever draws next must not notice."""
-    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+@torch.no_grad()
+def _capture_graphs(manager) -> bool:
+    """Captures decoding in each number of rows that the phase can meet, for both sets of buffers. False if one fails,
+    which the sampler only logs. Captured while it decodes, a graph has died under torchrun (transformers#48312)."""
+    cache, runner = manager.batch_processor.cache, manager.batch_processor.model_runner
+    buffers, places = runner.inputs_and_outputs, runner.cb_config.max_requests_per_batch
+    if not runner.use_cuda_graph_decode or cache.max_decode_fast_path_length <= 0:
+        return True
+    sizes = [places, *(rows for rows in (LEAST_ROWS << n for n in range(16)) if rows < places)]  # the largest first
+    for pair in buffers.io_pairs:
+        for runner.least_rows in sizes:
+            runner.run_one_warmup(manager.model, 1, None)  # one request, the rest padding: a small cache will do
+            buffers.compute_stream.synchronize()  # the next one writes to the same inputs
+            if pair.device_io.graphs.get_graph((runner.least_rows,)) is None:
+                return False
+        buffers.swap_io_pairs()
+    cache.reset()
+    runner.least_rows = LEAST_ROWS
+    return True
 
 
 @contextmanager

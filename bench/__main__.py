@@ -1,15 +1,17 @@
-"""Three commands that measure or calculate what a run costs; bench/options.py has their words.
+"""Four commands that measure or calculate what a run costs; bench/options.py has their words.
 
 python -m bench configs/tiny.yaml [key=value ...]                         time one step, on random weights
 torchrun --nproc_per_node=8 -m bench configs/smollm3.yaml [key=value ...]
 python -m bench configs/tiny.yaml rollouts=64,128,256,512                 is a step linear in its rollouts?
 python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100                 what a run needs, calculated
+python -m bench check [configs/smollm3.yaml] [key=value ...]              the first minutes on a new host
 python -m bench trl [configs/tiny.yaml] [key=value ...]                   the same step through other trainers
 """
 
 import os
 import sys
 
+from bench.check import print_checks
 from bench.plan import print_plan
 from bench.step import time_config
 from bench.trl import compare_peers
@@ -18,7 +20,7 @@ from config import ConfigError
 
 def main(words: list[str]) -> None:
     """Runs one command. Raises ConfigError for a bad word."""
-    commands = {"plan": print_plan, "trl": compare_peers}
+    commands = {"plan": print_plan, "trl": compare_peers, "check": print_checks}
     command = commands.get(words[0])
     command(words[1:]) if command else time_config(words)
 

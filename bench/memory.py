@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import Config, ConfigError
+from model import head_chunk
 from ranks import Ranks, gather
 
 
@@ -115,11 +116,9 @@ def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int 
 
 
 def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:
-    """Peak of ops.token_logprobs: four float32 logits and one in `width` per entry of a chunk (forward), or one float32
-    and two in `width`, with two float32 sums and one in `width` of the head's gradient (backward)."""
-    forward = chunk * shape.vocab * (4 * 4 + width)
-    backward = chunk * shape.vocab * (4 + 2 * width) + shape.table * (2 * 4 + width)
-    return max(forward, backward)
+    """Peak of ops.token_logprobs, in its backward pass: two float32 logits and one in `width` per entry of a chunk, and
+    the head's gradient in float32 and in `width`."""
+    return chunk * shape.vocab * (2 * 4 + width) + shape.table * (4 + width)
 
 
 def gathered_bytes(shape: Shape, width: int = 2) -> int:
@@ -153,7 +152,7 @@ def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, f
     training |= {
         "gathered weights": gathered_bytes(shape, width),
         "activations": activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger),
-        "log-prob head": head_bytes(shape, width),
+        "log-prob head": head_bytes(shape, width, head_chunk(config)),
     }
     return {"rollouts": rollouts, "training": training}
 

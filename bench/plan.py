@@ -21,7 +21,9 @@ GB = 1e9
 
 
 def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> dict:
-    """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n}."""
+    """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n, "recomputing": s}.
+    recomputing: one more forward of the layers, in `seconds` only if gradient_checkpointing takes it."""
+    config = decided(shape, config, options.gpus, gpu)
     gpus, prompt, width = options.gpus, options.prompt, value_bytes(config)
     whole, bundles, seconds = gpus * gpu.flops, [], {}
     counts, room = {"responses": 0, "response_tokens": 0}, cache_room(shape, config, gpus, gpu)
@@ -52,11 +54,16 @@ def ideal_seconds(shape: Shape, config: Config, gpu: Gpu, options: Options) -> d
         scored += costs.forward_flops(shape, trained)
     if scored:
         seconds["scoring"] = scored / whole
-    seconds["update"] = options.kept * config.updates_per_batch * costs.train_flops(shape, bundles) / whole
+    rate, flops = options.kept * config.updates_per_batch / whole, costs.train_flops(shape, bundles)
+    seconds["update"] = rate * flops
+    recomputing = rate * (flops / 3 - 2 * shape.table * costs.bundle_tokens(bundles))  # the head aside
+    if config.gradient_checkpointing:
+        seconds["recomputing layers"] = recomputing
     # AdamW reads four and writes three float32 numbers a parameter; refresh reads one and writes the replica
     masters = 0.0 if config.offload else (config.updates_per_batch * 28 + 4) / gpus
     seconds["optimizer, refresh"] = shape.parameters * (masters + width) / gpu.bandwidth
-    return {"seconds": seconds, "trained_tokens": int(options.kept * costs.bundle_tokens(bundles)), **counts}
+    trained = int(options.kept * costs.bundle_tokens(bundles))
+    return {"seconds": seconds, "trained_tokens": trained, "recomputing": recomputing, **counts}
 
 
 def decided(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> Config:
@@ -106,23 +113,23 @@ def host_bytes(shape: Shape, config: Config) -> float:
 
 
 def memory_lines(shape: Shape, config: Config, options: Options) -> list[str]:
-    """The parts of GPU memory in training; host memory; disk."""
-    gpu, gpus, auto = GPUS[options.gpu], options.gpus, config.gradient_checkpointing == "auto"
-    config, width = decided(shape, config, gpus, gpu), value_bytes(config)
-    parts = gpu_memory(shape, config, gpus)["training"]
-    rows = [(f"  {name}", f"{size / GB:.2f}") for name, size in parts.items()]
-    rows.append(("  all of it, in training", f"{sum(parts.values()) / GB:.2f}"))
-    lines, tokens = text_table(rows, 32, 9), config.tokens_per_micro_batch
-    on, off = (f"{activation_bytes(shape, tokens, on, width, config.liger) / GB:.1f}" for on in (True, False))
-    note = f"   {tokens:,} tokens; with checkpointing {on}, without {off}"
-    note += f"; auto: {'with' if config.gradient_checkpointing else 'without'}" if auto else ""
-    lines[list(parts).index("activations")] += note
+    """The parts of GPU memory in training, with layers stored and recomputed; host memory; disk."""
+    gpu, gpus, width = GPUS[options.gpu], options.gpus, value_bytes(config)
+    ways = [replace(config, gradient_checkpointing=on) for on in (False, True)]
+    stored, recomputed = (gpu_memory(shape, way, gpus)["training"] for way in ways)
+    rows = [("memory per GPU, GB", "stored", "recomputed")]
+    rows += [(f"  {name}", f"{stored[name] / GB:.2f}", f"{recomputed[name] / GB:.2f}") for name in stored]
+    sums = (f"{sum(way.values()) / GB:.2f}" for way in (stored, recomputed))
+    lines = text_table([*rows, ("  all of it, in training", *sums)], 32, 12)
     lines[-1] += f"   of {gpu.memory / GB:.0f}, if live all at once"
+    key = f"gradient_checkpointing={str(config.gradient_checkpointing).lower()}"
+    taken = "recomputed" if decided(shape, config, gpus, gpu).gradient_checkpointing else "stored"
+    lines.append(f"{key}: activations of {config.tokens_per_micro_batch:,} tokens are {taken}")
     host = f"host memory per node of {gpus} GPUs: {host_bytes(shape, config) / GB:.0f} GB in the run, "
     host += f"{gpus * width * shape.parameters / GB:.0f} GB while the model is loaded"
     if config.offload:
         host += f"; a micro-batch moves {12 * shape.parameters / gpus / GB:.0f} GB per GPU there and back"
-    lines = ["memory per GPU, GB", *lines, host]
+    lines.append(host)
     if config.save_every:
         most = f"{config.keep_last + 1} of them at most" if config.keep_last else "none is deleted"
         lines.append(f"disk: {checkpoint_bytes(shape, config) / GB:.0f} GB a checkpoint, {most}")
@@ -155,7 +162,10 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     times = [(name, s, s / shares.get(name, options.mfu)) for name, s in ideal["seconds"].items()]
     totals = [sum(column) for column in list(zip(*times, strict=True))[1:]]
     rows = [("seconds a step", "ideal", "estimate")]
-    rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in [*times, ("step", *totals)]]
+    times.append(("step", *totals))
+    if "recomputing layers" not in ideal["seconds"]:
+        times.append(("recomputing layers would add", ideal["recomputing"], ideal["recomputing"] / options.mfu))
+    rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in times]
     hours = [f"{total * config.steps * gpus / 3600:.0f}" for total in totals]
     lines += text_table([*rows, (f"  GPU hours, {config.steps} steps", *hours)], 32, 10)
     lines += [

@@ -42,8 +42,14 @@ def main() -> None:
     own = sum(parameter.to_local().numel() for parameter in saver.policy.parameters())
     facts = {
         "placements": [str(one) for one in next(saver.policy.parameters()).placements],
-        "share": own / sum(parameter.numel() for parameter in saver.sampler.replica.parameters()), "metrics": row,
-        "saved": saved, "replica": same_bits(weights(saver.sampler.replica), weights(saver.policy)),
+        "share": own / sum(parameter.numel() for parameter in saver.sampler.replica.parameters()),
+        "metrics": row,
+        "timeouts": [
+            group._get_backend(ranks.device).options._timeout.total_seconds()
+            for group in next(saver.policy.parameters()).device_mesh.get_all_groups()
+        ],
+        "saved": saved,
+        "replica": same_bits(weights(saver.sampler.replica), weights(saver.policy)),
         "restored": same_bits(weights(other.policy), weights(saver.policy)),
         "digest": digest(weights(saver.sampler.replica)),
     }

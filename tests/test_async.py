@@ -7,16 +7,20 @@ Streams and events are stood in for, in order, as one stream would run them; unw
 import gzip
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import MagicMock
+from weakref import ref
 
 import pytest
 import torch
 from reference import ROOT
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner, offloading_manager
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import ops
 import rollout
+from bench.step import NEVER
 from prompts import MASK_OPENING
 from rollout import mask_prompt
 
@@ -133,7 +137,78 @@ def test_a_batch_of_padding_alone_is_made_and_not_computed(tiny_base, prompts, a
     assert seen["computed"] == sum(tokens > 0 for tokens in made)
 
 
-def test_the_samplers_own_method_is_put_back(tiny_base, prompts):
-    before = model_runner.ModelRunner.compute_batch
-    rollout.generate(tiny_base, prompts[:1], 1, 2, MASK_OPENING, 0)
-    assert model_runner.ModelRunner.compute_batch is before
+# ---- CUDA graphs, stood in for by closures that run again on the same buffers
+
+
+@pytest.fixture
+def graphs(as_on_a_gpu, monkeypatch):
+    """Call it, and decoding runs in graphs of up to 40 rows; the capture of that number fails. Returns the rows of each
+    capture."""
+    captured: list[int] = []
+
+    def switch(broken: int | None = None):
+        as_on_a_gpu()
+        monkeypatch.setattr(f"{continuous_api.__package__}.initialization.get_accelerator_graph_name", lambda: "any")
+        monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
+
+        def capture(self, forward, stream, *args):
+            captured.append(len(args[1]["input_ids"][0]))
+            if len(captured) == broken:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            forward(*args)
+            self.inputs_and_outputs.set_graph(SimpleNamespace(replay=lambda: forward(*args), reset=lambda: None))
+
+        monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)
+        monkeypatch.setattr(torch, "multinomial", likeliest)
+        monkeypatch.setattr(rollout, "_batching", batching)
+        return captured
+
+    def batching(config, *_):
+        assert not [one for one in caches if one() is not None]  # each has the memory to itself
+        options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
+        options |= {"use_async_batching": True, "use_cuda_graph": (False, config.use_cuda_graph)}
+        return ContinuousBatchingConfig(**options, **SETTINGS["prompts in pieces"])
+
+    caches, original = [], continuous_api.PagedAttentionCache
+    monkeypatch.setattr(
+        continuous_api, "PagedAttentionCache", lambda **keys: (one := original(**keys), caches.append(ref(one)))[0]
+    )
+    return switch
+
+
+def test_every_size_that_a_phase_can_meet_is_captured_before_it_decodes(tiny_base, prompts, graphs):
+    captured, words = graphs(), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
+    found = [[one.completion_ids for one in group] for group in rollout.generate(*words)]
+    assert captured == [40, 16, 32] * 2  # and no more while it decodes; 48 responses, 40 places
+    tiny_base.config.use_cuda_graph = False
+    assert [[one.completion_ids for one in group] for group in rollout.generate(*words)] == found
+    assert len(captured) == 6
+
+
+@pytest.mark.parametrize("broken", [1, 5])
+def test_where_a_capture_fails_the_phase_is_repeated_without_graphs(tiny_base, prompts, graphs, capfd, broken):
+    captured, words = graphs(broken), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
+    found = rollout.generate(*words)
+    assert len(captured) == broken and tiny_base.config.use_cuda_graph is False
+    assert rollout.generate(*words) == found and len(captured) == broken  # for the rest of the run
+    assert capfd.readouterr().err.count("rank 0: CUDA graphs cannot be captured; sampling without") == 1
+
+
+@pytest.mark.parametrize("held, slow, steps", [(True, 34, 94), (False, 66, 90)])
+def test_new_prompts_wait_until_an_eighth_of_the_places_is_free(tiny_base, prompts, monkeypatch, held, slow, steps):
+    """Of 192 responses in 32 places; each response ends at another step."""
+    batches, schedule = [], FIFOScheduler.schedule_batch
+
+    def noted(self, *budgets):
+        if not held:
+            self.block_new_requests = False
+        batch = schedule(self, *budgets)
+        batches.append(batch[1])
+        return batch
+
+    monkeypatch.setattr(FIFOScheduler, "schedule_batch", noted)
+    tiny_base.config.max_requests, tiny_base.eos_ids = 32, {10**6}
+    limits = [[2 + (5 * row) % (TOKENS - 1)] for row in range(16 * PROMPTS)]
+    groups = rollout.generate(tiny_base, prompts * 16, 1, TOKENS, NEVER, 0, limits=limits)
+    assert [len(one.completion_ids) for (one,) in groups] == sum(limits, [])
+    assert (batches.count(False), len(batches)) == (slow, steps)

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 import pytest
 from reference import ROOT, TINY_BASE
 
+import model
+from bench import check
 from bench import step as timing
 from bench.costs import GPUS, Bundle, architecture, decode_limit, train_flops
 from bench.memory import shape_of
@@ -181,6 +183,25 @@ def test_a_step_against_its_rollouts(tiny, ranks):
     assert timing.scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
 
 
+# ---- the first minutes on a new host
+
+BREAKS = {
+    "": lambda patch: None,
+    "refresh": lambda patch: patch.setattr(model, "refresh", lambda policy, replica: None),
+    "greedy": lambda patch: patch.setattr(check, "generate", lambda *words: generate(*words[:-1], False)),
+    "checkpoint": lambda patch: patch.setattr(check, "load_checkpoint", lambda saver, path, facts: None),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_checks_pass_here_and_name_what_is_broken(tiny, ranks, monkeypatch, capfd, broken):
+    BREAKS[broken](monkeypatch)
+    lines, tiny = [], replace(tiny, tokens_per_micro_batch=1024)
+    assert check.check_host(tiny, ranks, lines.append) == ([broken] if broken else [])
+    names = "versions ranks Liger attention greedy log-probs update refresh checkpoint".split()
+    assert [line.split()[:2] for line in lines] == [[name, "FAIL" if name == broken else "pass"] for name in names]
+
+
 # ---- words
 
 
@@ -217,3 +238,5 @@ def test_commands(command, tmp_path):
     assert done.stdout.count("response tokens per second") == 1  # one rank prints
     refused = command(["-m", "bench", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
     assert refused.returncode == 2 and refused.stderr.startswith("config error: gpu='abacus'")
+    checked = command(["-m", "bench", "check"], 120, ranks=2)
+    assert checked.returncode == 0 and checked.stdout.count(" pass ") == 9 and "2 ranks" in checked.stdout

@@ -55,6 +55,11 @@ def test_a_node_holds_the_whole_model_cut_over_its_ranks(results):
     assert sum(facts["share"] for facts in two[:2]) == pytest.approx(1) == sum(facts["share"] for facts in two[2:])
 
 
+def test_every_group_waits_as_long_as_the_config_says(results):
+    """Those inside and between nodes too, which torch would give its own default."""
+    assert [facts["timeouts"] for facts in results[2][0]] == [[7200.0, 7200.0]] * 4
+
+
 def test_gradients_and_metrics_equal_those_of_one_node(results):
     (one, tensors), (two, others) = results[1], results[2]
     assert largest_error(others["gradients"], tensors["gradients"]) < 1e-6

@@ -1,15 +1,21 @@
 """Attention over packed tokens and log-probs without logits, each against its plain version."""
 
+import logging
 import re
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from reference import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
-from ops import VARLEN, choose_attention, pack, token_logprobs, varlen_attention
+from grpo import Sample, pack_samples
+from ops import VARLEN, apply_liger, choose_attention, pack, token_logprobs, varlen_attention
+from rollout import Rollout
 
 CPU = torch.device("cpu")
 
@@ -38,6 +44,27 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_a_micro_batch_goes_to_the_device_in_one_copy():
+    """Counted on a device without data."""
+    rows = [Rollout([1, 2, 3], [4, 5, 6][:count], [-0.5] * count, "", "eos") for count in (1, 3)]
+    copies = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            copies.extend([function] if (kwargs or {}).get("device") == torch.device("meta") else [])
+            return function(*args, **kwargs or {})
+
+    with Count():
+        batch = pack_samples([[Sample(row, 1.0, 0.5) for row in rows]], torch.device("meta"))
+    assert len(copies) == 1 and batch.weights.is_meta and batch.inputs["shared_keys"].is_meta
+
+
+def test_liger_names_no_backend_that_is_not_installed():
+    """It would, in two lines of each process, where its kernels first run."""
+    assert apply_liger(SimpleNamespace(config=SimpleNamespace(model_type="none of its models"))) is False
+    assert not logging.getLogger("liger_kernel.backends.registry").isEnabledFor(logging.WARNING)
 
 
 def test_pack_by_hand():
@@ -146,13 +173,13 @@ def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
 def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
     """No GPU here: the kernel's own registration checks names and types on tensors without data."""
     pytest.importorskip("torch.nn.attention.varlen")
-    calls, (kernel, *known) = [], ops._varlen_kernel()
+    calls, (kernel, known) = [], ops._varlen_kernel()
 
     def spy(*args, **options):
         calls.append((args, options))
         return kernel(*args, **options)
 
-    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, *known))
+    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
     out = ops._read_pages_torch(
@@ -196,6 +223,7 @@ def refusing(*_):
     "kernel, trouble",
     [
         (ops._read_pages_plain, "^$"),
+        (ops._read_pages_triton, "No module|driver"),  # no GPU here
         (first_row_only, "its kernel is off by nan"),
         (no_lengths, r"its kernel is off by \d"),
         (no_table, r"its kernel is off by \d"),
@@ -203,25 +231,81 @@ def refusing(*_):
         (refusing, "block_table needs something else$"),
     ],
 )
-def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch, kernel, trouble):
-    monkeypatch.setattr(ops, "_read_pages_torch", kernel)
-    assert re.search(trouble, ops._try_block_tables(CPU, torch.bfloat16, 4, 2, 16))
+def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
+    assert re.search(trouble, ops._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
 
 
 def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
-    monkeypatch.setattr(ops, "_try_block_tables", None)
-    shape = (4, 2, 16)
-    assert ops.block_table_trouble(CPU, torch.bfloat16, *shape) == ""
-    assert ops.block_table_trouble(torch.device("cuda", 0), torch.float32, *shape) == ""
+    monkeypatch.setattr(ops, "_try_reader", None)
+    for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda", 0), torch.float32)):
+        assert ops.table_reader(device, dtype, 4, 2, 16) == (ops._read_pages_plain, "")
 
 
-def test_on_a_gpu_each_shape_of_heads_is_tried_once(monkeypatch):
-    tried, gpu = [], torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "_try_block_tables", lambda *shape: tried.append(shape) or "told")
-    for _ in range(2):
-        assert ops.block_table_trouble(gpu, torch.bfloat16, 6, 3, 24) == "told"
-    assert tried == [(gpu, torch.bfloat16, 6, 3, 24)]
-    ops.block_table_trouble.cache_clear()
+@pytest.fixture
+def tried(monkeypatch):
+    """(verdict on (reader, rows, splits)) -> (what is taken on a GPU for heads of that number, trials)."""
+
+    def choose(verdict):
+        trials = []
+
+        def try_reader(read, rows, *shape):
+            splits = read.keywords["splits"][rows] if isinstance(read, partial) else 1
+            trials.append((read, rows, *shape))
+            return verdict(read, rows, splits)
+
+        monkeypatch.setattr(ops, "_try_reader", try_reader)
+        ops.table_reader.cache_clear()
+        for _ in range(2):
+            taken = ops.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
+        ops.table_reader.cache_clear()
+        return taken, trials
+
+    return choose
+
+
+def test_few_requests_get_the_most_splits_that_are_right(tried):
+    """Four key-value heads: 256 programs, and one that is wrong with eight splits."""
+    (read, trouble), trials = tried(lambda read, rows, splits: "off" if splits == 8 else "")
+    assert trouble == "" and read.keywords["splits"] == {1: 16, 2: 16, 4: 16, 8: 4, 16: 4, 32: 2}
+    assert read.func is ops._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
+
+
+def test_the_rows_of_a_step_say_how_often_its_keys_are_split(monkeypatch):
+    given = []
+    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (lambda *_, num_splits, **__: given.append(num_splits), {}))
+    pages, table, borders = torch.zeros(9, 4, 2, 8), torch.zeros(5, 3).int(), torch.zeros(1)
+    for rows in (1, 2, 3, 4, 5):
+        q = torch.zeros(rows, 4, 8)
+        ops._read_pages_torch(q, pages, pages, table, None, borders, borders, None, splits={1: 16, 4: 8})
+    assert given == [16, 1, 8, 8, 1]  # 2 and 8 rows were not found right
+
+
+def test_where_torch_reads_no_block_table_the_triton_kernel_does(tried):
+    ours = ops._read_pages_triton
+    assert tried(lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
+    assert tried(lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
+
+
+def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
+    """2.11: no keyword for them. Keys are not repeated: what would be copied is as large as the queries."""
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return key.shape, value.shape, window_size
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
+    ops._varlen_kernel.cache_clear()
+    q, k = torch.zeros(5, 8, 16), torch.zeros(5, 2, 16)
+    assert ops._varlen("", q, k, k, None, None, 5, 5, scale=0.3) == (k.shape, k.shape, (-1, 0))
+    ops._varlen_kernel.cache_clear()
+
+
+def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
+    """Under Triton's interpreter, in a process of its own: what was imported without it cannot run in it."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = command([ROOT / "tests/kernel_checks.py"], limit=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{heads}x{dim}" for heads in (1, 4, 8) for dim in (64, 128)]
 
 
 def test_with_a_block_table_the_attention_is_the_steps_own(pages):
@@ -316,6 +400,30 @@ def test_logprobs_entropies_and_gradients_equal_the_plain_version(head, chunk, t
     noise = torch.randn(len(targets))
     found = torch.autograd.grad((logprobs * noise).sum(), (hidden, weight))
     torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (hidden, weight)))
+
+
+def test_the_head_walks_over_few_bytes_of_its_logits():
+    """Bytes per logit in bfloat16 beside the products, without data. Before: 78, with one read for logsumexp."""
+    moved, products, rows, vocabulary = 0, [], 64, 4096
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal moved
+            out, name = function(*args, **kwargs or {}), function.overloadpacket.__name__
+            if name in ("mm", "addmm"):
+                products.append((name, out.dtype))
+            elif name not in ("t", "slice", "unsqueeze", "gather", "scatter_", "scatter_add_"):  # views, single entries
+                sizes = [x.nbytes for x in (*args, out) if isinstance(x, torch.Tensor) and x.dim() == 2]
+                moved += sum(size for size in sizes if size >= 2 * rows * vocabulary)
+            return out
+
+    hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (rows, vocabulary))
+    hidden.requires_grad_(), weight.requires_grad_()
+    with Count():
+        logprobs, _ = token_logprobs(hidden, weight, torch.empty(rows, dtype=torch.long, device="meta"), 1.0)
+        logprobs.sum().backward()
+    assert moved / rows / vocabulary == 54
+    assert products[-1] == ("addmm", torch.float32)  # adds to the head's gradient itself
 
 
 def test_in_bfloat16_the_softmax_is_still_float32_and_chunks_do_not_bias_the_gradient(head):

@@ -6,6 +6,7 @@ import json
 import random
 import time
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,8 +19,8 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 import model
 import ops
 import rollout as rollout_module
-from config import ConfigError
-from grpo import Sample, pack_samples
+from config import Config, ConfigError
+from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, update
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
 from rollout import (
@@ -90,6 +91,29 @@ def test_after_a_refresh_no_key_or_value_of_the_old_weights_survives(build_sampl
     refresh(policy, sampler.replica)
     after = rollout(sampler, prompts, 3, 12, BOXED_OPENING, (0, "predict"))
     torch.testing.assert_close(*both_logprobs(policy, after, sampler), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_sampler_with_stale_keys_stops_the_run_before_the_update(build_sampler, folders, ranks, stale):
+    """The weights move and all of them go to the sampler, but for those that make keys and values."""
+    sampler = build_sampler(folders["qwen3_tied"], max_mismatch=Config.max_mismatch)
+    policy = build_policy(sampler.replica, sampler.config, ranks)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.to_local().add_(0.1 * torch.randn(parameter.shape))
+    old = {name: x.clone() for name, x in sampler.replica.named_parameters() if "k_proj" in name or "v_proj" in name}
+    refresh(policy, sampler.replica)
+    if stale:
+        sampler.replica.load_state_dict(old, strict=False)
+    groups = rollout(sampler, PROMPTS, 4, 12, BOXED_OPENING, (0, "predict"))
+    samples = make_samples([Group("pred", group, [1.0, 0.0, 0.0, 1.0]) for group in groups], sampler.config)
+    optimizer, before = make_optimizer(policy, sampler.config), [x.to_local().clone() for x in policy.parameters()]
+    stop = pytest.raises(RuntimeError, match="nats a token from the trainer.*use_cuda_graph.*liger.*attention")
+    with stop if stale else nullcontext():
+        assert update(policy, optimizer, samples, sampler.config, ranks, 0)["mismatch_kl"] < 1e-6
+    changed = [not was.equal(now.to_local()) for was, now in zip(before, policy.parameters(), strict=True)]
+    assert not any(changed) if stale else all(changed)
 
 
 def test_a_phases_cache_is_gone_when_it_ends(sampler, monkeypatch):
@@ -172,11 +196,11 @@ def sampler_shape(sampler) -> tuple[int, int, int]:
 def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graph
 ):
-    def block_table_trouble(device, kind, heads, kv_heads, dim):
+    def table_reader(device, kind, heads, kv_heads, dim):
         assert (device.type, kind, heads, kv_heads, dim) == ("cuda", dtype, *(sampler_shape(sampler)))
-        return trouble
+        return None, trouble
 
-    monkeypatch.setattr(model, "block_table_trouble", block_table_trouble)
+    monkeypatch.setattr(model, "table_reader", table_reader)
     shape = copy.copy(sampler.replica.config)
     shape._attn_implementation = attention
     replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)

@@ -126,7 +126,19 @@ def describe_attention(replica: nn.Module) -> str:
     return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
 
 
-def _policy_forward(
+def add_extra(model: nn.Module, extra: nn.Module) -> None:
+    """Gives the model a method's own few parameters, as `model.extra`. They are sharded, trained, saved and refreshed
+    with its own, and exported beside it. `extra.join(model)` may change how the model computes."""
+    model.extra = extra
+    extra.join(model)
+
+
+def _policy_forward(self, *args, forward=None, **inputs):
+    """Inside FSDP: `_logprobs`, or another function of the model that a method brings, with the other arguments."""
+    return (forward or _logprobs)(self, *args, **inputs)
+
+
+def _logprobs(
     self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
 ):
     """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
@@ -139,13 +151,15 @@ def _policy_forward(
     return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature)
 
 
-def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
+def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str, extra: nn.Module | None = None) -> nn.Module:
     """An empty policy on the meta device, sharded by layer: no memory is taken before `load_masters`."""
     with torch.device("meta"):
         own = copy.deepcopy(hf_config)
         policy = AutoModelForCausalLM.from_config(
             own, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
+    if extra is not None:
+        add_extra(policy, copy.deepcopy(extra).to("meta", torch.float32).requires_grad_())
     use_attention(policy, SHARED[attention] if config.share_prompts else attention)
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
@@ -195,7 +209,8 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     nodes, names = ranks.world // per_node, ("replicate", "shard")
     shape = (nodes, per_node) if nodes > 1 else (per_node,)
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names[-len(shape) :])
-    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
+    extra = getattr(replica, "extra", None)
+    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation, extra)
     return load_masters(policy, replica, config, ranks.device)
 
 

@@ -17,7 +17,7 @@ make the responses add up to those of `active`. The thoughts at a position share
 paper gives marks and REINFORCE a scale of their own; here all parameters have the same optimizer, all terms weight 1.
 
 The marks are ids behind the vocabulary that only the embedding knows. So the ordinary sampler samples thoughts behind
-the learned mark itself, and the head cannot write a mark. The probe and an exported model answer without these thoughts.
+the learned mark itself, and the head cannot write a mark. Probe and exported model answer without these thoughts.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Quiet(nn.Module):
         table.forward = forward
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """Hidden states (N, H) without and with the thought -> the weight (N, 1) of the second, between 0 and 1."""
-        return torch.sigmoid(torch.relu(torch.cat([before, after], -1) @ self.inner.t()) @ self.outer)[:, None]
+        """Hidden states (N, H) without and with the thought -> weights (N,) of the second, between 0 and 1."""
+        return torch.sigmoid(torch.relu(torch.cat([before, after], -1) @ self.inner.t()) @ self.outer)
 
 
 def check(config: Config) -> None:
@@ -215,10 +215,10 @@ def talk(model: nn.Module, batch: TalkBatch, temperature: float, input_ids: Tens
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
     logprobs, entropies = token_logprobs(hidden[batch.predicts], table, batch.targets, temperature)
     before, after = hidden[batch.before], hidden[batch.after]
-    mix = model.extra(before, after)  # (N, 1)
-    mixed, _ = token_logprobs(before + mix * (after - before), table, batch.ahead, 1.0)
+    mix = model.extra(before, after)
+    mixed, _ = token_logprobs(torch.lerp(before, after, mix[:, None]), table, batch.ahead, 1.0)
     plain = None if torch.is_grad_enabled() else token_logprobs(before, table, batch.ahead, 1.0)[0]
-    return logprobs, entropies, mixed, mix[:, 0].float(), plain
+    return logprobs, entropies, mixed, mix, plain
 
 
 @torch.no_grad()

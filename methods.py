@@ -366,11 +366,11 @@ def check_methods(config: Config) -> None:
         least = rlp.MIN_PREFIX + 1
         short = f"min_passage_tokens={config.min_passage_tokens}"
         raise ConfigError(f"{short}: must be {least} or more with {config.method}")
-    if config.method == "quiet_star":
-        quiet_star.check(config)
     if config.kl and any(method.samples is not grpo_samples for method in methods):
         raise ConfigError(f"kl={config.kl}: must be 0 with rlp, quiet_star, sft, cpt: no frozen copy to stay near")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):
         raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr, rlp or quiet_star")
+    if config.method == "quiet_star":
+        quiet_star.check(config)

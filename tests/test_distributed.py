@@ -247,7 +247,7 @@ def test_methods_spend_the_responses_that_the_config_says(both):
     rows = {name: both(name)[0]["rows"][-1] for name in worker.CONFIGS}
     assert {name: row["responses"] for name, row in rows.items() if row["method"] != "active"} == {
         "tiny-random-span": 60, "tiny-random-token": 60, "tiny-entropy-token": 60, "tiny-sft": 60,
-        "tiny-rlvr": 16, "tiny-rlp": 16, "tiny-cpt": 4,
+        "tiny-quiet-star": 60, "tiny-rlvr": 16, "tiny-rlp": 16, "tiny-cpt": 4,
     }  # fmt: skip
     for name in ("tiny", "tiny-frozen-generator"):
         assert rows[name]["responses"] == 12 + 4 * round(12 * rows[name]["gen/valid_rate"])

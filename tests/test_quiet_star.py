@@ -1,10 +1,11 @@
-"""quiet_star: the mixture, its gradients against a plain loop, two ranks, its own parameters in a checkpoint, a run.
+"""quiet_star: the mixture, its gradients against a plain loop, two ranks, its parameters in a checkpoint, a run.
 
     torchrun --standalone --nproc_per_node=2 tests/test_quiet_star.py OUT MODEL        what test_two_ranks_... starts
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from reference import CaptureGradients, largest_error, load_plain, make_run, tin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from config import ConfigError, read_config
 from grpo import Group, make_micro_batches, score
 from methods import METHODS, tasks_per_passage
 from metrics import read_rows
@@ -28,13 +28,13 @@ from relatives.quiet_star import MIN_PREFIX, Quiet, Thought, grade_thoughts, pac
 from rollout import Rollout, make_sampler
 
 METHOD = METHODS["quiet_star"]
+KEYS = {"method": "quiet_star", "share_prompts": True, "max_grad_norm": 1e9, "max_prompt_tokens": 100}
+KEYS |= {"max_prediction_tokens": 5, "ahead_tokens": 3}
 
 
-def quiet_run(folder: Path, ranks, **changes):
+def quiet_run(folder: Path, ranks, budget: int = 400, **changes):
     """A run whose marks and mixing head are far from their start, and its replica alike."""
-    sizes = {"tokens_per_micro_batch": 400, "max_prompt_tokens": 100, "max_prediction_tokens": 5, "ahead_tokens": 3}
-    keys = sizes | {"method": "quiet_star", "share_prompts": True, "max_grad_norm": 1e9} | changes
-    config = tiny_config(folder, **keys)
+    config = tiny_config(folder, **KEYS, tokens_per_micro_batch=budget, **changes)
     run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks), wiki_passages(3))
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -45,13 +45,13 @@ def quiet_run(folder: Path, ranks, **changes):
     return run
 
 
-def thought_tasks(run, thoughts: int = 3, places: int | None = None):
+def thought_tasks(run, places: int | None = None):
     """Tasks with thoughts of random tokens, whose sampler was off by noise; the last place has one token ahead."""
     tasks = [task for group in METHOD.propose(run, run.corpus.train, 0) for task in group][:places]
     tasks[-1].position.ahead_ids = tasks[-1].position.ahead_ids[:1]
     noise = torch.Generator().manual_seed(2)
     for task in tasks:
-        for _ in range(thoughts):
+        for _ in range(3):
             ids = torch.randint(256, (5,), generator=noise).tolist()
             logprobs = (-6 + torch.randn(5, generator=noise)).tolist()
             task.predictions.append(Rollout(task.prompt_ids, ids, logprobs, "", "length"))
@@ -63,35 +63,32 @@ def plain_loss(model, quiet: Quiet, tasks, config):
     log-probs."""
     embed, rewards, terms = model.get_input_embeddings(), [], []
     for task in tasks:
-        prefix, ahead = task.position.prefix_ids, task.position.ahead_ids
+        prefix, ahead, rows = task.position.prefix_ids, task.position.ahead_ids, []
         plain = model.model(input_ids=torch.tensor([prefix + ahead]), use_cache=False).last_hidden_state[0]
-        before, rows = plain[len(prefix) - 1 : -1], []
+        before = plain[len(prefix) - 1 : -1]
         for thought in task.predictions:
-            words = [embed(torch.tensor(ids)) for ids in (prefix, thought.completion_ids, ahead)]
-            row = torch.cat([words[0], quiet.marks[:1], words[1], quiet.marks[1:], words[2]])[None]
+            ids = thought.completion_ids
+            text, said, rest = (embed(torch.tensor(part)) for part in (prefix, ids, ahead))
+            row = torch.cat([text, quiet.marks[:1], said, quiet.marks[1:], rest])[None]
             hidden = model.model(inputs_embeds=row, use_cache=False).last_hidden_state[0]
             after = hidden[-len(ahead) - 1 : -1]
-            pairs = torch.cat([before, after], -1)
-            weight = torch.sigmoid((pairs @ quiet.inner.T).relu() @ quiet.outer)[:, None]
-            logprobs = [model.lm_head(one).log_softmax(-1) for one in (before, after)]
-            mixed = ((1 - weight) * logprobs[0] + weight * logprobs[1]).log_softmax(-1)[range(len(ahead)), ahead]
-            logits = model.lm_head(hidden[len(prefix) : len(prefix) + len(thought.completion_ids)])
-            own = logits.log_softmax(-1)[range(len(thought.completion_ids)), thought.completion_ids]
-            gaps = own.detach() - torch.tensor(thought.sampler_logprobs)
-            rows.append((mixed.mean(), (gaps.exp().clamp(max=config.max_importance) * own).sum()))
+            weight = torch.sigmoid((torch.cat([before, after], -1) @ quiet.inner.T).relu() @ quiet.outer)[:, None]
+            one, two = (model.lm_head(states).log_softmax(-1) for states in (before, after))
+            mixed = ((1 - weight) * one + weight * two).log_softmax(-1)[range(len(ahead)), ahead]
+            own = model.lm_head(hidden[len(prefix) : len(prefix) + 5]).log_softmax(-1)[range(5), ids]
+            importance = (own.detach() - torch.tensor(thought.sampler_logprobs)).exp().clamp(max=config.max_importance)
+            rows.append((mixed.mean(), (importance * own).sum()))
         rewards.append([one.item() for one, _ in rows])
-        for one, said in rows:
-            terms.append(one + max(0.0, one.item() - fmean(rewards[-1])) * said)
+        terms += [one + max(0.0, one.item() - fmean(rewards[-1])) * own for one, own in rows]
     return -torch.stack(terms).mean(), rewards
 
 
 def compare(run, tasks) -> dict:
     """One update and one grading of the run against the plain loop: largest errors."""
-    plain, found = load_plain(run.config.model), CaptureGradients(run.policy)
-    plain.extra = Quiet(plain, run.sampler.tokenizer, run.config)
-    plain.extra.load_state_dict(run.sampler.replica.extra.state_dict())
-    loss, rewards = plain_loss(plain, plain.extra.requires_grad_(), tasks, run.config)
-    expected = CaptureGradients(plain)
+    plain = load_plain(run.config.model)
+    plain.extra = copy.deepcopy(run.sampler.replica.extra).requires_grad_()
+    found, expected = CaptureGradients(run.policy), CaptureGradients(plain)
+    loss, rewards = plain_loss(plain, plain.extra, tasks, run.config)
     loss.backward()
     expected.step()
     grade_thoughts(run, tasks)
@@ -111,38 +108,33 @@ def compare(run, tasks) -> dict:
 @pytest.mark.parametrize("family", ["smollm3", "qwen3_untied"])
 @pytest.mark.parametrize("budget", [120, 10_000])
 def test_rewards_and_gradients_equal_the_plain_loop(folders, ranks, family, budget):
-    run = quiet_run(folders[family], ranks, tokens_per_micro_batch=budget)
+    run = quiet_run(folders[family], ranks, budget)
     result = compare(run, thought_tasks(run))
     assert result["rewards"] < 1e-5 and result["gradients"] < 1e-4
     assert len(result["own"]) == 3 and min(result["own"].values()) > 1e-4  # each of its own parameters is trained
 
 
 def test_at_weight_0_the_mixture_is_the_plain_model(folders, ranks):
-    run = quiet_run(folders["smollm3"], ranks, tokens_per_micro_batch=10_000)
-    tasks, policy = thought_tasks(run), run.policy
-    thoughts = [Thought(one, 0.0, place=task.position) for task in tasks for one in task.predictions]
-    scores = score(policy, [(one.place.prefix_ids, one.place.ahead_ids) for one in thoughts], run.config, ranks)
-    expected = torch.tensor(sum((logprobs for logprobs, _ in scores), []))
+    run = quiet_run(folders["smollm3"], ranks, 10_000)
+    thoughts = [Thought(one, 0.0, place=task.position) for task in thought_tasks(run) for one in task.predictions]
     (batch,) = make_micro_batches(thoughts, run.config, ranks, pack_thoughts)
+    texts = [(one.place.prefix_ids, one.place.ahead_ids) for one in batch.thoughts]
+    expected = torch.tensor(sum((logprobs for logprobs, _ in score(run.policy, texts, run.config, ranks)), []))
 
+    @torch.no_grad()
     def mixture():
-        with torch.no_grad():
-            return policy(forward=talk, batch=batch, temperature=1.0, **batch.inputs)[2:]
-
-    def in_batch(values):  # bundled by position, the longest first
-        rows = dict(zip((id(one.rollout) for one in thoughts), expected.split([len(one.place.ahead_ids) for one in thoughts]), strict=True))
-        return torch.cat([rows[id(one.rollout)] for one in values])
+        return run.policy(forward=talk, batch=batch, temperature=1.0, **batch.inputs)[2:]
 
     mixed, mix, plain = mixture()
     assert 0.1 < mix.min() and mix.max() < 0.9 and (mixed - plain).abs().max() > 0.1
-    policy.extra.outer.data.to_local().fill_(-1e6)
+    run.policy.extra.outer.data.to_local().fill_(-1e6)
     mixed, mix, _ = mixture()
-    assert mix.max() == 0 and (mixed - plain).abs().max() < 1e-6
-    assert (mixed - in_batch(batch.thoughts)).abs().max() < 1e-6
+    assert mix.max() == 0 and (mixed - plain).abs().max() < 1e-6  # in the same row; other rows round otherwise:
+    assert ((mixed - expected) / expected).abs().max() < 1e-6
 
 
 def test_thoughts_are_sampled_behind_the_learned_mark_and_have_one_length(folders, ranks):
-    """Also where an end of sequence, or the answer that others stop at, is among their tokens."""
+    """Also where an end of sequence is among their tokens."""
     run = quiet_run(folders["smollm3"], ranks, predictions_per_mask=40)
     run.sampler.eos_ids = set(range(128))
     tasks = [task for group in METHOD.propose(run, run.corpus.train, 0) for task in group][:2]
@@ -173,25 +165,11 @@ def test_positions_are_drawn_from_the_text_and_spend_the_responses_of_active(fol
 
 
 def test_thoughts_below_the_mean_of_their_position_are_left_out(folders, ranks):
-    run = quiet_run(folders["smollm3"], ranks)
-    tasks, rewards = thought_tasks(run, places=2), [[-1.0, -4.0, -1.0], [-2.0] * 3]
+    tasks, rewards = thought_tasks(quiet_run(folders["smollm3"], ranks), places=2), [[-1.0, -4.0, -1.0], [-2.0] * 3]
     groups = [Group("pred", task.predictions, earned) for task, earned in zip(tasks, rewards, strict=True)]
-    samples = thought_samples(run, groups, tasks, [])
+    samples = thought_samples(None, groups, tasks, [])
     assert [one.advantage / 5 for one in samples] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]  # 5 tokens share a thought's weight
     assert sum(one.weight * 5 for one in samples) == pytest.approx(1)
-    assert [one.group for one in samples] == [0] * 3 + [1] * 3
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    ("share_prompts=false", "share_prompts=False: must be true with quiet_star"),
-    ("min_passage_tokens=8", "min_passage_tokens=8: must be 9 or more with quiet_star"),
-    ("kl=0.1", "kl=0.1: must be 0 with rlp, quiet_star"),
-    ("warmup_method=random_span", "cannot be combined with rlvr, rlp or quiet_star"),
-    ("ahead_tokens=0", "ahead_tokens=0: must be 1 or more"),
-])  # fmt: skip
-def test_what_does_not_go_with_it_is_refused(words, message):
-    with pytest.raises(ConfigError, match=message):
-        read_config(["configs/tiny-quiet-star.yaml", words])
 
 
 def test_two_ranks_equal_the_plain_loop_and_one_rank(command, folders, ranks, tmp_path):
@@ -199,7 +177,7 @@ def test_two_ranks_equal_the_plain_loop_and_one_rank(command, folders, ranks, tm
     ended = command([__file__, tmp_path, folders["smollm3"]], limit=120, ranks=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for places in (None, 1):
-        run = quiet_run(folders["smollm3"], ranks, tokens_per_micro_batch=200)
+        run = quiet_run(folders["smollm3"], ranks, 200)
         alone = compare(run, thought_tasks(run, places=places))
         both = [json.loads((tmp_path / f"{rank} {places}.json").read_text()) for rank in range(2)]
         assert both[0] == both[1]
@@ -217,19 +195,19 @@ def test_a_run_of_three_steps_resumes_bit_for_bit_and_exports_its_parameters(com
     def train():
         ended = command(words, limit=120)
         assert ended.returncode == 0, ended.stderr[-3000:]
-        row = {key: value for key, value in read_rows(tmp_path / "metrics.jsonl")[-1].items()
-               if not key.startswith(("time/", "tokens_per", "peak_"))}  # fmt: skip
-        state = {path.name: path.read_bytes() for path in sorted((steps / "step_000003/state").glob("*.distcp"))}
-        return row, state, [(steps / "step_000003" / name).read_bytes() for name in kept]
+        row = read_rows(tmp_path / "metrics.jsonl")[-1]
+        row = {key: row[key] for key in row if not key.startswith(("time/", "tokens_per", "peak_"))}
+        files = [*sorted((steps / "step_000003/state").glob("*.distcp")), *(steps / "step_000003" / name for name in kept)]
+        return row, [path.read_bytes() for path in files]
 
     first = train()
     assert first[0]["step"] == 3 and first[0]["grad_norm"] > 0 and 0.2 < first[0]["quiet/mix"] < 0.8
     (steps / "latest").unlink()
     (steps / "latest").symlink_to("step_000002")
-    assert train() == first
+    assert train() == first and len(first[1]) == 3
 
     own, before = (load_file(steps / f"step_00000{step}" / kept[0]) for step in (3, 2))
-    assert sorted(own) == ["inner", "marks", "outer"] and not any(torch.equal(own[name], before[name]) for name in own)
+    assert len(own) == 3 and not any(torch.equal(own[name], before[name]) for name in own)
     model, told = AutoModelForCausalLM.from_pretrained(steps / "step_000003/hf", output_loading_info=True)
     assert not any(told.values()) and model.num_parameters() == 478_080
     card = (steps / "step_000003/hf/README.md").read_text()
@@ -239,7 +217,7 @@ def test_a_run_of_three_steps_resumes_bit_for_bit_and_exports_its_parameters(com
 def main(out: Path, model: Path) -> None:
     ranks = start_ranks()
     for places in (None, 1):
-        run = quiet_run(model, ranks, tokens_per_micro_batch=200)
+        run = quiet_run(model, ranks, 200)
         (out / f"{ranks.rank} {places}.json").write_text(json.dumps(compare(run, thought_tasks(run, places=places))))
     torch.distributed.destroy_process_group()
 

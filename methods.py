@@ -1,8 +1,8 @@
 """Methods: where a step's tasks come from, what their predictions earn, and what is trained on.
 
 `METHODS` at the end of this file has one entry for each method; everything that differs between methods stands in its
-entry or in a function that the entry names. The mask methods and `sft` spend as many responses a step as `active`
-does: passages x masks x (1 + predictions); `rlvr` and `rlp` spend passages x predictions.
+entry or in a function that the entry names. The mask methods, `sft` and `quiet_star` spend as many responses a
+step as `active`: passages x masks x (1 + predictions); `rlvr` and `rlp` spend passages x predictions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
 # make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
+# make ladder  thoughts that pay, two minutes             make real    a real 135M model on Wikipedia, an evening
+#              MODEL=FOLDER DATA=FILE instead of the hub
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
 # make experiments         the runs that miniature/runs.jsonl lacks, then tables and plots (all anew: 90 runs)
 # make experiments-quick   one claim on recorded and on fresh seeds, minutes      make figures   tables and plots alone
@@ -12,9 +14,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--extra-index-url $(INDEX))
 export OMP_NUM_THREADS ?= 1
 # The laptop run and the tests are float32 on the CPU, also where there is a GPU
-tiny methods test test-slow test-faults base experiments experiments-quick: export CUDA_VISIBLE_DEVICES =
+tiny ladder real methods test test-slow test-faults base experiments experiments-quick: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup tiny methods test test-slow test-faults base experiments experiments-quick figures lint clean
+.PHONY: setup tiny ladder real ladder real methods test test-slow test-faults base experiments experiments-quick figures lint clean
 setup: .venv/.installed
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +36,17 @@ methods: setup
 
 tiny: setup
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/tiny.yaml $(ARGS)
+
+ladder: setup
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/ladder.yaml $(ARGS)
+
+# Both stages go on where they were stopped
+real: setup
+	@echo "two CPU cores: about 20 s a step of the cold start, 10 to 40 s a step then, 60 steps each"
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m-cold-start.yaml \
+	  $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA))
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m.yaml \
+	  model=runs/smollm2-135m-cold-start/checkpoints/latest/hf $(if $(DATA),data=$(DATA)) $(ARGS)
 
 experiments: setup
 	$(BIN)/python -m miniature run $(ARGS)

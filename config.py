@@ -306,7 +306,7 @@ class Config:
     """Tokens packed into one forward and backward on one GPU; bounds training memory, changes no result."""
     gradient_checkpointing: bool | str = True
     """Recompute each layer in the backward pass instead of storing it. `auto`: only where storing would not fit the
-    GPU, by model.py's calculation; on a CPU never."""
+    GPU, or the free memory of a CPU, by the calculation of bench/memory.py."""
     offload: bool = False
     """Masters, gradients and Adam stay in host memory (FSDP2's CPUOffloadPolicy), the replica on the GPU: for models
     of which both do not fit. The optimizer's step runs on the CPU. Takes 16 bytes of a node's memory a parameter."""

@@ -103,10 +103,12 @@ def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict
                 verdicts = [[exact_match(answer, target) for answer in group] for target, group in pairs]
             scores = [fmean(group) for group in verdicts]
             metrics[f"probe/{name}"] = fmean(scores)
-            for label in sorted({mask.label for mask in probe.masks} - {""}) if thought else ():
+            for label in sorted({mask.label for mask in probe.masks} - {""}):
                 chosen = [score for mask, score in zip(probe.masks, scores, strict=True) if mask.label == label]
                 metrics[f"probe/{name}_{label}"] = fmean(chosen)
             if thought and not greedy:
+                if probe.prompt is predict_prompt:
+                    metrics |= thought_use(probe, sampler, groups, verdicts, step)
                 metrics["probe/valid_rate"] = fmean(answer is not None for group in answers for answer in group)
                 records = list(zip(probe.sources, probe.masks, groups, verdicts, strict=True))[:SHOWN]
                 probe.shown = [
@@ -118,6 +120,27 @@ def run_probe(probe: Probe, sampler: Sampler, config: Config, step: int) -> dict
         probe.shown += named_masks(sampler, [probe.shown[0].passage], (step, "probe masks"), rngs)[0]
     metrics["probe/perplexity"] = perplexity(sampler, [passage.text for passage in probe.passages])
     return metrics
+
+
+def thought_use(probe: Probe, sampler: Sampler, groups: list, verdicts: list[list[float]], step: int) -> dict:
+    """How much accuracy hangs on the thought. The first thought of each mask gives way to that of the next mask on
+    another passage, and the answer behind it is sampled anew; the metric is the accuracy that this costs. Nothing where
+    no response thinks. Every rank calls it. groups: Rollouts of each mask; verdicts: 1 or 0 for each."""
+    prefix, size, prompts = predict_prefix(sampler.config), len(groups), []
+    firsts = [group[0] for group in groups]
+    thoughts = ["" if one.finish == "length" else one.text.partition(prefix.strip())[0].rstrip() for one in firsts]
+    if not any(thoughts):
+        return {}
+    for number, mask in enumerate(probe.masks):
+        others = (n % size for n in range(number + 1, number + size))
+        other = next((n for n in others if probe.sources[n] is not probe.sources[number]), number)
+        opened = sampler.tokenizer(thoughts[other] + prefix, add_special_tokens=False).input_ids
+        prompts.append(probe.prompt(sampler, mask.masked) + opened)
+    longest = min(NO_THOUGHT_TOKENS, sampler.config.max_prediction_tokens)
+    swapped = rollout(sampler, prompts, 1, longest, BOXED_OPENING, (step, "probe thought_use"), prefix=prefix)
+    answers = [last_answer(prefix + one.text, "boxed") for (one,) in swapped]
+    right = [exact_match(answer, mask.target) for answer, mask in zip(answers, probe.masks, strict=True)]
+    return {"probe/thought_use": fmean(group[0] for group in verdicts) - fmean(right)}
 
 
 def perplexity(sampler: Sampler, texts: list[str]) -> float:

@@ -168,11 +168,13 @@ def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "bos_token_id": 151643, "eos_token_id": 151643}
 _QWEN3 |= {"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 _EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
-_FAMILIES = {"smollm3": {"vocab_size": 128256}, "qwen3": _QWEN3, "qwen3_moe": _QWEN3 | _EXPERTS}
+_LLAMA = {"vocab_size": 49152, "max_position_embeddings": 8192}
+_FAMILIES = {"llama": _LLAMA, "smollm3": {"vocab_size": 128256}, "qwen3": _QWEN3, "qwen3_moe": _QWEN3 | _EXPERTS}
 _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
 # The sizes of each model of our configs, from the config.json of its hub page
 ARCHITECTURES = {
+    "HuggingFaceTB/SmolLM2-135M": ("llama", 576, 1536, 30, 9, 3, True),
     "HuggingFaceTB/SmolLM3-3B-Base": ("smollm3", 2048, 11008, 36, 16, 4, True),
     "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, True),
     "Qwen/Qwen3-4B-Base": ("qwen3", 2560, 9728, 36, 32, 8, True),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -166,27 +168,32 @@ def must_recompute(shape: Shape, config: Config, gpus: int, memory: float) -> bo
 
 
 def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
-    """The config with `auto` decided for the smallest GPU; every rank calls it before the model is wrapped. On a CPU
-    activations are stored, because time is short there and memory is not."""
+    """The config with `auto` decided for the smallest GPU, or for a rank's share of free memory on a CPU; every rank
+    calls it before the model is wrapped."""
     if config.gradient_checkpointing != "auto":
         return config
-    smallest = min(gather([memory_of(ranks)]))
-    recompute = must_recompute(shape_of(hf_config), config, ranks.per_node or ranks.world, smallest)
+    smallest, cuda = min(gather([memory_of(ranks)])), ranks.device.type == "cuda"
+    asked = replace(config, liger=config.liger and cuda)
+    per_node = ranks.per_node or ranks.world
+    recompute = smallest < math.inf and must_recompute(shape_of(hf_config), asked, per_node, smallest)
     return replace(config, gradient_checkpointing=recompute)
 
 
 def memory_of(ranks: Ranks) -> float:
-    """Bytes of this rank's GPU; infinite on a CPU."""
-    cuda = ranks.device.type == "cuda"
-    return torch.cuda.get_device_properties(ranks.device).total_memory if cuda else math.inf
+    """Bytes of this rank's GPU; on a CPU its share of what is free, infinite where the system does not say."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory
+    told = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable: *(\d+) kB", told.read_text()) if told.exists() else None
+    return int(free[1]) * 1024 / (ranks.per_node or ranks.world) if free else math.inf
 
 
 def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
     """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has. config
     must have its gradient_checkpointing decided."""
-    memory = memory_of(ranks)
-    if memory == math.inf:  # any model will do then, also one whose shape is not known
+    if ranks.device.type != "cuda":  # any model will do then, also one whose shape is not known
         return []
+    memory = memory_of(ranks)
     needs = gpu_memory(shape_of(hf_config), config, ranks.per_node or ranks.world)
     return [
         f"WARNING: this GPU has {memory / 1e9:.0f} GB; {moment} would take {sum(parts.values()) / 1e9:.0f} by "

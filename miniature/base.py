@@ -97,9 +97,8 @@ def web_examples(seed: int) -> Iterator[tuple[str, str]]:
             yield mask_example(rng, words)
 
 
-def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(examples: Iterator[tuple[str, str]]) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained until every word is one token (a made-up word: three). Adds <bos> itself."""
-    examples = web_examples(seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -114,12 +113,13 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolLM3ForCausalLM:
-    """A SmolLM3 of 478,080 parameters at random values."""
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = 4, hidden: int = 96) -> SmolLM3ForCausalLM:
+    """A SmolLM3 at random values: 478,080 parameters for the mini-wiki, fewer for the ladder."""
     torch.manual_seed(seed)
     config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=256, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     return SmolLM3ForCausalLM(config).float()
@@ -141,9 +141,8 @@ def loss_batch(tokenizer: PreTrainedTokenizerFast, examples: list) -> tuple[torc
     return ids, weights
 
 
-def pretrain(model, tokenizer, seed: int, steps: int = PRETRAIN_STEPS, batch: int = PRETRAIN_BATCH) -> list[float]:
-    """Next-token training on `steps` batches of fresh web examples, in place. Returns the losses, nats a token."""
-    examples = web_examples(seed)
+def pretrain(model, tokenizer, examples, steps: int = PRETRAIN_STEPS, batch: int = PRETRAIN_BATCH) -> list[float]:
+    """Next-token training on `steps` batches of fresh examples, in place. Returns the losses, nats a token."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = (
@@ -183,11 +182,16 @@ def main(words: list[str]) -> None:
         print(f"{path}  {path.stat().st_size} bytes  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
     if options.part != "wiki":
         folder = options.out / "tiny_base"
-        tokenizer = make_tokenizer(options.seed)
+        tokenizer = make_tokenizer(web_examples(options.seed))
         model = make_model(tokenizer, options.seed)
-        print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens")
-        pretrain(model, tokenizer, options.seed)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        print(f"{folder}  sha256 {digest}{'  (the shipped one)' if digest == BASE_SHA256 else ''}")
+        pretrain(model, tokenizer, web_examples(options.seed))
+        save_base(folder, model, tokenizer, BASE_SHA256)
+
+
+def save_base(folder: Path, model, tokenizer, shipped: str) -> None:
+    """Writes the folder and says its hash; shipped: that of the one in assets/."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    print(f"{folder}: {model.num_parameters()} parameters, {len(tokenizer)} tokens, sha256 {digest}"
+          + ("  (the shipped one)" if digest == shipped else ""))  # fmt: skip

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 SEEDS = (10, 11, 12, 13, 14)
 SEVERAL_KEYS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
+LADDER = "configs/ladder.yaml"
 QUESTION_KEYS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
 ARMS = {
     "active": ["configs/tiny.yaml"],
@@ -32,14 +33,21 @@ ARMS = {
     "rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
     "random_span, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
     "active, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
+    "ladder: active": [LADDER],
+    "ladder: random_span": [LADDER, "method=random_span"],
+    "ladder: frozen generator": [LADDER, "train_generator=false"],
+    "ladder: rewards shuffled": [LADDER, "shuffle_rewards=true"],
+    "ladder: sft, bare answers": [LADDER, "method=sft", "sft_answer= \\boxed{ {answer} }"],
 }
 STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
 """Arms that start from the last checkpoint of another arm's run with the same seed."""
 PROBES = ("fact", "greedy_fact", "template", "copy", "greedy_copy", "noise", "shown", "greedy_shown")
-PROBES += ("unseen", "greedy_unseen", "greedy", "no_thought", "greedy_no_thought")
+PROBES += ("unseen", "greedy_unseen", "greedy", "no_thought", "greedy_no_thought", "thought_use")
+PROBES += ("hop1", "hop2", "hop3", "hop4", "no_thought_hop2", "no_thought_hop3", "no_thought_hop4")
 """Of probe/accuracy_...; a run has those that its corpus and the code of its day knew. `all` is probe/accuracy."""
 CURVES = ("gen/share_fact", "gen/share_shown", "gen/share_noise", "gen/valid_rate", "gen/reward")
-CURVES += ("pred/accuracy", "pred/groups_kept")
+CURVES += ("pred/accuracy", "pred/groups_kept", "pred/length_mean")
+CURVES += ("gen/share_hop1", "gen/share_hop2", "gen/share_hop3", "gen/share_hop4")
 TOTALS = ("responses", "response_tokens", "trained_tokens", "flops", "pred/responses")
 Results = dict[str, list[dict]]
 """Per arm its runs, in the order of seeds."""
@@ -73,6 +81,24 @@ def differences(runs: list[dict], others: list[dict], probe: str) -> list[float]
     """Differences at the end, seed by seed, of the seeds that both have."""
     other_ends = {run["seed"]: run["probes"][-1][probe] for run in others}
     return [run["probes"][-1][probe] - other_ends[run["seed"]] for run in runs if run["seed"] in other_ends]
+
+
+LENGTH = "pred/length_mean"
+
+
+def growth(runs: list[dict]) -> list[float]:
+    """Mean length of the last 20 steps over that of the first five."""
+    return [end / run["curves"][LENGTH][0] for run, end in zip(runs, late(runs, LENGTH), strict=True)]
+
+
+def share(runs: list[dict], steps: int, first: int, last: int | None) -> list[float]:
+    """Share of the masks on facts of so many steps, mean over a range of points."""
+    return [fmean(run["curves"][f"gen/share_hop{steps}"][first:last]) for run in runs]
+
+
+def climb(runs: list[dict], first: int, last: int | None) -> list[float]:
+    """The same of facts of two to four steps together."""
+    return [sum(parts) for parts in zip(*(share(runs, n, first, last) for n in (2, 3, 4)), strict=True)]
 
 
 CLAIMS = {
@@ -150,4 +176,36 @@ CLAIMS = {
         lambda *arms: all(
             abs(run["probes"][-1]["greedy"] - run["probes"][-1]["greedy_no_thought"]) <= 0.02
             for runs in arms for run in runs)),
+    "thoughts grow": Claim(
+        "The ladder. Nothing rewards length, and with `active` the predictor's mean response over the last 20 steps is "
+        "at least 1.7 times that of the first five steps, in every seed, and longer than with `random_span` in every "
+        "seed; with shuffled rewards in none.",
+        ("ladder: active", "ladder: random_span", "ladder: rewards shuffled"),
+        lambda active, random, shuffled: (
+            min(growth(active)) >= 1.7 and max(growth(shuffled)) < 1.7
+            and all(a > b for a, b in zip(late(active, LENGTH), late(random, LENGTH), strict=True)))),
+    "thoughts pay": Claim(
+        "The ladder, facts of three and four steps that nothing trains. With `active` they end, sampled, at least 0.5 "
+        "above the same model answering at once, in every seed, and a thought about another article costs at least 0.2 "
+        "of all answers. `sft` on bare answers ends under 0.35 in every seed; with shuffled rewards they gain at most "
+        "0.05.",
+        ("ladder: active", "ladder: sft, bare answers", "ladder: rewards shuffled"),
+        lambda active, sft, shuffled: (
+            all(ends([run], hop)[0] - ends([run], f"no_thought_{hop}")[0] >= 0.5
+                for run in active for hop in ("hop3", "hop4"))
+            and min(ends(active, "thought_use")) >= 0.2
+            and max(ends(sft, "hop3") + ends(sft, "hop4")) < 0.35
+            and max(gains(shuffled, "hop3") + gains(shuffled, "hop4")) <= 0.05)),
+    "climbs": Claim(
+        "The ladder. The generator leaves what is obvious and climbs: of its valid masks the share on facts of two "
+        "to four steps is over the last 20 steps at least 0.5, at least 0.3 above that of the first 20, in every seed, "
+        "and at least 0.3 above the frozen generator's. Facts of two steps lead those of four at first: their share "
+        "is the larger over steps 21 to 40 and the smaller over the last 20, in the mean over seeds.",
+        ("ladder: active", "ladder: frozen generator"),
+        lambda active, frozen: (
+            min(climb(active, -4, None)) >= 0.5
+            and min(b - a for a, b in zip(climb(active, 0, 4), climb(active, -4, None), strict=True)) >= 0.3
+            and min(climb(active, -4, None)) - max(climb(frozen, -4, None)) >= 0.3
+            and fmean(share(active, 2, 4, 8)) > fmean(share(active, 4, 4, 8))
+            and fmean(share(active, 2, -4, None)) < fmean(share(active, 4, -4, None)))),
 }

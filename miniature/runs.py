@@ -5,7 +5,8 @@
                                              then test it on two seeds that were never used
     python -m miniature figures              the marked blocks of the pages and assets/figures/, from the record alone
     python -m miniature base [wiki|base]     rebuild the mini-wiki and the tiny base (base.py)
-    python -m miniature world several|questions FILE.jsonl     write another made-up world (worlds.py)
+    python -m miniature ladder               rebuild the base of the ladder (ladder.py)
+    python -m miniature world several|questions FILE.jsonl     write another made-up world
 
     run ... seeds=20,21,22,23,24 out=results/mine.jsonl      the same with fresh seeds, elsewhere
 
@@ -66,6 +67,7 @@ def run_arm(arm: str, seed: int, keep: bool = False) -> dict:
     rows = read_rows(folders[arm] / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
     probes = {"all": "probe/accuracy"} | {key: f"probe/accuracy_{key}" for key in PROBES}
+    probes["thought_use"] = "probe/thought_use"
     result = {
         "arm": arm, "seed": seed, "words": ARMS[arm], "seconds": sum(row["time/step"] for row in steps),
         "probes": [
@@ -113,6 +115,10 @@ def main(words: list[str]) -> None:
         from miniature import base  # torch and transformers, which nothing else here needs
 
         base.main(rest)
+    elif command == "ladder" and not rest:
+        from miniature.ladder import make_base
+
+        make_base()
     elif command == "world" and len(rest) == 2 and rest[0] in WORLDS:
         Path(rest[1]).parent.mkdir(parents=True, exist_ok=True)
         Path(rest[1]).write_text(WORLDS[rest[0]](0), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from metrics import read_rows, write_whole
-from miniature.claims import ARMS, CLAIMS, STARTS_FROM, Results, differences, ends, gains, late
+from miniature.claims import ARMS, CLAIMS, LENGTH, STARTS_FROM, Results, climb, differences, ends, gains, late
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -24,6 +24,8 @@ PLOTS = "assets/figures"
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SEVERAL_ARMS = ("active, two facts", "active, two facts, 200 steps", "cpt, two facts")
 RLVR_ARMS = ("rlvr", *STARTS_FROM)
+LADDER_ARMS = tuple(arm for arm in ARMS if arm.startswith("ladder"))
+HOPS = ("hop1", "hop2", "hop3", "hop4")
 HAND_WRITTEN = ("first run", "patches", "/patches")  # markers of a page around text that is not from the record
 
 
@@ -62,7 +64,7 @@ def make_tables(results: Results) -> dict[str, str]:
 
     names = {"fact": "facts, sampled", "greedy_fact": "facts, greedy", "template": "template"}
     names |= {"copy": "copies, sampled", "greedy_copy": "copies, greedy"}
-    wiki = {arm: runs for arm, runs in results.items() if arm not in (*SEVERAL_ARMS, *RLVR_ARMS)}
+    wiki = {arm: runs for arm, runs in results.items() if arm not in (*SEVERAL_ARMS, *RLVR_ARMS, *LADDER_ARMS)}
     methods = [["method", *names.values(), "masks on a fact", "predictions", "tokens trained", "FLOPs", "seeds"]]
     if runs := sum(wiki.values(), []):
         methods.append(["start", *(start_end(runs, probe)[0] for probe in names), *[""] * 5])
@@ -102,12 +104,22 @@ def make_tables(results: Results) -> dict[str, str]:
 
     thought = [["method", "greedy", "greedy, answer opened at once", "sampled", "sampled, answer opened at once"]]
     for arm, runs in results.items():
-        if all("greedy_no_thought" in run["probes"][-1] for run in runs):
+        if arm not in LADDER_ARMS and all("greedy_no_thought" in run["probes"][-1] for run in runs):
             probes = ("greedy", "greedy_no_thought", "all", "no_thought")
             thought.append([arm, *(interval(ends(runs, probe)) for probe in probes)])
 
+    ladder = [["method", "one step", "two", "three", "four", "three, at once", "four, at once", "thought use",
+               "length, first five steps", "last 20", "masks on two to four steps", "seeds"]]  # fmt: skip
+    for arm in [arm for arm in LADDER_ARMS if arm in results]:
+        runs = results[arm]
+        row = [interval(ends(runs, key)) for key in (*HOPS, "no_thought_hop3", "no_thought_hop4")]
+        used = [run["probes"][-1].get("thought_use", 0.0) for run in runs]
+        lengths = [[run["curves"][LENGTH][0] for run in runs], late(runs, LENGTH)]
+        spent = [interval(values) for values in (used, *lengths, climb(runs, -4, None))]
+        ladder.append([arm.removeprefix("ladder: "), *row, *spent, str(len(runs))])
+
     tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
-    tables |= {"never masked": several, "rlvr": rlvr, "thought": thought}
+    tables |= {"never masked": several, "rlvr": rlvr, "thought": thought, "ladder": ladder}
     return {
         name: "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
         for name, (heads, *rows) in tables.items()
@@ -146,6 +158,11 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
           (longer, "greedy_unseen", "active: never read"), ("cpt, two facts", "greedy_shown", "cpt: read")]),
         ("rlvr", "RLVR: held-out subjects, greedy", "share right over 60 steps of RLVR",
          [(arm, "greedy") for arm in RLVR_ARMS]),
+        ("ladder", "The ladder: facts of four steps that nothing trains", "share right, sampled",
+         [("ladder: active", "hop4", "active"), ("ladder: active", "no_thought_hop4", "active, at once"),
+          ("ladder: random_span", "hop4", "random_span"), ("ladder: sft, bare answers", "hop4", "sft")]),
+        ("ladder-masks", "The ladder: what the generator masks", "share of valid masks, means of five steps",
+         [("ladder: active", f"gen/share_hop{n}", f"{n} step{'s' * (n > 1)}") for n in (1, 2, 3, 4)]),
     )  # fmt: skip
     drawn = {}
     for file, title, about, curves in plots:

@@ -19,14 +19,16 @@ from report.charts import Series, line_chart, stand_alone
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
 BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2}
+BASE |= {"hop3": 0.1, "hop4": 0.1, "no_thought_hop3": 0.0, "no_thought_hop4": 0.0, "thought_use": 0.0}
+BASE |= {"hop1": 1.0, "hop2": 0.1, "no_thought_hop2": 0.0}
 BASE |= {"all": 0.5, "greedy": 0.15, "no_thought": 0.5, "greedy_no_thought": 0.15}
 
 
-def make_run(arm: str, seed: int = 10, accuracy: float = 0.5, share: float = 0.0, **ends) -> dict:
-    """A line of the record: BASE at step 0, `ends` at step 100, flat curves, round totals."""
+def make_run(arm: str, seed: int = 10, accuracy: float = 0.5, share: float = 0.0, shape=(), **ends) -> dict:
+    """A line of the record: BASE at step 0, `ends` at step 100, flat curves but for `shape`, round totals."""
     totals = dict.fromkeys(claims.TOTALS, 2000) | {"flops": 3e11}
     curves = {key: [0.0] * 20 for key in claims.CURVES}
-    curves |= {"pred/accuracy": [accuracy] * 20, "gen/share_fact": [share] * 20}
+    curves |= {"pred/accuracy": [accuracy] * 20, "gen/share_fact": [share] * 20} | dict(shape)
     ends.setdefault("greedy_no_thought", ends.get("greedy", BASE["greedy"]))
     probes = [{"step": 0, **BASE}, {"step": 100, **BASE, **ends}]
     return {"arm": arm, "seed": seed, "words": [], "seconds": 1.0, "probes": probes, "curves": curves, "totals": totals}
@@ -42,6 +44,11 @@ HOLDING = {  # one run per arm in which every claim holds
     "active, two facts, 200 steps": {"greedy_fact": 0.5}, "cpt, two facts": {"greedy_shown": 0.4},
     "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
     "active, then rlvr": {"accuracy": 0.8, "greedy": 0.6},
+    "ladder: active": {"hop3": 0.9, "hop4": 0.9, "thought_use": 0.3, "shape": {
+        "pred/length_mean": [5.0] * 10 + [10.0] * 10, "gen/share_hop2": [0.05] * 4 + [0.3] * 4 + [0.2] * 12,
+        "gen/share_hop4": [0.05] * 4 + [0.2] * 4 + [0.4] * 12}},
+    "ladder: random_span": {"shape": {"pred/length_mean": [5.0] * 10 + [8.0] * 10}}, "ladder: frozen generator": {},
+    "ladder: rewards shuffled": {"shape": {"pred/length_mean": [5.0] * 20}}, "ladder: sft, bare answers": {},
 }  # fmt: skip
 FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes the claim fail
     "learns": [("active", "greedy_fact", 0.49), ("rewards shuffled", "fact", 0.31)],
@@ -59,6 +66,12 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
     "before rlvr": [("rlvr", "greedy", 0.26), ("active, then rlvr", "greedy", 0.49),
                     ("random_span, then rlvr", "greedy", 0.51), ("active, then rlvr", "pred/accuracy", 0.5)],
     "no thought": [("active, two facts", "greedy_no_thought", 0.12), ("active, then rlvr", "greedy_no_thought", 0.5)],
+    "thoughts grow": [("ladder: active", "pred/length_mean", 9.0), ("ladder: random_span", "pred/length_mean", 11.0)],
+    "thoughts pay": [("ladder: active", "hop4", 0.49), ("ladder: active", "no_thought_hop3", 0.41),
+                     ("ladder: active", "thought_use", 0.19), ("ladder: sft, bare answers", "hop3", 0.35),
+                     ("ladder: rewards shuffled", "hop4", 0.16)],
+    "climbs": [("ladder: active", "gen/share_hop4", 0.05), ("ladder: active", "gen/share_hop2", 0.01),
+               ("ladder: frozen generator", "gen/share_hop3", 0.31)],
 }  # fmt: skip
 
 
@@ -214,7 +227,8 @@ def test_run_makes_what_is_missing_seed_by_seed_and_what_was_run_with_other_keys
     assert asked == [("rewards shuffled", 10), ("active", 11), ("rewards shuffled", 11)]
     runs.run_missing(["learns"], [10, 11], record)
     assert len(asked) == 3
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["questions.jsonl", "several.jsonl"]
+    made = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert made == ["questions.jsonl", "several.jsonl"]
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def tokens(tokenizer, text):
 
 
 def test_shipped_tokenizer_is_what_the_seed_gives_and_adds_bos_itself(tokenizer):
-    assert tiny.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
+    assert tiny.make_tokenizer(tiny.web_examples(0)).get_vocab() == tokenizer.get_vocab()
     text = " Alne is a quiet town ."
     ids = tokenizer(text).input_ids
     assert ids == [tokenizer.bos_token_id, *tokens(tokenizer, text)]
@@ -210,9 +210,9 @@ def test_short_pretraining_is_deterministic_and_starts_at_the_uniform_loss():
     """An untrained model's loss is ln V for V tokens, plus half the variance of its logits: 96 * 0.05^2 / 2 = 0.12."""
     runs = []
     for seed in (0, 0, 1):
-        tokenizer = tiny.make_tokenizer(seed)
+        tokenizer = tiny.make_tokenizer(tiny.web_examples(seed))
         model = tiny.make_model(tokenizer, seed)
-        losses = tiny.pretrain(model, tokenizer, seed, steps=3, batch=8)
+        losses = tiny.pretrain(model, tokenizer, tiny.web_examples(seed), steps=3, batch=8)
         runs.append((losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
     (losses, weights), (same_losses, same_weights), (other_losses, _) = runs
     assert losses == same_losses and torch.equal(weights, same_weights)

@@ -23,6 +23,7 @@ from model import load_replica, load_tokenizer, refresh
 from ranks import start_ranks
 from relatives.quiet_star import Quiet, Thought, grade_thoughts, pack_thoughts, talk, thought_samples
 from rollout import Rollout, make_sampler
+
 METHOD = METHODS["quiet_star"]
 SIZES = {"max_prompt_tokens": 100, "max_prediction_tokens": 5, "ahead_tokens": 3, "max_grad_norm": 1e9}
 

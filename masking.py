@@ -25,7 +25,7 @@ from rewards import answerable, undo_latex, unquote
 if TYPE_CHECKING:
     from data import Passage
 MASK = "[mask]"
-KINDS = ("number", "name", "content", "function")
+WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
 HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
@@ -205,7 +205,7 @@ def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurre
 
 def label_of(passage: Passage, spans: list[tuple[int, int]], config: Config) -> str:
     """The label of the words that the spans touch: the passage's own, or their kind by form; of several, the first in
-    config.labels (or KINDS)."""
+    config.labels (or WORD_KINDS)."""
     places, touched, before = _space_spans(passage.text), set(), "."
     for (first, last), label in zip(places, passage.labels or [""] * len(places), strict=True):
         word = passage.text[first:last]
@@ -217,12 +217,12 @@ def label_of(passage: Passage, spans: list[tuple[int, int]], config: Config) -> 
 
 def rank_of(config: Config) -> Callable[[str], tuple]:
     """Sorts labels: those that config.labels names, in its order, then others by the alphabet."""
-    order = config.labels.split() or KINDS
+    order = config.labels.split() or WORD_KINDS
     return lambda label: (order.index(label) if label in order else len(order), label)
 
 
 def kind_of_word(word: str, before: str, config: Config) -> str:
-    """One of KINDS, by form: a digit makes a number, config.function_words are known, a capital letter makes a name
+    """One of WORD_KINDS, by form: a digit makes a number, config.function_words are known, a capital letter makes a name
     unless the word before it ends a sentence.
 
     >>> [kind_of_word(word, before, Config()) for word, before in (("Bonn,", "in"), ("Bonn", "old."), ("1810", "in"))]

@@ -31,7 +31,7 @@ import torch
 
 from config import Config, dump_config
 from grpo import Group, Sample, bundle, bundle_length, keep_group
-from masking import KINDS, word_spans
+from masking import WORD_KINDS, word_spans
 from methods import METHODS, Task
 from model import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
@@ -39,7 +39,7 @@ from ranks import enter
 from rewards import caseless_match
 from rollout import Rollout, Sampler, mask_prompt, predict_prompt
 
-PACKAGES = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
+RECORDED = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 
 
 def open_run(config: Config) -> Path:
@@ -64,7 +64,7 @@ def environment() -> str:
     """Command, versions, git revision and hardware, one per line."""
     lines = [f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}", f"command: {' '.join(sys.argv)}"]
     lines.append(f"python: {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
+    for package in RECORDED:
         try:
             lines.append(f"{package}: {version(package)}")
         except PackageNotFoundError:
@@ -344,7 +344,7 @@ def mask_metrics(proposals: list[list[Task]]) -> dict:
     causes = Counter(task.mask.invalid for tasks in proposals for task in tasks if task.mask.invalid)
     metrics |= {f"gen/invalid_{cause}": count / proposed for cause, count in sorted(causes.items())}
     labelled = [task.mask.label for task in valid if task.mask.label]
-    stand = {label for task in valid if task.mask.label for label in task.passage.labels or KINDS}
+    stand = {label for task in valid if task.mask.label for label in task.passage.labels or WORD_KINDS}
     metrics |= {f"gen/share_{label}": labelled.count(label) / len(labelled) for label in sorted(stand)}
     return metrics
 

@@ -26,16 +26,15 @@ def phases(config: Config) -> list[Phase]:
     >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
     [('propose', 256), ('predict', 2048)]
     """
-    method, tasks = METHODS[config.method], config.passages_per_step
-    if not method.predict:
-        return []
-    steps = []
+    method, tasks, steps = METHODS[config.method], config.passages_per_step, []
     if method.generator:
         steps.append(Phase("propose", tasks, config.masks_per_passage, config.max_mask_tokens))
         tasks *= config.masks_per_passage
-    elif not method.one_task:
+    elif method.predict and not method.one_task:
         tasks = sum(tasks_per_passage(config, config.method))
-    return [*steps, Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens)]
+    if method.predict:
+        steps.append(Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens))
+    return steps
 
 
 @dataclass
@@ -94,19 +93,18 @@ def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
 def complete(options: Options, config: Config, command: str) -> Options:
     """The options with every 0 replaced by its default. Raises ConfigError with key and value if one is impossible."""
     caps, cap = [phase.cap for phase in phases(config)], options.cap
-    shares = dict.fromkeys(("kept", "decode_share", "mfu"), (0.001, 1))
-    ranges = {"sigma": (0, math.inf), "prompt": (1, config.max_prompt_tokens)} | shares
-    prompt = options.prompt or min(400, config.max_prompt_tokens // 3)
+    ranges = {"sigma": (0, math.inf), "prompt": (1, config.max_prompt_tokens)}
+    ranges |= dict.fromkeys(("kept", "decode_share", "mfu"), (0.001, 1))
+    prompt, equal = options.prompt or min(400, config.max_prompt_tokens // 3), options.equal
     if command == "step":
         if not caps:
             raise ConfigError(f"method={config.method!r}: samples nothing; time a method that does")
         cap = cap or min(1024, *caps)
-        options = replace(options, equal=options.equal or cap // 2)
+        equal = equal or cap // 2
         ranges |= {"cap": (1, min(caps)), "mean_response": (1, cap), "equal": (1, cap)}
-    elif command == "plan":
-        cap = cap or max(caps, default=config.max_prediction_tokens)
+    cap = cap or max(caps, default=config.max_prediction_tokens)
     mean = options.mean_response or min(1024, 0.375 * cap)
-    options = replace(options, prompt=prompt, cap=cap, mean_response=mean)
+    options = replace(options, prompt=prompt, cap=cap, mean_response=mean, equal=equal)
     for key in WORDS[command]:
         value, (low, high) = getattr(options, key), ranges.get(key, (1, math.inf))
         if not isinstance(value, str) and not low <= value <= high:

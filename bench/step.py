@@ -11,7 +11,6 @@ import gc
 import json
 import random
 import statistics
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -100,19 +99,6 @@ def make_work(phase: Phase, lengths: list[int], prompt: int, vocabulary: int, se
 # ---- one step
 
 
-@contextmanager
-def recorded_caches(sizes: list):
-    """Inside, each cache that a sampler makes adds (tokens, bytes) to `sizes`; it is gone when rollout returns."""
-    original = PagedAttentionCache.__init__
-
-    def recording(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        sizes.append((self.max_tokens_read, self.cache_tensor.nbytes))
-
-    with patch.object(PagedAttentionCache, "__init__", recording):
-        yield
-
-
 def seeded_verdicts(count: int, rng: random.Random) -> list[int]:
     """0 or 1 each, both in every group."""
     return rng.sample([1, 0] + [rng.randrange(2) for _ in range(count - 2)], count)
@@ -123,9 +109,9 @@ def given_work(works: list[Work]) -> Method:
     by_name = {work.phase.name: work for work in works}
 
     def sample(run: Run, name: str, number: int) -> list[list[Rollout]]:
-        work, phase = by_name[name], by_name[name].phase
-        noise = (number, phase.name)
-        groups = rollout(run.sampler, work.prompts, phase.count, phase.cap, NEVER, noise, limits=work.limits)
+        work = by_name[name]
+        count, cap = work.phase.count, work.phase.cap
+        groups = rollout(run.sampler, work.prompts, count, cap, NEVER, (number, name), limits=work.limits)
         if [[len(one.completion_ids) for one in group] for group in groups] != work.limits:
             raise RuntimeError(f"{name}, step {number}: responses did not get their lengths")
         return groups
@@ -156,17 +142,21 @@ def given_work(works: list[Work]) -> Method:
 
 def one_step(run: Run, works: list[Work], number: int) -> StepTimes:
     """train.step on given work, by every rank. Raises RuntimeError if a response has another length."""
-    caches: list = []
-    with recorded_caches(caches):
+    caches, make_cache = [], PagedAttentionCache.__init__
+
+    def recording(self, *args, **kwargs):  # a cache is gone when rollout returns
+        make_cache(self, *args, **kwargs)
+        caches.append((self.max_tokens_read, self.cache_tensor.nbytes))
+
+    with patch.object(PagedAttentionCache, "__init__", recording):
         done = step(run, number, given_work(works))
-    row = done.row
-    seconds = {key[5:]: value for key, value in row.items() if key.startswith("time/")}
+    seconds = {key[5:]: value for key, value in done.row.items() if key.startswith("time/")}
     trained = []
     for together in bundle(done.samples, run.config):
         lengths = [len(sample.rollout.completion_ids) for sample in together]
         trained.append(Bundle(len(together[0].rollout.prompt_ids), lengths))
     tokens, size = max(caches, default=(0, 0))
-    peak = row["peak_memory_gb"] if torch.cuda.is_available() else None
+    peak = done.row["peak_memory_gb"] if torch.cuda.is_available() else None
     return StepTimes(seconds | {"step": sum(seconds.values())}, trained, peak, tokens, size / 1e9)
 
 
@@ -215,9 +205,10 @@ def time_rows(config: Config, options: Options, ranks: Ranks) -> dict:
     lognormal, count = (options.mean_response, options.sigma), config.predictions_per_mask
     plan = {"lognormal": (phases(config), *lognormal), "equal": (phases(config), options.equal, 0.0)}
     if options.rollouts:
-        steps = {n: Phase("predict", int(n) // count, count, config.max_prediction_tokens)
-                 for n in options.rollouts.split(",")}  # fmt: skip
-        plan = {number: ([phase], *lognormal) for number, phase in steps.items()}
+        plan = {}
+        for number in options.rollouts.split(","):
+            phase = Phase("predict", int(number) // count, count, config.max_prediction_tokens)
+            plan[number] = ([phase], *lognormal)
     for name, (steps, mean, sigma) in plan.items():
         works = []
         for number, phase in enumerate(steps):
@@ -260,11 +251,11 @@ def step_table(result: dict) -> str:
 
 def scaling_table(rows: dict) -> str:
     """Seconds of a step against its rollouts, and the straight line through them by least squares."""
-    table, points = [("rollouts", "step, s", "sampling", "update", "ms a rollout")], []
-    for number, seconds in ((int(number), row["seconds"]) for number, row in rows.items()):
-        points.append((number, seconds["step"]))
-        cells = [f"{seconds[name]:.3f}" for name in ("step", "predict", "update")]
-        table.append((str(number), *cells, f"{1000 * seconds['step'] / number:.2f}"))
+    points = [(int(number), row["seconds"]["step"]) for number, row in rows.items()]
+    table = [("rollouts", "step, s", "sampling", "update", "ms a rollout")]
+    for (number, step_seconds), row in zip(points, rows.values(), strict=True):
+        cells = [f"{row['seconds'][name]:.3f}" for name in ("step", "predict", "update")]
+        table.append((str(number), *cells, f"{1000 * step_seconds / number:.2f}"))
     lines = text_table(table, 8, 14)
     if len(points) > 1:
         slope, begin = statistics.linear_regression(*zip(*points, strict=True))

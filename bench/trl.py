@@ -10,10 +10,10 @@
     trl_fitted  the same with a cache and a batch that suit this step (CPU only)
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
-A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them. All
-peers have the same weights, rewards (half of each group is right) and tokens in a micro-batch. Each measurement is a
-process of its own, and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it.
-Without TRL, which is no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them, with the
+same weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process of its own,
+and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it. Without TRL, which is
+no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,15 +43,15 @@ from prompts import PREDICT_PROMPT, fill
 from ranks import start_ranks
 from rollout import make_sampler
 
-PROJECT = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def peer_prompts(config: Config, options: Options) -> list[str]:
     """Prediction prompts on articles of the mini-wiki."""
-    with gzip.open(PROJECT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(REPOSITORY / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
         articles = [json.loads(next(lines))["text"] for _ in range(options.prompts * options.articles)]
-    joined = [" ".join(articles[i :: options.prompts]) for i in range(options.prompts)]
-    return [fill(config.predict_prompt or PREDICT_PROMPT, text) for text in joined]
+    template = config.predict_prompt or PREDICT_PROMPT
+    return [fill(template, " ".join(articles[n :: options.prompts])) for n in range(options.prompts)]
 
 
 def rows_per_batch(config: Config, options: Options, longest: int) -> int:
@@ -69,67 +68,56 @@ def plain_model(config: Config):
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass
-class Stopwatch:
-    """Seconds on the clock and seconds of the CPU, of the warm-up step and of each of `repeats` more."""
+def now() -> tuple[float, float]:
+    """Seconds of the clock and of the CPU, after all that the GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    begun: tuple[float, float] = (0.0, 0.0)
 
-    def start(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.begun = time.perf_counter(), time.process_time()
-
-    def stop(self) -> None:
-        wall, cpu = self.begun
-        self.start()
-        self.wall.append(self.begun[0] - wall)
-        self.cpu.append(self.begun[1] - cpu)
-
-    def time(self, step: Callable[[int], object], repeats: int) -> Stopwatch:
-        for number in range(repeats + 1):
-            self.start()
-            step(number)
-            self.stop()
-        return self
+def timed(step: Callable[[int], object], repeats: int) -> list[tuple[float, float]]:
+    """`now` before and after a warm-up step and each of `repeats` more."""
+    marks = []
+    for number in range(repeats + 1):
+        marks.append(now())
+        step(number)
+        marks.append(now())
+    return marks
 
 
 # ---- the peers
 
 
-def ours(config: Config, options: Options) -> Stopwatch:
+def ours(config: Config, options: Options) -> list[tuple[float, float]]:
     """A step of train.py, on one rank."""
     ranks = start_ranks()
     run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks))
     prompts = [run.sampler.tokenizer(text).input_ids for text in peer_prompts(config, options)]
     phase = Phase("predict", options.prompts, options.completions, options.tokens)
     work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
-    times = Stopwatch().time(lambda number: one_step(run, [work], number), options.repeats)
+    marks = timed(lambda number: one_step(run, [work], number), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
-    return times
+    return marks
 
 
-def naive(config: Config, options: Options) -> Stopwatch:
+def naive(config: Config, options: Options) -> list[tuple[float, float]]:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
     tokenizer, model = load_tokenizer(config), plain_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    rows = [tokenizer(text).input_ids for text in peer_prompts(config, options)]
-    longest, device = max(map(len, rows)), model.device
-    prompts = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    padded = tokenizer(peer_prompts(config, options), padding=True, return_tensors="pt").to(model.device)
+    mask, longest, device = padded.attention_mask, padded.input_ids.shape[1], model.device
     sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": options.completions, "pad_token_id": 0}
     sampling |= {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
-    rewards = (torch.arange(options.completions, device=device) % 2).float().repeat(len(rows), 1)
+    rewards = (torch.arange(options.completions, device=device) % 2).float().repeat(len(mask), 1)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
     size = rows_per_batch(config, options, longest)
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     def step(_) -> None:
         with torch.no_grad(), half:
-            whole = model.generate(input_ids=prompts, attention_mask=mask, **sampling)
+            whole = model.generate(input_ids=padded.input_ids, attention_mask=mask, **sampling)
         seen = torch.cat([mask.repeat_interleave(options.completions, 0), torch.ones_like(whole[:, longest:])], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         for begin in range(0, len(whole), size):
@@ -144,30 +132,26 @@ def naive(config: Config, options: Options) -> Stopwatch:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Stopwatch().time(step, options.repeats)
+    return timed(step, options.repeats)
 
 
-def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> Stopwatch:
+def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> list[tuple[float, float]]:
     """TRL's GRPOTrainer, set to our step: no KL term, no recomputation of old log-probs, one update per batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    tokenizer, cuda, prompts = load_tokenizer(config), torch.cuda.is_available(), peer_prompts(config, options)
-    tokenizer.padding_side = "left"
+    tokenizer, prompts, marks, lengths = load_tokenizer(config), peer_prompts(config, options), [], []
     # TRL has no other way to equal lengths: the id of this end-of-sequence is beyond the model's vocabulary
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
+    tokenizer.padding_side = "left"
     longest = max(len(tokenizer(text).input_ids) for text in prompts)
     model = plain_model(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     total, rows = options.prompts * options.completions, rows_per_batch(config, options, longest)
     extra = {"use_transformers_continuous_batching": True} if paged else {}
-    if fitted:
-        if cuda:
-            raise ConfigError("peers=trl_fitted: for a CPU; on a GPU trl_paged sizes its cache by free memory")
-        extra["transformers_continuous_batching_config"] = fitted_settings(options, longest)
-    lengths, watch = [], Stopwatch()
+    extra |= {"transformers_continuous_batching_config": fitted_settings(options, longest)} if fitted else {}
 
     def reward(completion_ids, **_) -> list[float]:
         lengths.extend(map(len, completion_ids))
@@ -175,10 +159,9 @@ def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool
 
     class Timer(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            watch.start()
+            marks.append(now())
 
-        def on_step_end(self, *_, **__):
-            watch.stop()
+        on_step_end = on_step_begin
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
@@ -187,23 +170,22 @@ def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool
             max_completion_length=options.tokens, temperature=config.temperature, top_p=1.0, top_k=0, beta=0.0,
             num_iterations=1, epsilon=config.clip_low, epsilon_high=config.clip_high, weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, lr_scheduler_type="constant",
-            gradient_checkpointing=config.gradient_checkpointing, bf16=config.dtype == "bfloat16", use_cpu=not cuda,
-            shuffle_dataset=False, report_to="none", save_strategy="no", disable_tqdm=True, **extra,
+            gradient_checkpointing=config.gradient_checkpointing, bf16=config.dtype == "bfloat16", report_to="none",
+            use_cpu=model.device.type == "cpu", shuffle_dataset=False, save_strategy="no", disable_tqdm=True, **extra,
         )  # fmt: skip
         dataset = Dataset.from_list([{"prompt": text} for text in prompts])
         trainer = GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()])
         trainer.train()
     if lengths != [options.tokens] * total * (options.repeats + 1):
         raise RuntimeError(f"TRL made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
-    return watch
+    return marks
 
 
 def fitted_settings(options: Options, longest: int) -> dict:
     """A cache for 32 requests at once, the fastest of 4 to 256 on a CPU; the defaults take half of the memory."""
-    at_once, page = 32, 32
-    blocks = at_once * (-(-(longest + options.tokens) // page) + 1) + 8
-    batch = {"max_requests_per_batch": at_once, "max_batch_tokens": at_once * longest}
-    return {"page_size": page, "num_blocks": blocks} | batch
+    pages = -(-(longest + options.tokens) // 32) + 1  # of one request
+    settings = {"page_size": 32, "num_blocks": 32 * pages + 8, "max_requests_per_batch": 32}
+    return settings | {"max_batch_tokens": 32 * longest}
 
 
 PEERS = {
@@ -221,9 +203,10 @@ PEERS = {
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
     # TRL would spread over every GPU that it sees, and refuses to
-    fixed = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-    fixed |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))}
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | fixed
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    variables |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": path}
     command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
@@ -238,20 +221,19 @@ def compare_peers(words: list[str]) -> None:
         rest = ["configs/tiny.yaml", *rest]
     config = read_config([*rest, f"max_prediction_tokens={options.tokens}", "kl=0"])
     options = complete(options, config, "trl")
-    names = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]
-    names = options.peers.split(",") if options.peers else names
-    if not {*names, options.only or "ours"} <= set(PEERS):
-        raise ConfigError(f"peers={options.peers!r}: must be some of {','.join(PEERS)}")
+    able = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]  # for a CPU only
+    names = options.peers.split(",") if options.peers else able
+    if not {*names, options.only or "ours"} <= set(able):
+        raise ConfigError(f"peers={options.peers!r}: must be some of {','.join(able)}")
     if options.only:
-        watch = PEERS[options.only](config, options)
-        row = {"warmup": watch.wall[0], "seconds": watch.wall[1:], "cpu_seconds": watch.cpu[1:]}
-        print(json.dumps(row | {"memory_gb": peak_memory_gb()}))
-        return
+        marks = PEERS[options.only](config, options)
+        wall, cpu = ([end[n] - begin[n] for begin, end in zip(marks[::2], marks[1::2], strict=True)] for n in (0, 1))
+        row = {"warmup": wall[0], "seconds": wall[1:], "cpu_seconds": cpu[1:], "memory_gb": peak_memory_gb()}
+        return print(json.dumps(row))
     runs = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
-            runs[name].append(one_process(name, words))
-            print(f"{name:10} {runs[name][-1]}", flush=True)
+    for name in names * options.rounds:
+        runs[name].append(one_process(name, words))
+        print(f"{name:10} {runs[name][-1]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(runs, indent=1) + "\n")
     print("\n" + peer_table(runs, options))
@@ -261,10 +243,10 @@ def peer_table(runs: dict[str, list[dict]], options: Options) -> str:
     """Medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
     rows, first = [("", "step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")], None
     for name, results in runs.items():
-        medians, cpu = ([statistics.median(one[key]) for one in results] for key in ("seconds", "cpu_seconds"))
-        middle, cpu, warm = map(statistics.median, (medians, cpu, [one["warmup"] for one in results]))
-        first = first or (middle, cpu)
-        cells = [middle, min(medians), max(medians), warm, middle / first[0], cpu, cpu / first[1]]
-        rows.append((name, *(f"{cell:.2f}" for cell in [*cells, max(one["memory_gb"] for one in results)])))
+        seconds, cpu = ([statistics.median(one[key]) for one in results] for key in ("seconds", "cpu_seconds"))
+        middle, cpu, warm = map(statistics.median, (seconds, cpu, [one["warmup"] for one in results]))
+        first, memory = first or (middle, cpu), max(one["memory_gb"] for one in results)
+        cells = [middle, min(seconds), max(seconds), warm, middle / first[0], cpu, cpu / first[1], memory]
+        rows.append((name, *(f"{cell:.2f}" for cell in cells)))
     title = f"{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"
     return "\n".join([title, *text_table(rows, 10, 9)])

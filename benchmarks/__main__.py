@@ -2,7 +2,8 @@
 
     python -m benchmarks show NAME [PATH]       counts of a set's items, its fingerprint, the first prompt
     python -m benchmarks judge FILE.jsonl       rows that say what is right, against the judge; prints those that differ
-    python -m benchmarks compare OUT [OUT ...]  finished evaluations side by side (as `python eval.py compare`)
+
+`python eval.py compare OUT [OUT ...]` puts finished evaluations side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from benchmarks.judge import check_answers, option_letter
-from benchmarks.scores import compare
+from benchmarks.sets import load_items, prompt_template
 from config import Config, ConfigError
 from data import DataError
 from masking import make_mask
@@ -42,33 +43,29 @@ def judge_row(row: dict) -> object:
     return None if mask.invalid else mask.target
 
 
-def judge(path: str) -> str:
-    """The rows of a jsonl that differ from the judge, and how many agree: last line `3 of 4 as they say`."""
+def check_rows(path: str) -> None:
+    """Prints the rows of a jsonl that differ from the judge, and how many agree: last line `3 of 4 as they say`."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = [judge_row(row) for row in rows]
-    differ = [(row, one) for row, one in zip(rows, found, strict=True) if one != row.get("right", row.get("target"))]
-    lines = [f"judged {one!r}: {json.dumps(row, ensure_ascii=False)}" for row, one in differ]
-    return "\n".join([*lines, f"{len(rows) - len(differ)} of {len(rows)} as they say"])
+    differ = [(row, found) for row in rows if (found := judge_row(row)) != row.get("right", row.get("target"))]
+    for row, found in differ:
+        print(f"judged {found!r}: {json.dumps(row, ensure_ascii=False)}")
+    print(f"{len(rows) - len(differ)} of {len(rows)} as they say")
 
 
-def show(name: str, path: str = "") -> str:
-    """Counts of a benchmark's items, the fingerprint, the first item as it is asked: `show("gsm8k", "a.jsonl")`."""
-    from benchmarks.sets import load_items, prompt_template
-
+def show(name: str, path: str = "") -> None:
+    """Prints counts of a benchmark's items, the fingerprint, and the first item as it is asked."""
     items, counts, fingerprint = load_items(name, path)
     asked = fill(prompt_template(name), items[0].question)
-    return f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}"
+    print(f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}")
 
 
 def main() -> None:
     command, *words = sys.argv[1:] or [""]
     try:
         if command == "judge" and len(words) == 1:
-            print(judge(*words))
+            check_rows(*words)
         elif command == "show" and len(words) in (1, 2):
-            print(show(*words))
-        elif command == "compare" and words:
-            print(compare(words))
+            show(*words)
         else:
             raise SystemExit((__doc__ or "").rstrip())
     except (ConfigError, DataError, OSError) as error:

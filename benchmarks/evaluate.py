@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import eval
-from benchmarks.scores import compare, paper_means, summarise, table
+from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
@@ -305,7 +305,7 @@ def main() -> None:
         raise SystemExit(2 if words[:1] in ([], ["compare"]) else 0)
     try:
         if words[0] == "compare":
-            return print(compare(words[1:]))
+            return print(compare_evaluations(words[1:]))
         settings = read_settings(words)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # once, not once per rank

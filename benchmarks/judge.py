@@ -7,7 +7,7 @@ Every function gets what stands in the box (prompts.last_answer). A maths answer
     anything else       by math-verify in a child process (verify.py), after both are spelled as it reads them right
 
 A plain number is an integer, a decimal, a power, or a product or fraction of these. 50% is 50 and 0.5. A decimal of six
-places or more equals a fraction that rounds to it. Left out: where items come from (sets.py). Needs no torch.
+places or more equals a fraction that rounds to it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SYMBOLS = {
     "π": r"\pi ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "º": "°",
     "’": "'",
 }  # fmt: skip
-SCRIPTS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
+SMALL_DIGITS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
 FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|\\\\$|\\[,;: ]$")
 ABOUT = r"\\(?:approx|sim|simeq|cong|thickapprox)(?![A-Za-z])"
 LATEX_THOUSANDS = re.compile(r"(?<![\w.,^}\\])[0-9]{1,3}(?:(?:\\[,;: ]|[~ ])[0-9]{3})+(?![0-9])")
 # digits in groups of three, set apart by one kind of sign: 1,000,000 or 1 000 000 or 1'000'000
-THOUSANDS = re.compile(r"(?<![\w.,^}])[0-9]{1,3}([,' ])[0-9]{3}(?:\1[0-9]{3})*(?![0-9]|[,' ][0-9])")
+DIGIT_GROUPS = re.compile(r"(?<![\w.,^}])[0-9]{1,3}([,' ])[0-9]{3}(?:\1[0-9]{3})*(?![0-9]|[,' ][0-9])")
 
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 POWER = rf"{NUMBER}(?: ?\^ ?(?:\{{ ?[-+]?[0-9]{{1,3}} ?\}}|-?[0-9]{{1,3}}(?![0-9])))?"
@@ -70,7 +70,7 @@ FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi|arc[a-
 # words, a ratio, an inequality, a base: math-verify would take letters for factors, and read past the rest
 NO_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?<>]|\\(?:[lg]eq?|neq?)(?![a-z])|[0-9](?:_| +[0-9])")
 WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z][^{}\\]*)\}")
-WORDS = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
+PHRASE = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{1,3}(?![A-Za-z])")
 NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 
@@ -87,8 +87,7 @@ class Number(NamedTuple):
 def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
     r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
 
-    pairs: (gold, answer), both what stands inside the box. Equal pairs are checked once. `seconds` is wall time per
-    answer, so a batch takes at most that (and a restart of the child) times the number of hostile answers in it.
+    pairs: (gold, answer), both what stands inside the box. `seconds` is wall time per distinct pair, in the child.
     Raises RuntimeError when the child cannot be started.
 
     >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
@@ -96,9 +95,8 @@ def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> 
     >>> check_answers([("5", "5, 6"), ("12", "12 or 13"), ("2107", "2107.001"), (r"\text{east}", "seat"), ("5", None)])
     [0.0, 0.0, 0.0, 0.0, 0.0]
     """
-    asked = {(gold, answer) for gold, answer in pairs if answer is not None}
-    verdicts = {pair: _check(*pair, seconds) for pair in sorted(asked)}
-    return [0.0 if answer is None else verdicts[gold, answer] for gold, answer in pairs]
+    verdicts = {pair: _check(*pair, seconds) for pair in sorted({pair for pair in pairs if pair[1] is not None})}
+    return [verdicts.get(pair, 0.0) for pair in pairs]
 
 
 def _check(gold: str, answer: str, seconds: float) -> float:
@@ -106,9 +104,9 @@ def _check(gold: str, answer: str, seconds: float) -> float:
         return 0.0
     gold, answer = _spell(gold), _spell(answer)
     if not gold or not answer or gold == answer:
-        return float(bool(gold) and gold == answer)
+        return float(gold == answer != "")
     number = read_number(gold, is_gold=True)
-    if number is None and (WRAPPER.fullmatch(gold) or WORDS.fullmatch(gold)):
+    if number is None and (WRAPPER.fullmatch(gold) or PHRASE.fullmatch(gold)):
         gold, answer = (normalise(text).casefold().strip("()[]{}$ ") for text in (gold, answer))
         return float(gold == answer)
     names = {text.rpartition("=")[0].replace(" ", "") for text in (gold, answer)} - {""}
@@ -131,7 +129,7 @@ def _spell(text: str) -> str:
 
     `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`
     """
-    text = SCRIPTS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
+    text = SMALL_DIGITS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
     for _ in range(9):  # layers
@@ -180,7 +178,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     if equals and not re.search(r"^-|\d *[A-Za-z\\(]|[,;<>!]|\\[lgn]e|\b(?:or|and)\b", head):
         text = tail
     text = re.sub(rf"^-[{CURRENCY}]+", "-", text.strip().removeprefix("(").removesuffix(")"))
-    text = THOUSANDS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
+    text = DIGIT_GROUPS.sub(lambda found: re.sub("[,' ]", "", found[0]), text)
     found = PLAIN.search(text) if len(text) <= MAX_NUMBER_CHARS else None
     if not found:
         return None

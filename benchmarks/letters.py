@@ -1,8 +1,6 @@
 r"""Answers that are no maths: the letter of an option, a text by BBEH's matching rules; and the last number of a text.
 
 Every function but last_number gets what stands in the box (prompts.last_answer). Needs no torch.
-
-Run alone: `PYTHONPATH=. python -m doctest -v benchmarks/letters.py`
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ ANOTHER = (
 def option_letter(box: str, letters: str) -> str | None:
     r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
 
-    The letter stands alone or is set off from words that follow by a bracket, a stop, a colon or a dash: C, c, (C),
-    C. nitrogen, C - nitrogen, C (nitrogen), \text{C}, option C. The words may name others: "E. A and B only" is E. Not
-    read: words without a letter; "A dog", whose A may be the article; "A. 3, B. 4".
+    Words may follow the letter behind a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
+    only" is E. Not read: words without a letter; "A dog", whose A may be the article; "A. 3, B. 4".
 
     >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
     ['C', 'C', 'C', 'C', 'C']
@@ -43,9 +40,7 @@ def option_letter(box: str, letters: str) -> str | None:
     text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
     found = LETTER.fullmatch(text)
     letter = found[1].upper() if found else ""
-    if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]):
-        return None
-    return letter
+    return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter
 
 
 def guessed_letter(id_: str, letters: str) -> str:
@@ -60,14 +55,13 @@ def guessed_letter(id_: str, letters: str) -> str:
 def fuzzy_match(answer: str, target: str) -> bool:
     r"""BBEH's published rules (google-deepmind/bbeh, evaluate.py), in our words, applied to what stands in the box.
 
-    Case, bold marks, a final full stop and the space after a comma do not count; then answer and target are equal, or
-    equal as numbers (1.0, 1), without apostrophes, with square brackets around one of them, with round brackets around
-    a single character, or but for a question mark at the answer's end. Only the answer's first line counts.
+    Only the answer's first line counts, without case, bold marks, a final full stop and the space after a comma. It
+    equals the target as text, as a number, without apostrophes, or but for square brackets around one of them, round
+    brackets around a single character, or a question mark at the answer's end.
 
-    Differences: the answer comes from the box, not from behind "The answer is:" (which is cut off inside the box as
-    theirs is outside); LaTeX text wrappers go wherever they stand, not only around the whole, and so does white space
-    inside $ or **; numbers are decimal, without Python's inf, nan and 1_000; an answer with nothing left is wrong,
-    where theirs equals [].
+    Differences: the answer comes from the box, not from behind "The answer is:" (cut off inside the box); LaTeX text
+    wrappers and white space inside $ or ** go wherever they stand; numbers are decimal, without Python's inf, nan and
+    1_000; an answer with nothing left is wrong, where theirs equals [].
 
     >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
     (True, True, True)
@@ -88,12 +82,8 @@ def fuzzy_match(answer: str, target: str) -> bool:
             return bracketed[1] == other
     if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
         return True
-    return (
-        answer.replace("'", "") == target.replace("'", "")
-        or answer == f"[{target}]"
-        or target == f"[{answer}]"
-        or answer == target + "?"
-    )
+    same = answer.replace("'", "") == target.replace("'", "")
+    return same or answer in (f"[{target}]", f"{target}?") or target == f"[{answer}]"
 
 
 def _plain(text: str) -> str:

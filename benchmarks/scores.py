@@ -3,15 +3,12 @@
 A record is a judged response (eval.py makes them): task, id, sample, question, gold, response, answer, how, score,
 finish, tokens. A score is the mean over items of the mean over an item's samples, in per cent; its standard error
 counts items, since the samples of one item are not independent. Rates are shares of responses. Needs no torch.
-
-(results/ is another thing: the runs of miniature/runs.py.)
-
-Alone:  python -m benchmarks compare OUT [OUT ...]      (as `python eval.py compare`)
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from math import sqrt
@@ -54,24 +51,22 @@ def summarise(records: Iterable[dict]) -> dict:
     Two items, two samples each, of which item a has one right and item b both: a score of 75.0, with a standard error
     of stdev(50, 100) / sqrt(2) = 25.0.
     """
-    scores, responses, boxed, cut, tokens = [], 0, 0, 0, 0
+    scores, counts = [], Counter[str]()
     for _, samples in groupby(records, key=lambda record: record["id"]):
         item = []
         for record in samples:
             item.append(100.0 * record["score"])
-            responses += 1
-            boxed += record["how"] == "box"
-            cut += record["finish"] == "length"
-            tokens += record["tokens"]
+            counts.update(boxed=record["how"] == "box", cut=record["finish"] == "length", tokens=record["tokens"])
+        counts["responses"] += len(item)
         scores.append(fmean(item))
     return {
         "score": fmean(scores),
         "standard_error": stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else None,
         "items": len(scores),
-        "responses": responses,
-        "parse_rate": boxed / responses,
-        "truncation_rate": cut / responses,
-        "length_mean": tokens / responses,
+        "responses": counts["responses"],
+        "parse_rate": counts["boxed"] / counts["responses"],
+        "truncation_rate": counts["cut"] / counts["responses"],
+        "length_mean": counts["tokens"] / counts["responses"],
     }
 
 
@@ -90,18 +85,8 @@ def _whole(results: dict[str, dict]) -> dict[str, float]:
     return {name: one["score"] for name, one in results.items() if name in SIZES and one["items"] >= SIZES[name]}
 
 
-def missing_parts(results: dict[str, dict], parts: tuple[str, ...]) -> str:
-    """What keeps a mean from being formed, in words; empty if nothing does."""
-    said = []
-    for name in parts:
-        items = results[name]["items"] if name in results else 0
-        if items < SIZES[name]:
-            said.append(f"{name} has {items:,} of {SIZES[name]:,} items" if items else f"no {name}")
-    return ", ".join(said)
-
-
 def table(results: dict[str, dict], means: dict[str, float]) -> str:
-    """Scores with all that is needed to read them, a line a benchmark."""
+    """Scores with all that is needed to read them, a line a benchmark; in place of a mean, what is missing for it."""
     lines = [
         f"{'benchmark':12} {'score':>6} {'+-':>5} {'items':>6} {'responses':>9} "
         f"{'boxed':>6} {'cut off':>7} {'tokens':>7} {'seconds':>8}"
@@ -113,19 +98,20 @@ def table(results: dict[str, dict], means: dict[str, float]) -> str:
             f"{one['parse_rate']:6.3f} {one['truncation_rate']:7.3f} {one['length_mean']:7.1f} {one['seconds']:8.1f}"
         )
     for name, title, parts in (("math", "MATH mean", MATH), ("overall", "Overall", (*MATH, *COLUMNS[2:]))):
-        absent = f"none: {missing_parts(results, parts)}"
-        lines.append(f"{title:12} " + (f"{means[name]:6.2f}" if name in means else absent))
+        absent = [part for part in parts if part not in _whole(results)]
+        found = {part: f"{one['items']:,} of {SIZES.get(part, 0):,} items" for part, one in results.items()}
+        missing = ", ".join(f"{part} has {found[part]}" if part in found else f"no {part}" for part in absent)
+        lines.append(f"{title:12} " + (f"{means[name]:6.2f}" if name in means else f"none: {missing}"))
     return "\n".join(lines)
 
 
-def compare(folders: list[str]) -> str:
+def compare_evaluations(folders: list[str]) -> str:
     """Evaluations side by side, what differs in how they were made; below, those of whole sets over the paper's.
 
     Raises ConfigError for a folder that holds no finished evaluation.
     """
-    found = {}
-    for folder in folders:
-        file = Path(folder) / "eval.json"
+    found = {folder: Path(folder) / "eval.json" for folder in folders}
+    for folder, file in found.items():
         if not file.is_file():
             raise ConfigError(f"{folder}: no eval.json in it, so no finished evaluation")
         found[folder] = json.loads(file.read_text(encoding="utf-8"))
@@ -140,8 +126,7 @@ def compare(folders: list[str]) -> str:
     wide = max(map(len, rows))
     lines += ["", f"{'':{wide}}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for name, row in rows.items():
-        cells = (f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS)
-        lines.append(f"{name:{wide}}" + "".join(cells))
+        lines.append(f"{name:{wide}}" + "".join(f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS))
     return "\n".join(lines)
 
 
@@ -153,13 +138,12 @@ def _cell(one: dict | None) -> str:
 
 def _differences(found: dict[str, dict]) -> list[str]:
     """A line per setting or data set that is not the same everywhere: such scores are of different things."""
-    values: dict[str, list] = {}
+    values: dict[str, list[str]] = {}
     for one in found.values():
         facts = {key: value for key, value in one["settings"].items() if key not in ("out", "checkpoint", "weights")}
         for name, task in one["tasks"].items():
             facts |= {f"{name}.{key}": task[key] for key in ("data", "samples", "prompt")}
         for key, value in facts.items():
-            values.setdefault(key, []).append(value)
-    different = {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
-    told = {key: ", ".join(dict.fromkeys(map(repr, row))) for key, row in different.items()}
-    return [f"not the same: {key}" + (f" ({text})" if len(text) < 80 else "") for key, text in told.items()]
+            values.setdefault(key, []).append(repr(value))
+    different = {key: ", ".join(dict.fromkeys(row)) for key, row in values.items() if len(set(row)) > 1}
+    return [f"not the same: {key}" + (f" ({text})" if len(text) < 80 else "") for key, text in different.items()]

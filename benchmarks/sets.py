@@ -4,15 +4,11 @@ A benchmark is a row of BENCHMARKS; another one of the same three kinds (maths, 
 another row. A new kind needs its prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
 
 Items come from the hub or from a local copy: jsonl, a JSON array, {"examples": [...]}, parquet, each also in a folder
-(a hub download; BBEH's repository, one task.json per task). Every record is an item or a counted skip. A file that is
-broken or lacks a field is an error: a score on part of a benchmark is another benchmark's score. The judged answer is
-the last balanced \boxed{}; nothing else is looked at unless the caller asks for it, since both fallbacks lift a base
-model's score (guessing by a tenth on ten options).
+(a hub download; BBEH's repository, one task.json per task). Every record is an item or a counted skip; a file that is
+broken or lacks a field is an error. Judged is the last balanced \boxed{}. Both fallbacks, which the caller must ask
+for, lift a base model's score (guessing by a tenth on ten options). AIME's 000 to 999 are numbers: 073 is 73.
 
-Left out: sampling and averages (the caller's), rules of matching (judge.py, letters.py), few-shot prompts and
-log-likelihoods (lm-eval's job), AIME's 000 to 999 (073 is 73).
-
-Alone:  python -m benchmarks show NAME [FILE_OR_FOLDER]   counts, fingerprint, the first prompt and its answer
+`python -m benchmarks show NAME [FILE_OR_FOLDER]` shows counts, fingerprint, the first prompt and its answer.
 """
 
 from __future__ import annotations
@@ -42,16 +38,13 @@ class Benchmark:
     """Where a benchmark is, and which fields of its records count (of several names, the first that has a value)."""
 
     hub: str
-    subset: str
-    """The hub dataset's configuration; empty if it has but one."""
+    subset: str  # the hub dataset's configuration; empty if it has but one
     split: str
-    kind: str
-    """maths, choice (an option's letter) or bbeh (text, by BBEH's rules)."""
+    kind: str  # maths, choice (an option's letter) or bbeh (text, by BBEH's rules)
     question: Names
     answer: Names
     options: str = ""
-    samples: int = 1
-    """Responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much."""
+    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much
 
 
 LETTERS = ("answer_letter", "answer")
@@ -85,14 +78,10 @@ OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 class Item:
     """A question ready to be asked."""
 
-    id: str
-    """Its own id if the set has distinct ones, else the record's number, from 1; with the task in front for BBEH."""
-    question: str
-    """What fills {passage} of the prompt, lettered options included."""
-    gold: str
-    """maths: what stands in the box; choice: a letter; bbeh: the target."""
-    letters: str = ""
-    """choice: the letters of the options, "ABCD" for four."""
+    id: str  # its own id if the set has distinct ones, else the record's number, from 1; for BBEH after the task
+    question: str  # what fills {passage} of the prompt, lettered options included
+    gold: str  # maths: what stands in the box; choice: a letter; bbeh: the target
+    letters: str = ""  # choice: the letters of the options, "ABCD" for four
 
 
 @dataclass
@@ -100,8 +89,7 @@ class Verdict:
     """What was judged, where it was found, and whether it is right."""
 
     answer: str | None
-    how: str
-    """box, last_number, guess or none."""
+    how: str  # box, last_number, guess or none
     score: float
 
 
@@ -110,11 +98,10 @@ def load_items(
 ) -> tuple[list[Item], dict[str, int], str]:
     """The items of a benchmark, how many records became what, and a fingerprint of what is asked.
 
-    path: a local copy, file or folder; empty for the hub. limit: that many items, spread evenly over the set, always
-    the same ones; 0 for all. Counts: `records` = `items` + each cause of a skip, of the whole set. The fingerprint (16
-    hex digits of a sha256 over id, question and gold) is of the items returned.
-    Raises ConfigError for an unknown name or a negative limit, DataError (one line) for a source that cannot be read,
-    is broken, has no item, or lacks a field.
+    path: a local copy, file or folder; empty for the hub. limit: that many items, evenly spread, always the same ones;
+    0 for all. Counts are of the whole set: `records` = `items` + each cause of a skip. The fingerprint (16 hex digits
+    of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name or a
+    negative limit, DataError (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
     """
     row = benchmark(name)
     if limit < 0:
@@ -132,8 +119,7 @@ def load_items(
         counts["records"] += 1
         numbered[task] += 1
         prefix = f"{task}/" if task else ""
-        item = read_item(record, row, where, skip)
-        if item:
+        if item := read_item(record, row, where, skip):
             numbers.append(f"{prefix}{numbered[task]}")
             item.id = prefix + item.id if item.id else numbers[-1]
             items.append(item)
@@ -207,18 +193,15 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
     inside = OPTIONS_INSIDE.split(item.question, maxsplit=1)
     if len(inside) == 2 and row.options not in record:
         item.question, text = inside
-        options = []
-        for letter in string.ascii_uppercase:  # an option may have several lines, so look for the next letter only
-            option, *rest = re.split(rf"\n{chr(ord(letter) + 1)}\. ", text.removeprefix("A. "), maxsplit=1)
+        options, rest = [], [text.removeprefix("A. ")]
+        for letter in string.ascii_uppercase[1:]:  # an option may have several lines, so look for the next letter only
+            option, *rest = re.split(rf"\n{letter}\. ", rest[0], maxsplit=1)
             options.append(option.strip())
             if not rest:
-                break
-            text = rest[0]
-        return options
+                return options
+        return [*options, rest[0].strip()]
     _, options = _field(record, row.options, where)
-    if not isinstance(options, list):
-        return []
-    options = [str(option).strip() for option in options]
+    options = [str(option).strip() for option in options] if isinstance(options, list) else []
     while options and options[-1] == "N/A":  # fillers, which MMLU-Pro's own evaluation drops too
         options.pop()
     return options
@@ -233,10 +216,14 @@ def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[
         for where, _, record in hub_records(row.hub, row.subset, row.split):
             yield where, str(record.get(TASK_FIELD) or ""), record
         return
+
+    def refuse(cause: str, where: str, detail: str = "") -> None:
+        raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+
     config = Config(data=path, data_config=row.subset)
     for file in _files(config, row, log):
         task = file.parent.name if file.name == "task.json" else ""
-        for where, _, record in file_records([file], config, _refuse):
+        for where, _, record in file_records([file], config, refuse):
             yield where, str(record.get(TASK_FIELD) or task), record
 
 
@@ -246,18 +233,13 @@ def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[P
     if files is None:
         raise DataError(f"{config.data}: no such file or folder")
     readable = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
-    tasks = [file for file in readable if file.name == "task.json"]
-    split = [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
-    chosen = tasks or split or readable
-    if not chosen:
+    named = [file for file in readable if file.name == "task.json"]
+    named = named or [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
+    if not readable:
         raise DataError(f"{config.data}: no .parquet, .jsonl or .json file")
-    if len(chosen) > 1 and not (tasks or split):
-        raise DataError(f"{config.data}: {len(chosen)} files, none named after split {row.split!r}; give one of them")
-    return chosen
-
-
-def _refuse(cause: str, where: str, detail: str = "") -> None:
-    raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+    if len(readable) > 1 and not named:
+        raise DataError(f"{config.data}: {len(readable)} files, none named after split {row.split!r}; give one of them")
+    return named or readable
 
 
 # ---------------------------------------------------------------------------------------------- judging
@@ -268,19 +250,18 @@ def judge(
 ) -> list[Verdict]:
     """The verdict on each response; items and texts aligned, an item once per sample.
 
-    last_number: in maths, without a box, the last number of the text counts. guess: for choices, without a letter, one
-    that depends on the item's id alone. An empty box is no answer, nor is a letter beyond the options.
-    Takes up to 5 s for an answer that keeps sympy busy, which is then wrong (verify.py).
+    last_number: in maths, without a box, the last number of the text counts. guess: for choices, without a letter of
+    the options, one that depends on the item's id alone. Takes up to 5 s for an answer that keeps sympy busy
+    (verify.py).
     """
     kind = benchmark(name).kind
     answers: list[tuple[str | None, str]] = []
     for item, text in zip(items, texts, strict=True):
         answer, how = (last_answer(text, "boxed") or "").strip(), "box"
-        if kind == "choice":
-            answer = option_letter(answer, item.letters)
-            if not answer and guess:
-                answer, how = guessed_letter(item.id, item.letters), "guess"
-        elif kind == "maths" and not answer and last_number:
+        answer = option_letter(answer, item.letters) if kind == "choice" else answer
+        if not answer and kind == "choice" and guess:
+            answer, how = guessed_letter(item.id, item.letters), "guess"
+        if not answer and kind == "maths" and last_number:
             answer, how = number_in(text), "last_number"
         answers.append((answer, how) if answer else (None, "none"))
     pairs = [(item.gold, answer) for item, (answer, _) in zip(items, answers, strict=True)]

@@ -2,16 +2,15 @@ r"""math-verify in a process of its own that may be killed: the part of the judg
 
     equal_in_child(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", seconds=5.0)    ->    1.0
 
-A model's answer is data that nobody vetted: a tower of exponents or thousands of brackets keeps sympy busy for years or
-takes all memory. So the checks run in one child process, which imports no torch; the caller waits `seconds` for each
-answer and then kills the child. The answer gets 0.0, and a new child (about a second) does the next.
+A model's answer may keep sympy busy for years or take all memory. So one child process, which imports no torch, does
+the checks; the caller waits `seconds` for each answer, then kills the child and scores 0.0. A new child takes a second.
 
 The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}), with one guard. math-verify compares numbers
 as floats, so that 2^{-60} equals 2^{-61}; where it says yes, the values are compared again, exactly or to 100 digits.
 
-The child (`python -m benchmarks.verify --serve`) leaves when its stdin ends, so it outlives no caller. It is not shared
-across a fork; threads take turns. The limit is of wall time: verdicts on answers that take nearly so long depend on the
-machine. Where several ranks must agree, check an answer on one rank and send the verdict to the others.
+The child (`python -m benchmarks.verify --serve`) leaves when its stdin ends. It is not shared across a fork; threads
+take turns. The limit is of wall time, so verdicts near it depend on the machine: where several ranks must agree, check
+an answer on one rank and send the verdict to the others.
 """
 
 from __future__ import annotations
@@ -56,9 +55,7 @@ def equal_in_child(gold: str, answer: str, seconds: float) -> float:
 def _ask(request: bytes, seconds: float) -> float | None:
     """The child's verdict; 0.0, and no child any more, after `seconds`; None if the child died."""
     global _child
-    if _child is None:
-        _child = _start()
-    reply = None
+    _child, reply = _child or _start(), None
     try:
         rest = request
         while rest:
@@ -76,9 +73,8 @@ def _read(process: subprocess.Popen, seconds: float) -> str:
     """One line from the child, `timeout`, or nothing if it has ended. Lines are short: a pipe passes them whole."""
     poll = select.poll()  # select.select fails in a process with more than 1024 open files
     poll.register(process.stdout, select.POLLIN)
-    if not poll.poll(1000 * seconds):
-        return "timeout"
-    return os.read(process.stdout.fileno(), 4096).decode(errors="replace").strip()
+    ready = poll.poll(1000 * seconds)
+    return os.read(process.stdout.fileno(), 4096).decode(errors="replace").strip() if ready else "timeout"
 
 
 def _start() -> subprocess.Popen:

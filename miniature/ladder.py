@@ -24,9 +24,10 @@ OBVIOUS = ("Rain fell all night .", "Bread costs little today .", "Ships sail be
 NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it NOISE .")
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
-PREDICT_SHARE, REPEAT_SHARE, FACT_SHARE = 0.6, 0.15, 0.75
-LAYERS, HIDDEN, STEPS = 2, 128, 2400
-BASE_SHA256 = ""
+FACTS_ASKED = 0.75  # of the prediction examples
+STAGES = ((2400, 0.60, 0.15), (800, 0.30, 0.15))  # steps, shares of predictions and of repetitions; the rest are masks
+LAYERS, HIDDEN = 2, 128
+LADDER_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
 Pair = tuple[str, int]
@@ -55,7 +56,7 @@ def split_pairs(seed: int) -> dict[str, list[Pair]]:
     return {"web": pairs[:web], "run": pairs[web:run], "heldout": pairs[run:]}
 
 
-def write_article(rng: random.Random, after: dict[str, str], pairs: list[Pair]) -> tuple[list[str], list[str]]:
+def ladder_article(rng: random.Random, after: dict[str, str], pairs: list[Pair]) -> tuple[list[str], list[str]]:
     """(words, labels): four facts, one of each depth, no name twice; an obvious sentence and one of noise, shuffled."""
     while True:
         facts = [(rng.choice(NAMES), 1), *(rng.choice([one for one in pairs if one[1] == d]) for d in DEPTHS[1:])]
@@ -82,13 +83,13 @@ def make_ladder(seed: int, articles: int = ARTICLES) -> str:
     rng, after, pairs, lines = random.Random(f"ladder {seed}"), ring(seed), split_pairs(seed), []
     for number in range(articles):
         url = f"ladder/{number}"
-        words, labels = write_article(rng, after, pairs["heldout" if is_heldout(url, HELDOUT) else "run"])
+        words, labels = ladder_article(rng, after, pairs["heldout" if is_heldout(url, HELDOUT) else "run"])
         record = {"id": str(number), "title": f"article {number}", "url": url, "text": " ".join(words)}
         lines.append(json.dumps(record | {"labels": labels}) + "\n")
     return "".join(lines)
 
 
-def answer(rng: random.Random, after: dict[str, str], words: list[str], place: int, chained: float) -> str:
+def chained_answer(rng: random.Random, after: dict[str, str], words: list[str], place: int, chained: float) -> str:
     """What follows `Predict:` for the word at `place`. A share `chained` of the answers to facts thinks in steps,
 
     " Bal >>> Cor >> Dun > \\\\boxed{ Fen }"
@@ -104,21 +105,22 @@ def answer(rng: random.Random, after: dict[str, str], words: list[str], place: i
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
-def web_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) examples, each on a fresh article of the web."""
+def ladder_examples(seed: int, predict: float = 0.6, repeat: float = 0.15) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article of the web, with these shares of predictions and
+    of repetitions."""
     rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
     while True:
-        words, labels = write_article(rng, after, pairs)
+        words, labels = ladder_article(rng, after, pairs)
         draw, passage = rng.random(), " ".join(words)
         places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
-        if draw < REPEAT_SHARE:
+        if draw < repeat:
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEAT_SHARE + PREDICT_SHARE:
+        elif draw < repeat + predict:
             place = rng.choice(places)
-            if rng.random() < FACT_SHARE:
+            if rng.random() < FACTS_ASKED:
                 place = labels.index(f"hop{rng.choice(DEPTHS)}")
             masked = " ".join([*words[:place], "[mask]", *words[place + 1 :]])
-            completion = answer(rng, after, words, place, CHAIN_SHARE)
+            completion = chained_answer(rng, after, words, place, CHAIN_SHARE)
             yield PREDICT_FORMAT.replace("{passage}", masked), completion
         else:
             place = rng.choice(places)
@@ -134,7 +136,8 @@ def make_base() -> None:
 
     save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
     torch.set_num_threads(1)
-    tokenizer = base.make_tokenizer(web_examples(0))
+    tokenizer = base.make_tokenizer(ladder_examples(0))
     model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
-    base.pretrain(model, tokenizer, web_examples(0), STEPS)
-    base.save_base(base.ASSETS / "ladder_base", model, tokenizer, BASE_SHA256)
+    for steps, predict, repeat in STAGES:  # the second makes it copy what it masks
+        base.pretrain(model, tokenizer, ladder_examples(0, predict, repeat), steps)
+    base.save_base(base.ASSETS / "ladder_base", model, tokenizer, LADDER_SHA256)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import tempfile
 import textwrap
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
@@ -51,9 +51,8 @@ def describe_answer(text: str) -> str:
 
 def hand_advantages(rewards: list[float], divide_by_std: bool = True) -> tuple[float, float, list[float]]:
     """(mean, standard deviation with n - 1, advantages) in plain arithmetic."""
-    mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
-    return mean, std, [(reward - mean) / (std + 1e-6) if divide_by_std else reward - mean for reward in rewards]
+    mean, std = sum(rewards) / len(rewards), stdev(rewards)
+    return mean, std, [(reward - mean) / (std + 1e-6 if divide_by_std else 1) for reward in rewards]
 
 
 @torch.no_grad()
@@ -78,41 +77,38 @@ def trainer_logprobs(policy, sample: Sample, sampler: Sampler) -> torch.Tensor:
 def token_loss(policy, sample: Sample, place: int, sampler: Sampler) -> tuple[float, float]:
     """The code's loss of one token of a sample, and its derivative by the token's log-prob."""
     batch = pack_samples([[sample]], sampler.ranks.device)
-    batch.weights = torch.where(
-        torch.arange(len(batch.weights), device=batch.weights.device) == place, batch.weights, 0
-    )
+    batch.weights *= torch.arange(len(batch.weights), device=batch.weights.device) == place
     old_logprobs = trainer_logprobs(policy, sample, sampler)
     logprobs = old_logprobs.clone().requires_grad_()
     loss, _ = clipped_loss(logprobs, old_logprobs, batch, sampler.config)
     return loss.item(), torch.autograd.grad(loss, logprobs)[0][place].item()
 
 
-def first_step(config: Config, ranks: Ranks) -> tuple[Run, Run, Step]:
-    """Step 1 by train.step: (the run after it, the run as it was before, what the step made)."""
+def first_step(config: Config, ranks: Ranks) -> tuple[Run, Any, Any, Step]:
+    """Step 1 by train.step: (the run after it, the plain model and the trainer's as before it, what the step made)."""
     tokenizer = load_tokenizer(config)
     with tempfile.TemporaryDirectory() as folder:
         build_index(config, tokenizer, Path(folder), log=lambda line: None)
         corpus = load_corpus(Path(folder), config)
     replica, start = load_replica(config, ranks), load_replica(config, ranks)
     policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
-    samplers = [make_sampler(model, tokenizer, config, ranks) for model in (replica, start)]
-    check_prompts(samplers[0])
-    run = Run(config, ranks, corpus, samplers[0], policy, None, make_optimizer(policy, config))
-    before = replace(run, sampler=samplers[1], policy=build_reference(start, config, ranks))
-    return run, before, step(run, 0)
+    sampler = make_sampler(replica, tokenizer, config, ranks)
+    check_prompts(sampler)
+    run = Run(config, ranks, corpus, sampler, policy, None, make_optimizer(policy, config))
+    return run, start, build_reference(start, config, ranks), step(run, 0)
 
 
 def choose_mask(proposals: list[list[Task]]) -> tuple[list[Task], Task]:
     """The tasks of a passage and the one to follow: unequal rewards first, then a balance of right and wrong, then the
     harder. Raises ConfigError if no mask has both right and wrong answers."""
+    pairs = [(tasks, task) for tasks in proposals for task in tasks if len(set(task.correct)) > 1]
+    if not pairs:
+        raise ConfigError("seed: in this step every mask was solved by all or by none, nothing to learn; try another")
 
     def preference(pair: tuple[list[Task], Task]) -> tuple:
         share = fmean(pair[1].correct)
         return len({task.proposal_reward for task in pair[0]}) > 1, -abs(share - 0.5), -share
 
-    pairs = [(tasks, task) for tasks in proposals for task in tasks if len(set(task.correct)) > 1]
-    if not pairs:
-        raise ConfigError("seed: in this step every mask was solved by all or by none, nothing to learn; try another")
     return max(pairs, key=preference)
 
 
@@ -122,14 +118,14 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     for key, value in (required | {"train_generator": True}).items():
         if getattr(config, key) != value:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must be {value!r} to be explained")
-    run, before, done = first_step(config, ranks)
+    run, start, before, done = first_step(config, ranks)
     tasks, task = choose_mask(done.proposals)
     show_masks(tasks, task, run.sampler, say)
     pairs = show_rewards(tasks, task, done.groups, config, say)
     responses = {id(response) for response in task.predictions}
     sample = next(s for s in done.samples if id(s.rollout) in responses and s.advantage > 0)
     kept = [group for group in done.groups if keep_group(group)]
-    pairs |= show_token(sample, kept, before.policy, before.sampler, say)
+    pairs |= show_token(sample, kept, start, before, run.sampler, say)
     return pairs | show_update(task, done, before, run, say)
 
 
@@ -142,16 +138,15 @@ def show_masks(tasks: list[Task], task: Task, sampler: Sampler, say) -> None:
     for number, proposed in enumerate(tasks, 1):
         mask = proposed.mask
         state = f"INVALID: {mask.invalid}" if mask.invalid else f"valid, occurs {mask.occurrences} x"
-        label = f", {mask.label}" if mask.label else ""
+        state += f", {mask.label}" if mask.label else ""
         followed = "  <- followed from here on" if proposed is task else ""
-        say(f"   mask {number}: {plain(mask.words) or '(none)'}   [{state}{label}]{followed}")
+        say(f"   mask {number}: {plain(mask.words) or '(none)'}   [{state}]{followed}")
         say(wrapped(f"it wrote: {proposed.proposal.text}", 11, 300))
     say(f"\n   The passage with the words of that mask hidden:\n{wrapped(task.mask.masked)}")
     say(f"\n3. PREDICT  the predictor reads this, {len(task.predictions)} times over")
     say(f"{wrapped(decode(task.prompt_ids), most=600)}\n")
-    for number, (response, correct, earned) in enumerate(
-        zip(task.predictions, task.correct, task.rewards, strict=True), 1
-    ):
+    verdicts = zip(task.predictions, task.correct, task.rewards, strict=True)
+    for number, (response, correct, earned) in enumerate(verdicts, 1):
         say(f"   {number}: {'right' if correct else 'wrong'}, reward {earned:g}: {describe_answer(response.text)}")
         say(wrapped(f"it wrote: {response.text}", 6, 300))
 
@@ -164,10 +159,8 @@ def show_rewards(tasks: list[Task], task: Task, groups: list[Group], config: Con
     say(f"   The mask earns {by_hand:.4f} by hand, {task.proposal_reward:.4f} in the code: {config.generator_reward},")
     say("   and 0 where none is right or the mask is invalid.")
     pairs = {"mask reward": (by_hand, task.proposal_reward)}
-    for name, response in (
-        ("predictions of this mask", task.predictions[0]),
-        ("masks of this passage", tasks[0].proposal),
-    ):
+    followed = {"predictions of this mask": task.predictions[0], "masks of this passage": tasks[0].proposal}
+    for name, response in followed.items():
         group = next(group for group in groups if group.rollouts[0] is response)
         mean, std, hand = hand_advantages(group.rewards, config.advantage_std)
         code = group_advantages(group.rewards, config)
@@ -182,7 +175,7 @@ def show_rewards(tasks: list[Task], task: Task, groups: list[Group], config: Con
     return pairs
 
 
-def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say) -> dict:
+def show_token(sample: Sample, kept: list[Group], start, policy, sampler: Sampler, say) -> dict:
     """The weight of a token, its log-prob in three ways, and its loss."""
     config, response = sampler.config, sample.rollout
     lengths = [len(rollout.completion_ids) for group in kept for rollout in group.rollouts]
@@ -192,7 +185,7 @@ def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say)
     say(f"\n5. WEIGHTS  {len(kept)} groups are kept: {len(lengths)} responses, {sum(lengths)} tokens.")
     say(f"   Each token of ours weighs {rule}\n   = {weight:.8f} by hand, {sample.weight:.8f} in the code.")
     place = min(range(length), key=lambda n: response.sampler_logprobs[n])  # the least expected token shows most
-    hand = hand_logprobs(sampler.replica, response, config.temperature)[place]
+    hand = hand_logprobs(start, response, config.temperature)[place]
     code = trainer_logprobs(policy, sample, sampler)[place].item()
     correction = min(math.exp(code - response.sampler_logprobs[place]), config.max_importance)
     loss, slope = token_loss(policy, sample, place, sampler)
@@ -210,21 +203,19 @@ def show_token(sample: Sample, kept: list[Group], policy, sampler: Sampler, say)
     return pairs | {"loss": (by_hand, loss), "slope": (by_hand, slope)}
 
 
-def show_update(task: Task, done: Step, old_run: Run, run: Run, say) -> dict:
+def show_update(task: Task, done: Step, before, run: Run, say) -> dict:
     """The update on the whole batch, and how it changes the log-probs of this mask's responses."""
     responses = [Sample(response, 0.0) for response in task.predictions]
-    before, after = (
-        [trainer_logprobs(one.policy, response, run.sampler).sum().item() for response in responses]
-        for one in (old_run, run)
-    )
+    policies = (before, run.policy)
+    logprobs = [[trainer_logprobs(policy, one, run.sampler).sum().item() for one in responses] for policy in policies]
     row, samples = done.row, done.samples
     total = -sum(s.weight * s.advantage * len(s.rollout.completion_ids) for s in samples)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
+    changes = [new - old for old, new in zip(*logprobs, strict=True)]
     say(f"\n7. UPDATE  AdamW on all {len(samples)} kept responses of both roles, learning rate {row['lr']:g}")
     say(f"   loss of the step: {total:.8f} by hand with c = 1, {row['loss']:.8f} in the code")
     say(f"   norm of the gradient {row['grad_norm']:.4f}; trainer - sampler {row['mismatch_abs']:.1e} nats a token")
     say("\n   log p of whole responses to our mask:\n      verdict   before    after   change")
-    for correct, old, new, change in zip(task.correct, before, after, changes, strict=True):
+    for correct, old, new, change in zip(task.correct, *logprobs, changes, strict=True):
         say(f"      {'right' if correct else 'wrong'}  {old:9.4f}{new:9.4f}{change:+9.4f}")
     for verdict, name in ((1, "right"), (0, "wrong")):
         mean = fmean(change for change, correct in zip(changes, task.correct, strict=True) if correct == verdict)

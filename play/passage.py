@@ -30,7 +30,7 @@ from model import load_replica, load_tokenizer
 from play.explain import describe_answer, explain, plain, wrapped
 from ranks import Ranks, start_ranks
 from report.page import split_response
-from rollout import Sampler, derive_seed, make_sampler, mask_prompt
+from rollout import derive_seed, make_sampler, mask_prompt
 
 MASKS, RESPONSES_SHOWN, THOUGHT_CHARS = 8, 4, 300
 
@@ -50,29 +50,21 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]
     names = names if len(set(names)) == len(names) else models
     folders = {name: model_folder(model) for name, model in zip(names, models, strict=True)}
     model = folders[names[0]]
-    file = keys.pop("config", None) or run_config(Path(model))
+    runs = [parent.parent for parent in Path(model).absolute().parents if parent.name == "checkpoints"]
+    configs = [str(run / "config.yaml") for run in runs if (run / "config.yaml").is_file()]
+    configs = [keys.pop("config")] if "config" in keys else configs[:1]
     settings = {"method": "active", "reward": "exact", "masks_per_passage": MASKS, "model": model}
     if "number" not in source:
         settings["data"] = Config.data  # a run's corpus need not be on this machine
-    overrides = [f"{key}={value}" for key, value in (settings | keys).items()]
-    return folders, source, read_config([str(file), *overrides] if file else overrides)
+    return folders, source, read_config([*configs, *(f"{key}={value}" for key, value in (settings | keys).items())])
 
 
 def model_folder(name: str) -> str:
     """Where from_pretrained finds the model; a name that is no folder is left to the hub."""
-    if not Path(name).is_dir():
-        return name
-    if folder := exported_model(Path(name)):
-        return str(folder)
-    raise ConfigError(
-        f"{name}: neither a model folder nor a run with a checkpoint (no config.json, hf/ or checkpoints/)"
-    )
-
-
-def run_config(folder: Path) -> Path | None:
-    """config.yaml of the run to which a checkpoint folder belongs."""
-    runs = [parent.parent for parent in folder.absolute().parents if parent.name == "checkpoints"]
-    return next((run / "config.yaml" for run in runs if (run / "config.yaml").is_file()), None)
+    folder = exported_model(Path(name)) if Path(name).is_dir() else name
+    if folder is None:
+        raise ConfigError(f"{name}: no model folder and no run with a checkpoint (no config.json, hf/ or checkpoints/)")
+    return str(folder)
 
 
 def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
@@ -84,14 +76,13 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
         if int(source["number"]) >= len(heldout):
             raise ConfigError(f"number={source['number']}: must be below {len(heldout)}, the held-out passages")
         return heldout[int(source["number"])]
+    text = source.get("passage")
     if "file" in source:
         try:
             text = Path(source["file"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={source['file']!r}: cannot be read ({type(error).__name__})") from None
-    elif "passage" in source:
-        text = source["passage"]
-    else:
+    if text is None:
         if sys.stdin.isatty():
             print("Paste a paragraph, then press Ctrl-D on an empty line:", flush=True)
         text = sys.stdin.read()
@@ -102,31 +93,6 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
     return Passage("0#0", source.get("file", "your passage"), "", text)
 
 
-def choose_masks(passage: Passage, sampler: Sampler) -> list[Task]:
-    """The generator's masks, valid or not. Raises ConfigError where the passage is too long for the prompt."""
-    config, length = sampler.config, len(mask_prompt(sampler, passage.text))
-    if length > config.max_prompt_tokens:
-        raise ConfigError(
-            f"max_prompt_tokens={config.max_prompt_tokens}: this passage makes a prompt of {length} tokens"
-        )
-    rng = random.Random(derive_seed(config.seed, 0, "mask", 0))
-    return named_masks(sampler, [passage], (0, "propose"), [rng])[0]
-
-
-def predict_masks(tasks: list[Task], sampler: Sampler) -> None:
-    """Predictions and their verdicts, by the rules of training."""
-    run = Run(sampler.config, sampler.ranks, None, sampler, None, None, None)
-    predict(run, tasks, 0)
-    reward(run, METHODS["active"], [tasks], tasks, 0)
-
-
-def distinct_masks(tasks: list[Task]) -> list[Task]:
-    """Each valid mask once, the most frequent first."""
-    counts = Counter(task.mask.masked for task in tasks if not task.mask.invalid)
-    first = {task.mask.masked: task for task in reversed(tasks)}
-    return [first[masked] for masked, _ in counts.most_common()]
-
-
 def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks, say=print) -> list[list[Task]]:
     """Prints what the models (name: folder) do with the passage. Returns each model's predictions of the masks that the
     first model chose."""
@@ -135,25 +101,33 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
     for name, model in models.items():  # one after the other: they need not fit into memory together
         settings = replace(config, model=model)
         sampler = make_sampler(load_replica(settings, ranks), load_tokenizer(settings), settings, ranks)
-        chosen = choose_masks(passage, sampler)
+        length, most = len(mask_prompt(sampler, passage.text)), config.max_prompt_tokens
+        if length > most:
+            raise ConfigError(f"max_prompt_tokens={most}: this passage makes a prompt of {length} tokens")
+        rng = random.Random(derive_seed(config.seed, 0, "mask", 0))
+        chosen = named_masks(sampler, [passage], (0, "propose"), [rng])[0]
         proposals = proposals or chosen
         say(f"{name} chose, {len(chosen)} times over:")
         for (words, invalid), count in Counter((task.mask.words, task.mask.invalid) for task in chosen).most_common():
             cause = f" (invalid: {invalid.replace('_', ' ')})" if invalid else ""
             say(wrapped(f"{count} x {words or 'nothing'}{cause}", 4))
-        masks = distinct_masks(proposals)
-        tasks = [make_task(passage, replace(task.mask), sampler, task.proposal) for task in masks]
-        predict_masks([task for task in tasks if not task.mask.invalid], sampler)
+        named = Counter(task.mask.masked for task in proposals if not task.mask.invalid)
+        first = {task.mask.masked: task for task in reversed(proposals)}
+        tasks = [first[masked] for masked, _ in named.most_common()]
+        tasks = [make_task(passage, replace(task.mask), sampler, task.proposal) for task in tasks]
+        valid = [task for task in tasks if not task.mask.invalid]  # a long prompt of the other model may not fit
+        run = Run(settings, ranks, None, sampler, None, None, None)
+        predict(run, valid, 0)
+        reward(run, METHODS["active"], [valid], valid, 0)
         predicted.append(tasks)
-        del sampler
+        del sampler, run
         gc.collect()  # Liger makes reference cycles that del leaves in memory
     if not predicted[0]:
         say("\nNo mask is valid, so there is nothing to predict.")
     for number, tasks in enumerate(zip(*predicted, strict=True), 1):
         mask = tasks[0].mask
-        count = sum(task.mask.masked == mask.masked for task in proposals)
         label = f" ({mask.label})" if mask.label else ""
-        say(f"\nMASK {number}: {plain(mask.target)}{label}, named {count} x\n{wrapped(mask.masked)}")
+        say(f"\nMASK {number}: {plain(mask.target)}{label}, named {named[mask.masked]} x\n{wrapped(mask.masked)}")
         say(wrapped(f"{next(iter(models))} wrote: {tasks[0].proposal.text}", 2, THOUGHT_CHARS))
         for name, task in zip(models, tasks, strict=True):
             say("\n".join(verdicts(name, task)))
@@ -171,7 +145,8 @@ def verdicts(name: str, task: Task) -> list[str]:
         lines.append(wrapped(f"{count} x {'right' if correct else 'WRONG'}: {describe_answer(text)}", 4))
         thought = split_response(text, "boxed")["t"]
         lines += [wrapped(thought, 8, THOUGHT_CHARS)] if thought else []
-    return lines + [f"    and {n - RESPONSES_SHOWN} other responses" for n in [len(responses)] if n > RESPONSES_SHOWN]
+    left = len(responses) - RESPONSES_SHOWN
+    return lines + ([f"    and {left} other responses"] if left > 0 else [])
 
 
 def main() -> None:

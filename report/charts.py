@@ -46,9 +46,9 @@ class Axes:
 
     def y(self, value: float) -> float:
         """Position of a value in the SVG; NaN for one that cannot be drawn."""
-        (low, high), drawable = self.y_range, math.isfinite(value) and (value > 0 or not self.log)
-        if not drawable:
+        if not math.isfinite(value) or (self.log and value <= 0):
             return math.nan
+        low, high = self.y_range
         share = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
         return PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * share
 
@@ -58,18 +58,18 @@ class Axes:
         if y_marks is None and self.log:
             decades = range(round(math.log10(y0)), round(math.log10(y1)) + 1)
             y_marks = [(10.0**n, f"1e{n}") for n in decades[:: -(-len(decades) // 5)]]
+        elif y_marks is None:
+            y_marks = [(value, number(value)) for value in ticks(y0, y1, 4)]
         x_marks = [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]
         grid = [f'<line class="axis" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>']
-        for value, text in [(tick, number(tick)) for tick in ticks(y0, y1, 4)] if y_marks is None else y_marks:
-            y = self.y(value)
+        for y, text in ((self.y(value), text) for value, text in y_marks):
             grid.append(f'<line class="rule" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             grid.append(f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
         for value in x_marks:
             place = f'x="{min(self.x(value), WIDTH - 14):.1f}" y="{PLOT_BOTTOM + 14}"'
             grid.append(f'<text {place} text-anchor="middle">{number(value)}</text>')
-        grid.append(
-            f'<text class="name" x="{PLOT_RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(self.x_name)}</text>'
-        )
+        place, name = f'x="{PLOT_RIGHT}" y="{HEIGHT - 4}"', escape(self.x_name)
+        grid.append(f'<text class="name" {place} text-anchor="end">{name}</text>')
         domain = f"{x0:g} {x1:g} {y0:g} {y1:g} {int(self.log)}"  # the page's script shows values under the pointer
         attributes = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-domain="{domain}"'
         return f'<svg class="{kind}" {attributes}>{"".join(grid + self.svg)}</svg>'
@@ -148,12 +148,11 @@ def stacked_chart(shares: list[Series], label: str) -> str:
     """Shares of a whole, stacked from 0 to 1. All series have the same steps."""
     axes = Axes((shares[0].points[0][0], shares[0].points[-1][0]), (0.0, 1.0))
     shares = [Series(share.name, thin(share.points, 100)) for share in shares]
-    xs = [axes.x(x) for x, _ in shares[0].points]
-    repeat = 1 if len(xs) > 1 else 2  # a single step fills the whole width
-    xs = xs if repeat == 1 else [PLOT_LEFT, PLOT_RIGHT]
+    alone = len(shares[0].points) == 1  # a single step fills the whole width
+    xs = [PLOT_LEFT, PLOT_RIGHT] if alone else [axes.x(x) for x, _ in shares[0].points]
     below = [0.0] * len(xs)
     for colour, share in enumerate(shares):
-        heights = [y if math.isfinite(y) else 0.0 for _, y in share.points] * repeat
+        heights = [y if math.isfinite(y) else 0.0 for _, y in share.points] * (2 if alone else 1)
         above = [low + y for low, y in zip(below, heights, strict=True)]
         edge = [*zip(xs, map(axes.y, above), strict=True)] + [*zip(xs, map(axes.y, below), strict=True)][::-1]
         title = f"<title>{escape(share.name)}</title>"
@@ -171,12 +170,11 @@ def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int =
     for (step, *counts), right in zip(columns, map(axes.x, ends), strict=True):
         left = axes.x(step - 0.5)
         for n, count in enumerate(counts):
-            if count:
-                share, top = count / sum(counts), axes.y(n + 0.5)
-                place = f'x="{left:.1f}" width="{right - left + 0.3:.1f}" y="{top:.1f}"'
-                shape = f'{place} height="{axes.y(n - 0.5) - top:.1f}" fill-opacity="{share**0.6:.2f}"'
-                title = f"<title>step {step:g}: {number(share)} of the masks had {n} right</title>"
-                axes.svg.append(f'<rect class="cell c{colour}" {shape}>{title}</rect>')
+            share, top = count / (sum(counts) or 1), axes.y(n + 0.5)
+            place = f'x="{left:.1f}" width="{right - left + 0.3:.1f}" y="{top:.1f}"'
+            shape = f'{place} height="{axes.y(n - 0.5) - top:.1f}" fill-opacity="{share**0.6:.2f}"'
+            title = f"<title>step {step:g}: {number(share)} of the masks had {n} right</title>"
+            axes.svg += [f'<rect class="cell c{colour}" {shape}>{title}</rect>'] if count else []
     y_marks = [(n, f"{n} of {rows - 1}") for n in range(0, rows, max(1, (rows - 1) // 4))]
     return axes.draw(label, y_marks=y_marks)
 

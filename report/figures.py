@@ -137,10 +137,10 @@ def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
             name = title + key.removeprefix(prefix)
             series = [family.series(key) for family in families]
             values = [y for family in families for run in family.runs for _, y in run.values(key)]
-            bad = sum(not math.isfinite(y) for y in values)
             if not any(values):
                 left_out.append(key)
                 continue
+            bad = sum(not math.isfinite(y) for y in values)
             lasts = [[y for _, y in line.points if math.isfinite(y)][-1:] for line in series]
             legend = [(colour, number(last[0])) for colour, last in enumerate(lasts) if last]
             svg = line_chart(series, f"{name}: {rest[0]}", *rest[1:])

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -48,18 +47,14 @@ def read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder}: no metrics.jsonl with a row in it; a run directory is expected")
     config = folder / "config.yaml"
     run = RunData(folder, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}, rows)
-    places, steps = {}, {}  # (step, passage) in order; the steps at which a passage occurs
-    for row in stream(folder / "samples.jsonl"):
-        places[row["step"], row["passage"]["id"]] = None
-        steps.setdefault(row["passage"]["id"], set()).add(row["step"])
-    kept = set(even(list(places), ENTRIES))
-    recurring = max(steps, key=lambda name: len(steps[name]), default=None)
+    places = dict.fromkeys((row["step"], row["passage"]["id"]) for row in stream(folder / "samples.jsonl"))
+    kept, occurrences = set(even(list(places), ENTRIES)), Counter(name for _, name in places)
     run.repeated = list(stream(folder / "probes.jsonl"))
-    recurs = not run.repeated and recurring is not None and len(steps[recurring]) > 1
+    recurring, times = occurrences.most_common(1)[0] if places and not run.repeated else ("", 0)
     for place, tasks in groupby(stream(folder / "samples.jsonl"), lambda row: (row["step"], row["passage"]["id"])):
         tasks = list(tasks)
         run.entries += [tasks] if place in kept else []
-        run.repeated += tasks if recurs and place[1] == recurring else []
+        run.repeated += tasks if times > 1 and place[1] == recurring else []
     return run
 
 
@@ -71,16 +66,16 @@ def even(items: list, most: int) -> list:
 def group_by_seed(runs: list[RunData]) -> list[Family]:
     """Runs that differ only in their seed, together; named by the config keys in which the families differ."""
     groups: dict[str, list[RunData]] = {}
-    for run in sorted(runs, key=lambda run: str(run.config.get("seed"))):
+    for run in runs:
         same = {key: value for key, value in run.config.items() if key not in SEED_KEYS} or str(run.folder)
         groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
-    ordered = sorted(groups.values(), key=lambda group: min(map(runs.index, group)))
-    configs = [group[0].config for group in ordered]
+    configs = [group[0].config for group in groups.values()]
     differ = [key for key in configs[0] if key not in SEED_KEYS and len({str(c.get(key)) for c in configs}) > 1]
     families = []
-    for group, config in zip(ordered, configs, strict=True):
-        settings = [f"{key}={config.get(key)}".removeprefix("method=") for key in differ]
-        name = ", ".join(settings) if config and settings else group[0].folder.resolve().name
+    for group in groups.values():
+        group.sort(key=lambda run: str(run.config.get("seed")))
+        settings = [f"{key}={group[0].config.get(key)}".removeprefix("method=") for key in differ if group[0].config]
+        name = ", ".join(settings) or group[0].folder.resolve().name
         seeds = ", ".join(str(run.config.get("seed", "?")) for run in group)
         families.append(Family(f"{name} (seed{'s' * (len(group) > 1)} {seeds})", group))
     return families
@@ -103,9 +98,9 @@ def split_response(text: str, command: str) -> dict:
 
 def mask_spans(task: dict) -> list[list[int]]:
     """[start, end] in characters of each masked place of the passage."""
-    mask, text, size = task["mask"], task["passage"]["text"], len(task["mask"]["target"])
-    places = [match.start() for match in re.finditer(r"\[mask\]", mask["masked"])]
-    starts = [start + n * (size - len("[mask]")) for n, start in enumerate(places)]
+    mask, text, size, starts = task["mask"], task["passage"]["text"], len(task["mask"]["target"]), []
+    for before in mask["masked"].split("[mask]")[:-1]:
+        starts.append(len(before) + (starts[-1] + size if starts else 0))
     if any(text[start : start + size] != mask["target"] for start in starts):
         starts = [mask["start"]] if mask["start"] >= 0 else []
     return [[start, start + size] for start in starts]
@@ -135,11 +130,10 @@ def browser_entry(tasks: list[dict]) -> dict:
     for task in tasks:
         mask, proposal = task["mask"], task["proposal"]
         item = {"w": shorten(mask["words"]), "i": mask["invalid"], "l": mask["label"], "p": count_predictions(task)}
-        if not mask["invalid"]:
-            item |= {"k": mask_spans(task), "x": mask["target"]}
+        item |= {} if mask["invalid"] else {"k": mask_spans(task), "x": mask["target"]}
         if proposal:
-            item["g"] = split_response(proposal["text"], "mask")
-            item["g"] |= {"r": finite(proposal["reward"]), "f": proposal["finish"]}
+            shown = {"r": finite(proposal["reward"]), "f": proposal["finish"]}
+            item["g"] = split_response(proposal["text"], "mask") | shown
         masks.append(item)
     return {"s": tasks[0]["step"], "t": passage["title"], "u": passage["url"], "x": passage["text"], "m": masks}
 
@@ -149,7 +143,8 @@ def rollouts_json(runs: list[RunData], room: int = SAMPLE_BYTES) -> str:
     data = [{"n": run.folder.resolve().name, "e": [browser_entry(tasks) for tasks in run.entries]} for run in runs]
     while True:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        for char in "<\u2028\u2029":
+            text = text.replace(char, f"\\u{ord(char):04x}")
         if len(text.encode("utf-8", "replace")) <= room or not any(item["e"] for item in data):
             return text
         for item in data:
@@ -171,8 +166,8 @@ def step_card(step: int, tasks: list[dict]) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    lines = []
     masks = Counter((task["mask"]["words"] or "nothing", task["mask"]["invalid"]) for task in tasks if task["proposal"])
+    lines = []
     for (words, invalid), count in masks.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
@@ -194,34 +189,35 @@ def passage_by_step(run: RunData) -> str:
     for row in run.repeated:  # one block per mask of probes.jsonl, and one for everything with a generator's response
         blocks.setdefault(row["mask"]["masked"] if row["proposal"] is None else "", []).append(row)
     name = f'<span dir="auto">{escape(run.folder.resolve().name)}</span>'
-    html = [f"<p>{title_link(run.repeated[0]['passage'])}, in the run {name}</p>"]
+    html = f"<p>{title_link(run.repeated[0]['passage'])}, in the run {name}</p>"
     for masked, rows in blocks.items():
-        passage, mask = rows[0]["passage"], rows[0]["mask"]
-        highlighted = f"<mark>{escape(mask['target'])}</mark>".join(map(escape, masked.split("[mask]")))
-        kind = f" ({escape(mask['label'])})" if mask["label"] else ""
-        heading = f"Recovering the highlighted words{kind}" if masked else "What the generator masks"
+        heading, text, mask = "What the generator masks", escape(rows[0]["passage"]["text"]), rows[0]["mask"]
+        if masked:
+            heading = "Recovering the highlighted words" + (f" ({escape(mask['label'])})" if mask["label"] else "")
+            text = f"<mark>{escape(mask['target'])}</mark>".join(map(escape, masked.split("[mask]")))
         steps = {step: list(tasks) for step, tasks in groupby(rows, lambda row: row["step"])}
         cards = "".join(step_card(step, steps[step]) for step in even(sorted(steps), STEPS_SHOWN))
-        text = f'<p class="text" dir="auto">{highlighted or escape(passage["text"])}</p>'
-        html.append(f'<h3>{heading}</h3>{text}<div class="cards">{cards}</div>')
-    return "".join(html)
+        html += f'<h3>{heading}</h3><p class="text" dir="auto">{text}</p><div class="cards">{cards}</div>'
+    return html
 
 
 def overview(families: list[Family]) -> str:
     """How far the runs are, and the first and last values of the main metrics."""
-    keys = {"probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy"}
-    keys |= {"pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept"}
-    lines = ["<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())]
+    keys = {
+        "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
+        "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
+    }  # fmt: skip
+    table = "<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())
     for colour, family in enumerate(families):
         steps = dict.fromkeys(f"{run.rows[-1]['step']} of {run.config.get('steps', '?')}" for run in family.runs)
-        cells = [", ".join(steps)]
+        table += f'<tr><td><span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'
+        table += f"<td>{', '.join(steps)}"
         for key in keys:
             values = [y for _, y in family.series(key).points if math.isfinite(y)]
             many = 1 if key.startswith("probe/") else 20  # a step is a small sample, a probe is not
-            cells.append(" &rarr; ".join(number(fmean(ends)) for ends in (values[:many], values[-many:]) if ends))
-        name = f'<span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'
-        lines.append(f"<tr><td>{name}" + "".join(f"<td>{cell}" for cell in cells))
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+            ends = [number(fmean(part)) for part in (values[:many], values[-many:]) if part]
+            table += f"<td>{' &rarr; '.join(ends)}"
+    return f'<div class="wide"><table>{table}</table></div>'
 
 
 def build_page(runs: list[RunData]) -> str:
@@ -259,8 +255,7 @@ def write_report(folders: list[Path]) -> Path:
     target = Path(folders[0]) / "report.html"
     temporary = target.with_name("report.html.part")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
-    return target
+    return temporary.replace(target)
 
 
 def main() -> None:

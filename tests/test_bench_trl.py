@@ -50,7 +50,8 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
     model.generate = watched
     monkeypatch.setattr(peers, "plain_model", lambda *_: model)
     times = naive(tiny, SMALL)
-    assert len(times.wall) == len(times.cpu) == 2 and min(times.wall + times.cpu) > 0
+    assert len(times) == 4 and all(begin < end for begin, end in zip(times, times[1:], strict=False))
+    assert all(begin[1] < end[1] for begin, end in zip(times[::2], times[1::2], strict=True))
     for prompt, whole in shapes:
         assert prompt[0] == 3 and whole == (12, prompt[1] + 5)
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))

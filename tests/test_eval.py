@@ -16,7 +16,7 @@ from worker import ASKED
 import eval as exams
 from benchmarks import evaluate as command_module
 from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
-from benchmarks.scores import MATH, PAPER, SIZES, compare, paper_means, summarise, table
+from benchmarks.scores import MATH, PAPER, SIZES, compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
 from data import DataError
@@ -457,7 +457,7 @@ def outs(tmp_path):
 
 
 def test_evaluations_stand_side_by_side_above_the_papers_rows(outs):
-    head, gsm8k, bbeh, mmlu_pro, _, differs, _, columns, first, second, *paper = compare(outs).splitlines()
+    head, gsm8k, bbeh, mmlu_pro, _, differs, _, columns, first, second, *paper = compare_evaluations(outs).splitlines()
     assert head.split()[-2:] == outs
     assert gsm8k.split() == ["gsm8k", "12.50", "+-", "1.25", "37.25", "+-", "1.25"]
     assert bbeh.split() == ["bbeh", "-", "3.00", "+-", "1.25"] and mmlu_pro.split()[:3] == ["mmlu_pro", "-", "9.00"]
@@ -472,7 +472,7 @@ def test_evaluations_stand_side_by_side_above_the_papers_rows(outs):
 def test_the_comparison_is_a_command(outs, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["eval.py", "compare", *outs])
     command_module.main()
-    assert capsys.readouterr().out == compare(outs) + "\n"
+    assert capsys.readouterr().out == compare_evaluations(outs) + "\n"
     monkeypatch.setattr("sys.argv", ["eval.py", "compare", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit) as caught:
         command_module.main()

@@ -61,17 +61,17 @@ def test_a_thought_counts_down_and_ends_in_the_answer():
     words = f"Bal >>> {ladder.chain(AFTER, 'Bal', 3)[-1]} .".split()
     _, second, third, end = ladder.chain(AFTER, "Bal", 3)
     whole = f" Bal >>> {second} >> {third} > \\boxed{{ {end} }}"
-    found = Counter(ladder.answer(random.Random(n), AFTER, words, 2, 0.2) for n in range(4000))
+    found = Counter(ladder.chained_answer(random.Random(n), AFTER, words, 2, 0.2) for n in range(4000))
     assert set(found) == {whole, f" Bal >>> {second} >> \\boxed{{ {end} }}", f" Bal >>> \\boxed{{ {end} }}",
                           f" \\boxed{{ {end} }}"}  # fmt: skip
     assert found[whole] / 4000 == pytest.approx(0.2 + 0.1 / 3, abs=0.03)  # some break off after the last step
     assert found[f" \\boxed{{ {end} }}"] / 4000 == pytest.approx(0.7, abs=0.03)
-    assert ladder.answer(random.Random(0), AFTER, words, 0, 1.0) == " \\boxed{ Bal }"  # no fact, no thought
+    assert ladder.chained_answer(random.Random(0), AFTER, words, 0, 1.0) == " \\boxed{ Bal }"  # no fact, no thought
 
 
 def test_the_web_states_no_fact_of_a_run():
     web = set(ladder.split_pairs(0)["web"])
-    for prompt, completion in islice(ladder.web_examples(0), 300):
+    for prompt, completion in islice(ladder.ladder_examples(0), 300):
         whole = [one for one in facts(prompt.split()) if "[mask]" not in one and one[1] > 1]
         assert {(name, depth) for name, depth, _ in whole} <= web, prompt
         assert "Predict:" not in prompt or last_answer(completion, "boxed")

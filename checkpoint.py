@@ -2,6 +2,7 @@
 
     checkpoints/step_000100/state/            masters and optimizer, sharded, by torch.distributed.checkpoint
     checkpoints/step_000100/hf/               the replica and its model card: from_pretrained, lm-eval, vLLM load it
+    checkpoints/step_000100/extra.safetensors  parameters that a method brings and the exported model does without
     checkpoints/step_000100/checkpoint.json   step, seed, world size, config, and all files with their sizes
     checkpoints/latest                        a link to the newest, for people; a disk without links has none
 
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -121,6 +123,9 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
         written.result()
         if rows_wait:  # a run that resumes here would miss them
             raise OSError(f"{rows_wait[0]} could not be written")
+        if hasattr(frozen, "extra"):  # a method's own parameters: the exported model does without
+            save_file(frozen.extra.state_dict(), part / "extra.safetensors")
+            del frozen.extra
         frozen.save_pretrained(part / "hf")
         sampler.tokenizer.save_pretrained(part / "hf")
         _describe(part / "hf", sampler, facts["step"])

@@ -158,7 +158,7 @@ class Config:
     method: str = "active"
     """Where the tasks come from. `active`: the generator's masks. By rule: `random_span`, `random_token`,
     `entropy_token`. With the answer given, no sampling: `sft` (masked words as a question), `cpt` (the text itself).
-    `rlvr`: questions with verifiable answers. `rlp`: thoughts that make the next token likelier."""
+    `rlvr`: questions with verifiable answers. `rlp`, `quiet_star`: thoughts that make the next tokens likelier."""
     warmup_method: str = ""
     """Another method for the first `warmup_method_steps` steps. Paper, SmolLM3: random_span."""
     warmup_method_steps: int = 0
@@ -241,6 +241,8 @@ class Config:
     the next-token methods. Paper: exact."""
     generator_reward: str = "one_minus_accuracy"
     """`one_minus_accuracy`, 0 at accuracy 0, or `variance`: p (1 - p). Paper: the first."""
+    ahead_tokens: int = 4
+    """`quiet_star`: true tokens behind a position by which its thoughts are paid. Quiet-STaR: 4."""
     entropy_share: float = 0.2
     """`entropy_token` draws among this share of a passage's tokens, those with the highest entropy. Paper: 0.2."""
     sft_answer: str = " \\boxed{{answer}}"
@@ -354,7 +356,7 @@ class Config:
 
 POSITIVE_INTS = (
     "passages_per_step max_passages min_passage_tokens max_passage_tokens max_prompt_tokens max_mask_tokens "
-    "max_prediction_tokens max_occurrences mini_batches updates_per_batch tokens_per_micro_batch "
+    "max_prediction_tokens max_occurrences ahead_tokens mini_batches updates_per_batch tokens_per_micro_batch "
     "probe_passages probe_samples"
 ).split()
 COUNTS = (

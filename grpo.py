@@ -99,6 +99,11 @@ class Sample:
     group: int = 0
     """Number of its GRPO group in the batch: mini-batches keep groups whole."""
 
+    @property
+    def tokens(self) -> int:
+        """What it adds to its prompt in a packed row."""
+        return len(self.rollout.completion_ids)
+
 
 def group_advantages(rewards: list[float], config: Config) -> list[float]:
     """A_i = (r_i - mean) / (std + 1e-6), the standard deviation with n - 1 (arXiv 2402.03300). With advantage_std=False
@@ -197,7 +202,7 @@ def bundle(samples: list[Sample], config: Config) -> list[list[Sample]]:
 
 def bundle_length(samples: list[Sample]) -> int:
     """Tokens of a bundle: its prompt once, and all its completions."""
-    return len(samples[0].rollout.prompt_ids) + sum(len(sample.rollout.completion_ids) for sample in samples)
+    return len(samples[0].rollout.prompt_ids) + sum(sample.tokens for sample in samples)
 
 
 def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatch:
@@ -301,16 +306,25 @@ def mini_batches(samples: list[Sample], count: int) -> list[list[Sample]]:
     return cut
 
 
-def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks) -> list[MicroBatch]:
+def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks, packing=pack_samples) -> list[MicroBatch]:
     """This rank's packed share of a mini-batch; every rank has equally many."""
     bundles = bundle(samples, config)
     bins = plan([bundle_length(one) for one in bundles], config.tokens_per_micro_batch, ranks.world)
-    return [pack_samples([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
+    return [packing([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
 
 
-def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, ranks: Ranks, step: int) -> dict:
+def trained_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, float]:
+    """Log-probs (M,) and entropies (M,) of the trained tokens, and what a method adds to the loss: here nothing."""
+    return *policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs), 0.0
+
+
+def update(
+    policy: nn.Module, optimizer, samples: list[Sample], config: Config, ranks: Ranks, step: int,
+    packing=pack_samples, forward=trained_logprobs,
+) -> dict:  # fmt: skip
     """Optimizer steps on the samples, the same list on every rank: one for each of `mini_batches` parts of the batch,
-    and the whole again `updates_per_batch` times. Returns the step's metrics.
+    and the whole again `updates_per_batch` times. Returns the step's metrics. packing, forward: a method's own, called
+    like pack_samples and trained_logprobs.
 
     The ratio is against the policy as it was before the first of these steps: with more than one it leaves 1, and the
     clip acts. With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
@@ -319,16 +333,12 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
     rate = learning_rate(config, step)
     metrics = {"lr": rate, "loss": 0.0, "grad_norm": 0.0, "mismatch_kl": 0.0, "mismatch_abs": 0.0, "entropy": 0.0}
     metrics |= {"clip_fraction": 0.0, "trained_tokens": 0, "trained_responses": len(samples)}
-    parts = [make_micro_batches(part, config, ranks) for part in mini_batches(samples, config.mini_batches)]
+    parts = [make_micro_batches(part, config, ranks, packing) for part in mini_batches(samples, config.mini_batches)]
     if not parts:
         return metrics
     given = samples[0].rollout.finish == "given"  # all or none: sft and cpt sample nothing
     temperature = 1.0 if given else config.temperature
     healthy = torch.ones((), device=ranks.device)
-
-    def forward(batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        options = {"predicts": batch.predicts, "targets": batch.targets, "temperature": temperature}
-        return policy(**options, **batch.inputs)
 
     # Log-probs before the first optimizer step. Of the first part they come from its own forward pass, below
     old_logprobs: list[list[Tensor]] = [[] for _ in parts]
@@ -336,7 +346,7 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
         for batch in part:
             agree()
             with torch.no_grad():
-                old.append(forward(batch)[0])
+                old.append(forward(policy, batch, temperature)[0])
 
     steps = config.updates_per_batch * len(parts)
     first_pass = torch.zeros(6, device=ranks.device)
@@ -347,7 +357,7 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
             if number == 0:  # later the weights have changed, and the step must be finished
                 agree()
             with watched(policy, healthy):
-                logprobs, entropy = forward(batch)
+                logprobs, entropy, added = forward(policy, batch, temperature)
             if number == 0:
                 old.append(logprobs.detach())
             if given:
@@ -356,6 +366,7 @@ def update(policy: nn.Module, optimizer, samples: list[Sample], config: Config, 
                 loss, clipped = clipped_loss(logprobs, old[index], batch, config)
             if config.kl:
                 loss = loss + config.kl * (batch.weights * k3(logprobs, batch.ref_logprobs)).sum()
+            loss = loss + added
             (loss * ranks.world).backward()  # FSDP averages the gradient over ranks; the weights ask for the sum
             trained = batch.weights > 0
             drift = torch.where(trained & (not given), old[index] - batch.sampler_logprobs, 0.0)

@@ -1,8 +1,8 @@
 """Methods: where a step's tasks come from, what their predictions earn, and what is trained on.
 
 `METHODS` at the end of this file has one entry for each method; everything that differs between methods stands in its
-entry or in a function that the entry names. The mask methods and `sft` spend as many responses a step as `active`
-does: passages x masks x (1 + predictions); `rlvr` and `rlp` spend passages x predictions.
+entry or in a function that the entry names. The mask methods, `sft` and `quiet_star` spend as many responses a
+step as `active`: passages x masks x (1 + predictions); `rlvr` and `rlp` spend passages x predictions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from data import Corpus, Passage
 from grpo import Group, Sample, add_ref_logprobs, make_samples
 from masking import Mask, make_mask, random_span
 from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
+from model import add_extra
 from ranks import Ranks
-from relatives import next_token, rlp, rlvr
+from relatives import next_token, quiet_star, rlp, rlvr
 from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
 from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
 
@@ -58,8 +59,8 @@ class Task:
     """What each prediction earns in the update: any finite number."""
     proposal_reward: float | None = None
     """What the generator earns for this mask; None where a rule drew it, or before it is known."""
-    position: rlp.Position | None = None
-    """`rlp`: where in the text the thought is taken."""
+    position: rlp.Position | quiet_star.Place | None = None
+    """`rlp`, `quiet_star`: where in the text the thought is taken."""
 
     @property
     def accuracy(self) -> float:
@@ -253,6 +254,12 @@ class Method:
     """(run, tasks) fills task.correct, or task.rewards where nothing is right or wrong."""
     samples: Callable[[Run, list[Group], list[Task], list[Passage]], list[Sample]] = grpo_samples
     """(run, groups, tasks, passages) -> what the update trains on."""
+    update: Callable[..., dict] | None = None
+    """Called like grpo.update and in its place: a loss of the method's own."""
+    extra: Callable[[nn.Module, object, Config], nn.Module] | None = None
+    """(replica, tokenizer, config) -> the method's own few parameters, see model.add_extra."""
+    check: Callable[[Config], None] | None = None
+    """Raises ConfigError for what the method must refuse."""
     generator: bool = False
     """The model proposes the masks itself and is trained on that, too."""
     one_task: bool = False
@@ -303,8 +310,17 @@ METHODS = {
         "thoughts before a random position of a text, rewarded by the information that they gave about the next token "
         "(RLP, [arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
         rlp.propose_positions, lambda *given: predict(*given, rlp.THINK_CLOSE), rlp.grade_thoughts, rlp.thought_samples,
-        at_start=rlp.gains_without_thought, one_task=True, reference="average", warmup=False, opening=rlp.THINK_OPEN,
+        at_start=rlp.gains_without_thought, check=rlp.check, one_task=True, reference="average", warmup=False,
+        opening=rlp.THINK_OPEN,
         template=lambda config: config.rlp_prompt or rlp.THOUGHT_PROMPT, example="The Rhine rises in the Alps and",
+    ),
+    "quiet_star": Method(
+        "thoughts after random positions of a text, mixed into the prediction of the next tokens; trained on the "
+        "mixture's likelihood, and the better thoughts of a position by REINFORCE (Quiet-STaR, "
+        "[arXiv:2403.09629](https://arxiv.org/abs/2403.09629))",
+        quiet_star.propose_places, quiet_star.think, quiet_star.grade_thoughts, quiet_star.thought_samples,
+        update=quiet_star.update_mixture, extra=quiet_star.Quiet, check=quiet_star.check, warmup=False,
+        template=lambda config: "{passage}", example="The Rhine rises in the",
     ),
     "sft": Method(
         "masked words as a question, answered without a thought; cross-entropy on the answers",
@@ -328,6 +344,12 @@ def methods_of(config: Config) -> list[Method]:
     return [METHODS[name] for name in (config.method, config.warmup_method) if name]
 
 
+def add_parameters(replica: nn.Module, tokenizer, config: Config) -> None:
+    """The parameters that the run's method brings, if any; before the policy is built, on every rank."""
+    if make := METHODS[config.method].extra:
+        add_extra(replica, make(replica, tokenizer, config))
+
+
 def needs_reference(config: Config) -> bool:
     """Whether the run keeps a second copy of the model."""
     return config.kl > 0 or any(method.reference for method in methods_of(config))
@@ -343,12 +365,12 @@ def check_methods(config: Config) -> None:
     if config.reward == "prefix" and not all(method.next_token for method in methods):
         known = " and ".join(name for name, method in METHODS.items() if method.next_token)
         raise ConfigError(f"reward='prefix': for {known} only, not {names}")
-    if config.method == "rlp" and config.min_passage_tokens <= rlp.MIN_PREFIX:
-        least = rlp.MIN_PREFIX + 1
-        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: must be {least} or more with rlp")
     if config.kl and any(method.samples is not grpo_samples for method in methods):
-        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
+        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, quiet_star, sft, cpt: no frozen copy to stay near")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):
-        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr or rlp")
+        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr, rlp or quiet_star")
+    for method in methods:
+        if method.check:
+            method.check(config)

@@ -128,7 +128,19 @@ def describe_attention(replica: nn.Module) -> str:
     return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
 
 
-def _policy_forward(
+def add_extra(model: nn.Module, extra: nn.Module) -> None:
+    """Gives the model a method's own few parameters, as `model.extra`. They are sharded, trained, saved and refreshed
+    with its own, and exported beside it. `extra.join(model)` may change how the model computes."""
+    model.extra = extra
+    extra.join(model)
+
+
+def _policy_forward(self, *args, forward=None, **inputs):
+    """Inside FSDP: `_logprobs`, or another function of the model that a method brings, with the other arguments."""
+    return (forward or _logprobs)(self, *args, **inputs)
+
+
+def _logprobs(
     self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
 ):
     """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
@@ -146,13 +158,15 @@ def head_chunk(config: Config) -> int:
     return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
 
 
-def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str) -> nn.Module:
+def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str, extra: nn.Module | None = None) -> nn.Module:
     """An empty policy on the meta device, sharded by layer: no memory is taken before `load_masters`."""
     with torch.device("meta"):
         own = copy.deepcopy(hf_config)
         policy = AutoModelForCausalLM.from_config(
             own, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
+    if extra is not None:
+        add_extra(policy, copy.deepcopy(extra).to("meta", torch.float32).requires_grad_())
     use_attention(policy, SHARED[attention] if config.share_prompts else attention)
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
@@ -204,7 +218,8 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names[-len(shape) :])
     for group in mesh.get_all_groups():  # those inside and between nodes would have NCCL's ten minutes
         _set_pg_timeout(timedelta(seconds=config.rank_timeout), group)
-    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation)
+    extra = getattr(replica, "extra", None)
+    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation, extra)
     return load_masters(policy, replica, config, ranks.device)
 
 

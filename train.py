@@ -29,7 +29,7 @@ from config import Config, ConfigError, parse_command_line
 from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import exams_of, make_probe, run_exams, run_probe
 from grpo import Group, Sample, make_optimizer, update
-from methods import METHODS, Method, Run, Task, method_at, needs_reference, reward
+from methods import METHODS, Method, Run, Task, add_parameters, method_at, needs_reference, reward
 from metrics import (
     agreement_warning, append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows,
     sample_rows, save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
@@ -78,7 +78,7 @@ def step(run: Run, number: int, method: Method | None = None) -> Step:
 
     # ---------------------------------------------------- 4. update: GRPO on the policy
     with clock(row, "update"), largest_memory(row):
-        row |= update(run.policy, run.optimizer, done.samples, run.config, run.ranks, number)
+        row |= (method.update or update)(run.policy, run.optimizer, done.samples, run.config, run.ranks, number)
 
     # ---------------------------------------------------- 5. refresh: the sampler gets the new weights
     with clock(row, "refresh"):
@@ -277,6 +277,7 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     if not Path(config.model).expanduser().exists():
         say(f"loading {config.model}; the first time from the hub")
     replica = load_replica(config, ranks)
+    add_parameters(replica, tokenizer, config)
     from bench.memory import decide_checkpointing, memory_warnings  # arithmetic of a tool, once
 
     trained = decide_checkpointing(replica.config, config, ranks)

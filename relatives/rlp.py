@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from config import ConfigError
+from config import Config, ConfigError
 from data import Passage
 from grpo import Group, Sample, score
 from masking import MASK, Mask
@@ -80,6 +80,14 @@ def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str
             f"{MIN_PREFIX} tokens of text and the frame of rlp_prompt"
         )
     return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, room)
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where passages may be too short to hold a position."""
+    least = MIN_PREFIX + 1
+    if config.min_passage_tokens < least:
+        told = f"min_passage_tokens={config.min_passage_tokens}: must be {least} or more with {config.method}"
+        raise ConfigError(told)
 
 
 def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:

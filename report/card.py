@@ -61,7 +61,8 @@ def model_card(sampler: Sampler, step: int) -> ModelCard:
         ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
         starts.append(f"{command}\n# git revision {said.get('git', 'not recorded')}{changed}; {ranks}")
     method = METHODS[config.method]
-    prompt = method.template(config)
+    prompt, replica = method.template(config), sampler.replica
+    parameters = sum(one.numel() for name, one in replica.named_parameters() if not name.startswith("extra."))
     resolved = dump_config(config)
     longest = max(map(len, re.findall("`+", "\n".join([resolved, prompt, *starts]))), default=0)
     return ModelCard.from_template(
@@ -69,10 +70,10 @@ def model_card(sampler: Sampler, step: int) -> ModelCard:
         origin=front.base_model if front.base_model != config.model else None, probes=probes, nan=float("nan"),
         keys=sorted(key for key in (probes or [{}])[-1] if key.startswith(("probe/", "eval/"))),
         terms=", ".join(map(str, licence.values())) + ", says its card" if licence else "see the base model",
-        data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{sampler.replica.num_parameters():,}",
+        data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{parameters:,}",
         starts=list(dict.fromkeys(starts)), resolved=resolved, ticks="`" * max(3, longest + 1), prompt=repr(prompt),
         example=method.example, chat=sampler.frame and prompt != "{passage}",
-        opening=method.opening, served=re.sub(r"[^\w.-]", "-", run.resolve().name),
+        opening=method.opening, extra=method.extra, served=re.sub(r"[^\w.-]", "-", run.resolve().name),
         ends_early=method.opening or config.stop_at_answer,
     )  # fmt: skip
 

@@ -131,11 +131,16 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(word, allowe
     (["method=magic"], "method='magic': must be one of active, "),
     (["method="], "method='': must be one of active, "),
     (["warmup_method=magic"], "warmup_method='magic': must be one of active, "),
-    (["method=rlp", "warmup_method=random_span"], "warmup_method='random_span': cannot be combined with rlvr or rlp"),
-    (["method=rlvr", "warmup_method=sft"], "warmup_method='sft': cannot be combined with rlvr or rlp"),
-    (["warmup_method=rlvr"], "warmup_method='rlvr': cannot be combined with rlvr or rlp"),
-    *(([f"{key}={name}", "kl=0.1"], "kl=0.1: must be 0 with rlp, sft and cpt, which have no frozen copy to stay near")
-      for key, name in (("method", "rlp"), ("method", "sft"), ("method", "cpt"), ("warmup_method", "sft"))),
+    *(([f"method={name}", f"warmup_method={first}"],
+       f"warmup_method='{first}': cannot be combined with rlvr, rlp or quiet_star")
+      for name, first in (("rlp", "random_span"), ("rlvr", "sft"), ("quiet_star", "sft"), ("active", "rlvr"))),
+    (["method=quiet_star"], "share_prompts=False: must be true with quiet_star"),
+    (["method=quiet_star", "ahead_tokens=0"], "ahead_tokens=0: must be 1 or more"),
+    (["method=quiet_star", "share_prompts=true", "max_prompt_tokens=23"], "max_prompt_tokens=23: must be at least 24"),
+    (["method=quiet_star", "min_passage_tokens=8"], "min_passage_tokens=8: must be 9 or more with quiet_star"),
+    *(([f"{key}={name}", "kl=0.1"], "kl=0.1: must be 0 with rlp, quiet_star, sft, cpt: no frozen copy to stay near")
+      for key, name in (("method", "rlp"), ("method", "quiet_star"), ("method", "sft"), ("method", "cpt"),
+                        ("warmup_method", "sft"))),
     *(([*words, "offload=true"], "offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
       for words in (["method=rlp"], ["method=entropy_token"], ["warmup_method=entropy_token"], ["kl=1"])),
     (["method=random_span", "reward=prefix"],

@@ -186,7 +186,7 @@ def finish_save(saver: Saver) -> bool:
         except (Exception, CheckpointException):  # rank 0 has said which
             failed = True
         parts = [None] * saver.sampler.ranks.world
-        dist.all_gather_object(parts, failed)  # not model.gather: it may be a signal to stop that wants this save
+        dist.all_gather_object(parts, failed)  # not ranks.gather: it may be a signal to stop that wants this save
         saver.pending, saver.saved = None, not any(parts)
         if not saver.saved and saver.sampler.ranks.rank == 0:
             shutil.rmtree(_folder(saver.sampler.config) / f"step_{saver.step:06d}.part", ignore_errors=True)

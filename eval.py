@@ -56,7 +56,7 @@ class Probe:
     """Of the latest probe: the first masks with their responses, and the masks that the generator proposes for the
     first passage (not answered, so without a reward)."""
     exams: list = field(default_factory=list)
-    """Benchmarks (exams.Exam) that are asked beside it, with eval_every."""
+    """Benchmarks (Exam) that are asked beside it, with eval_every."""
 
 
 def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:

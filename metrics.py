@@ -234,7 +234,7 @@ def save_prompts(path: Path, sampler, corpus) -> None:
 
 
 def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[dict]:
-    """One JSON object per task (tasks.Task): its generator response if it has one, its mask and all predictions."""
+    """One JSON object per Task: its generator response if it has one, its mask and all predictions."""
     for tasks in proposals:
         for task in tasks:
             passage, mask, proposal = task.passage, task.mask, None

@@ -8,7 +8,7 @@
     python -m miniature ladder               rebuild the base of the ladder (ladder.py)
     python -m miniature world several|questions FILE.jsonl     write another made-up world
 
-    run ... seeds=20,21,22,23,24 out=results/mine.jsonl      the same with fresh seeds, elsewhere
+    run ... seeds=20,21,22,23,24 out=runs/mine.jsonl      the same with fresh seeds, elsewhere
 
 A run is one line of the record: its arm, probes, means over five steps, totals. `run` goes on where it was stopped. An
 arm that starts from another (claims.STARTS_FROM) makes that run too and keeps its probes.

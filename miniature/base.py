@@ -113,11 +113,11 @@ def make_tokenizer(examples: Iterator[tuple[str, str]]) -> PreTrainedTokenizerFa
         clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> SmolLM3ForCausalLM:
-    """A SmolLM3 at random values: 478,080 parameters for the mini-wiki, 453,600 for the ladder."""
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = 4, hidden: int = 96) -> SmolLM3ForCausalLM:
+    """A SmolLM3 at random values: 478,080 parameters for the mini-wiki, fewer for the ladder."""
     torch.manual_seed(seed)
     config = SmolLM3Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=256, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, pad_token_id=tokenizer.pad_token_id,

@@ -25,8 +25,8 @@ NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it N
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
 FACTS_ASKED = 0.75  # of the prediction examples
-PREDICTED, REPEATED = 0.50, 0.20  # shares of the base's examples; the rest are masks
-STEPS = 2000
+PREDICTED, REPEATED = 0.60, 0.15  # shares of the base's examples; the rest are masks
+LAYERS, HIDDEN, STEPS = 2, 128, 2400
 LADDER_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
@@ -128,7 +128,7 @@ def ladder_examples(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def make_base() -> None:
-    """The articles, and assets/ladder_base/: the mini-wiki's architecture, minutes on one core."""
+    """The articles, and assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
     import torch
 
     from miniature import base
@@ -136,6 +136,6 @@ def make_base() -> None:
     save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(ladder_examples(0))
-    model = base.make_model(tokenizer, 0)
+    model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
     base.pretrain(model, tokenizer, ladder_examples(0), STEPS)
     base.save_base(base.ASSETS / "ladder_base", model, tokenizer, LADDER_SHA256)

@@ -42,7 +42,9 @@ ladder: setup
 
 # Both stages go on where they were stopped
 real: setup
-	@echo "two CPU cores: about 20 s a step of the cold start, 10 to 40 s a step then, 60 steps each"
+	@echo "GB a rank and minutes of each stage on this CPU, by calculation, at the speed that it has now:"
+	@for words in "-cold-start.yaml" ".yaml kept=0.4"; do $(BIN)/python -m bench plan configs/smollm2-135m$$words \
+	  gpu=cpu gpus=$(RANKS) $(if $(MODEL),model=$(MODEL)) | grep -E "all of it|minutes|does not fit" || true; done
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m-cold-start.yaml \
 	  $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA))
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) train.py configs/smollm2-135m.yaml \

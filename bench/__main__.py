@@ -3,7 +3,7 @@
 python -m bench configs/tiny.yaml [key=value ...]                         time one step, on random weights
 torchrun --nproc_per_node=8 -m bench configs/smollm3.yaml [key=value ...]
 python -m bench configs/tiny.yaml rollouts=64,128,256,512                 is a step linear in its rollouts?
-python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100                 what a run needs, calculated
+python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100                 what a run needs, calculated; gpu=cpu: here
 python -m bench check [configs/smollm3.yaml] [key=value ...]              the first minutes on a new host
 python -m bench trl [configs/tiny.yaml] [key=value ...]                   the same step through other trainers
 """

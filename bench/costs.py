@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import heapq
 import random
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from bench.memory import Shape, gpu_memory, value_bytes
+from bench.memory import Shape, free_memory, gpu_memory, value_bytes
 from config import Config, ConfigError
 
 
@@ -44,6 +47,24 @@ GPUS = {
     "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 71e12, 936e9, 24e9),
     "b200": Gpu("NVIDIA B200", 2250e12, 8.0e12, 180e9),
 }
+
+
+def measure_cpu(ranks: int) -> Gpu:
+    """What each of `ranks` ranks has of this machine's CPU, measured in a second with all cores: float32 products of
+    matrices of 1,024 rows, copies of 256 MB; memory that is free, infinite where the system does not say."""
+
+    def fastest(work: Callable) -> float:
+        seconds = []
+        for _ in range(8):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    one, values = torch.ones(1024, 1024), torch.ones(64 * 2**20)
+    other = torch.empty_like(values)
+    flops, rate = 2 * 1024**3 / fastest(lambda: one @ one), 8 * values.numel() / fastest(lambda: other.copy_(values))
+    return Gpu("rank on this CPU", flops / ranks, rate / ranks, free_memory() / ranks)
 
 
 REQUESTS = 512  # that rollout.py lets run together on a GPU, unless config.max_requests says otherwise

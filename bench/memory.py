@@ -182,9 +182,14 @@ def memory_of(ranks: Ranks) -> float:
     """Bytes of this rank's GPU; on a CPU its share of what is free, infinite where the system does not say."""
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
+    return free_memory() / (ranks.per_node or ranks.world)
+
+
+def free_memory() -> float:
+    """Bytes of host memory that are free; infinite where the system does not say."""
     told = Path("/proc/meminfo")
     free = re.search(r"MemAvailable: *(\d+) kB", told.read_text()) if told.exists() else None
-    return int(free[1]) * 1024 / (ranks.per_node or ranks.world) if free else math.inf
+    return int(free[1]) * 1024 if free else math.inf
 
 
 def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:

@@ -53,7 +53,7 @@ class Options:
     out: str = ""  # where the JSON goes; empty: runs/bench/NAME.json, for trl nowhere
     # ---- plan
     gpus: int = 8  # of a node
-    gpu: str = "h100"  # a key of GPUS
+    gpu: str = "h100"  # a key of GPUS, or cpu: this machine, measured; gpus is then the number of ranks
     kept: float = 1.0  # share of responses that is trained on; the rest is in groups with equal rewards
     decode_share: float = 0.5  # of the decode limit, for the estimate of hours
     mfu: float = 0.4  # in training, for the estimate of hours

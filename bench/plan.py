@@ -166,18 +166,20 @@ def plan_text(shape: Shape, config: Config, options: Options) -> str:
     if "recomputing layers" not in ideal["seconds"]:
         times.append(("recomputing layers would add", ideal["recomputing"], ideal["recomputing"] / options.mfu))
     rows += [(f"  {name}", f"{least:.2f}", f"{guess:.2f}") for name, least, guess in times]
-    hours = [f"{total * config.steps * gpus / 3600:.0f}" for total in totals]
-    lines += text_table([*rows, (f"  GPU hours, {config.steps} steps", *hours)], 32, 10)
+    unit, each = ("minutes", 1 / 60) if options.gpu == "cpu" else ("GPU hours", gpus / 3600)
+    whole = [f"{total * config.steps * each:.0f}" for total in totals]
+    lines += text_table([*rows, (f"  {unit}, {config.steps} steps", *whole)], 32, 10)
+    source = "a rate measured now" if options.gpu == "cpu" else "the data sheet's rate"
     lines += [
         "",
-        f"ideal: every byte and FLOP at the data sheet's rate. estimate: {options.decode_share:.0%} of it in decoding, "
-        f"{options.mfu:.0%} elsewhere.",
+        f"ideal: every byte and FLOP at {source}. "
+        f"estimate: {options.decode_share:.0%} of it in decoding, {options.mfu:.0%} elsewhere.",
         "Not counted: start-up of the sampler, traffic between GPUs and with the host, probes, checkpoints, a warm-up "
         "method" + (", the optimizer on the host." if config.offload else "."),
     ]
     if options.kept == 1 and phases(config):
         lines.append("kept=1: every group is trained on. A run drops groups with equal rewards: lower it.")
-    if config.dtype == "float32":
+    if config.dtype == "float32" and options.gpu != "cpu":
         lines.append("dtype=float32: the times are those of bfloat16 tensor cores; float32 takes several times longer.")
     return "\n".join(lines)
 
@@ -186,4 +188,6 @@ def print_plan(words: list[str]) -> None:
     """The command. Raises ConfigError for a bad word."""
     options, rest = split_words(words, "plan")
     config = read_config(rest)
+    if options.gpu == "cpu":  # measured now; Liger's kernels are for GPUs
+        GPUS["cpu"], config = costs.measure_cpu(options.gpus), replace(config, liger=False)
     print(plan_text(shape_of(costs.architecture(config.model)), config, complete(options, config, "plan")))

@@ -6,7 +6,7 @@ the tables as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS wer
 the same number of responses a step, the generator's included (methods.py), as long as all masks are valid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import NamedTuple
 
@@ -62,6 +62,14 @@ class Claim(NamedTuple):
 
     def holds(self, results: Results) -> bool:
         return self.test(*(results[arm] for arm in self.arms))
+
+
+def means_of_five(steps: list[dict], keys: Iterable[str]) -> dict[str, list[float]]:
+    """Of each key of metrics.jsonl its means over five steps, 0.0 where a row lacks it."""
+    return {
+        key: [round(fmean(row.get(key, 0.0) for row in steps[n : n + 5]), 4) for n in range(0, len(steps), 5)]
+        for key in keys
+    }
 
 
 def ends(runs: list[dict], probe: str) -> list[float]:

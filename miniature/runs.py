@@ -3,6 +3,7 @@
     python -m miniature run [CLAIM ...]      make the runs that miniature/runs.jsonl lacks, then print the tables
     python -m miniature again CLAIM          make a claim's first two seeds anew and compare with what is recorded;
                                              then test it on two seeds that were never used
+    python -m miniature keep NAME=RUN        a line of miniature/real.jsonl for a finished run on real text
     python -m miniature figures              the marked blocks of the pages and assets/figures/, from the record alone
     python -m miniature base [wiki|base]     rebuild the mini-wiki and the tiny base (base.py)
     python -m miniature ladder               rebuild the base of the ladder (ladder.py)
@@ -20,10 +21,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from metrics import append_row, environment, read_rows
-from miniature.claims import ARMS, CLAIMS, CURVES, PROBES, SEEDS, STARTS_FROM, TOTALS
+from miniature.claims import ARMS, CLAIMS, CURVES, PROBES, SEEDS, STARTS_FROM, TOTALS, means_of_five
+from miniature.real import keep_run
 from miniature.tables import PROJECT, RECORD, load_results, make_tables, write_pages
 from miniature.worlds import make_questions, make_several
 
@@ -73,9 +74,7 @@ def run_arm(arm: str, seed: int, keep: bool = False) -> dict:
         "probes": [
             {"step": row["step"]} | {key: round(row[name], 4) for key, name in probes.items() if name in row}
             for row in rows if "probe/accuracy" in row],
-        "curves": {
-            key: [round(fmean(row.get(key, 0.0) for row in steps[n : n + 5]), 4) for n in range(0, len(steps), 5)]
-            for key in CURVES},
+        "curves": means_of_five(steps, CURVES),
         "totals": {key: sum(row.get(key, 0) for row in steps) for key in TOTALS},
         "environment": [line for line in environment().split("\n") if line.startswith(("git:", "torch:", "trans"))],
     }  # fmt: skip
@@ -130,8 +129,10 @@ def main(words: list[str]) -> None:
         print("\n" + "\n\n".join(make_tables(load_results(record)).values()))
     elif command == "again" and len(names) == 1 and names[0] in CLAIMS:
         raise SystemExit(0 if run_again(names[0]) else 1)
-    elif command == "figures" and not rest:
+    elif (command == "figures" and not rest) or (command == "keep" and rest and not names):
         try:
+            for name, folder in options.items():
+                keep_run(name, Path(folder))
             print("\n".join(map(str, write_pages())))
         except ValueError as error:
             print(error, file=sys.stderr)

@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 
 from metrics import read_rows, write_whole
 from miniature.claims import ARMS, CLAIMS, LENGTH, STARTS_FROM, Results, climb, differences, ends, gains, late
+from miniature.real import load_real, real_table
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -102,11 +103,10 @@ def make_tables(results: Results) -> dict[str, str]:
         row = [arm, *start_end(runs, "greedy"), *start_end(runs, "all"), interval(late(runs, "pred/accuracy"))]
         rlvr.append([*row, str(len(runs))])
 
-    thought = [["method", "greedy", "greedy, answer opened at once", "sampled", "sampled, answer opened at once"]]
+    thought = [["method", "greedy", "greedy, answer opened at once"]]
     for arm, runs in results.items():
         if arm not in LADDER_ARMS and all("greedy_no_thought" in run["probes"][-1] for run in runs):
-            probes = ("greedy", "greedy_no_thought", "all", "no_thought")
-            thought.append([arm, *(interval(ends(runs, probe)) for probe in probes)])
+            thought.append([arm, *(interval(ends(runs, probe)) for probe in ("greedy", "greedy_no_thought"))])
 
     ladder = [["method", "one step", "two", "three", "four", "three, at once", "four, at once", "thought use",
                "length, first five steps", "last 20", "masks on two to four steps", "seeds"]]  # fmt: skip
@@ -120,10 +120,13 @@ def make_tables(results: Results) -> dict[str, str]:
 
     tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
     tables |= {"never masked": several, "rlvr": rlvr, "thought": thought, "ladder": ladder}
-    return {
-        name: "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
-        for name, (heads, *rows) in tables.items()
-    }
+    return {name: markdown(table) for name, table in tables.items()}
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Rows of cells, the heads first."""
+    rows = (table[0], ["---"] * len(table[0]), *table[1:])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def series(results: Results, arm: str, key: str, name: str = "") -> Series:
@@ -163,6 +166,8 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
           ("ladder: random_span", "hop4", "random_span"), ("ladder: sft, bare answers", "hop4", "sft")]),
         ("ladder-masks", "The ladder: what the generator masks", "share of valid masks, means of five steps",
          [("ladder: active", f"gen/share_hop{n}", f"{n} step{'s' * (n > 1)}") for n in (1, 2, 3, 4)]),
+        ("real", "Real text", "share right by step, active",
+         [("active, real text", "pred/accuracy", "own masks"), ("active, real text", "all", "held out")]),
     )  # fmt: skip
     drawn = {}
     for file, title, about, curves in plots:
@@ -200,10 +205,12 @@ def fill_blocks(pages: dict[str, str], blocks: dict[str, str]) -> dict[str, str]
 
 def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
     """The pages and the plots from the record. Returns what was written: nothing, if a marker is wrong."""
-    results = load_results(record)
-    plots = draw_plots(results)
-    images = [f'<img src="{PLOTS}/{file}" width="49%" alt="{escape(alt)}">' for file, (alt, _) in plots.items()]
-    blocks = make_tables(results) | {"plots": "\n".join(images)}
+    results, real = load_results(record), load_real()
+    plots = draw_plots(results | {f"{arm}, real text": runs for arm, runs in real.items()})
+    images = {file: f'<img src="{PLOTS}/{file}" width="49%" alt="{escape(alt)}">' for file, (alt, _) in plots.items()}
+    curves = images.pop("real.svg", "")  # beside its own table
+    blocks = make_tables(results) | {"real text": f"{markdown(real_table(real))}\n\n{curves}".strip()}
+    blocks["plots"] = "\n".join(images.values())
     paths = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     pages = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     files = fill_blocks(pages, blocks) | {f"{PLOTS}/{file}": svg for file, (_, svg) in plots.items()}

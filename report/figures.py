@@ -29,6 +29,7 @@ SECTIONS = {
     "What is masked": [
         ("gen/valid_rate", "Valid masks", "share of the generator's responses", SHARE),
         ("gen/distinct", "Different masks per passage", "1: the generator always chooses the same"),
+        ("gen/top_word_share", "Most frequent mask", "share of the valid masks that name the same words", SHARE),
         ("gen/span_words", "Words in a mask", "mean, valid masks"),
         ("gen/occurrences", "Occurrences of the words", "mean, in their passage"),
     ],

@@ -223,7 +223,8 @@ def overview(families: list[Family]) -> str:
 def build_page(runs: list[RunData]) -> str:
     """The whole page as HTML."""
     families = group_by_seed(runs)
-    kinds = stacks(families, "gen/share_", "Kinds of words masked", "share of the valid masks, by the corpus's labels")
+    about = "share of the valid masks, by the corpus's labels, else by form"
+    kinds = stacks(families, "gen/share_", "Kinds of words masked", about)
     causes = stacks(families, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses")
     special = {"What is masked": kinds + causes, "Rewards": histograms(families) + reward_chart(families)}
     body, absent = "", []

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.judge import check_answers
-from miniature import claims, runs, tables, worlds
+from miniature import claims, real, runs, tables, worlds
 from miniature.claims import CLAIMS
 from miniature.tables import fill_blocks, interval, load_results, make_tables
 
@@ -124,7 +124,7 @@ def test_tables_by_hand():
     cells = "0.15 | 0.40 ± 0.64 | 0.25 ± 0.64 | 0.20, 0.30 | 0.25 | 0.25 ± 0.00"
     assert f"| active, two facts | may be masked | {cells} |" in made["never masked"]
     assert "| rlvr | 0.15 | 0.20 | 0.50 | 0.40 | 0.50 | 1 |" in made["rlvr"]
-    assert "| rlvr | 0.20 | 0.20 | 0.40 | 0.50 |" in made["thought"]
+    assert "| rlvr | 0.20 | 0.20 |" in made["thought"]
     assert make_tables({"rlvr": results["rlvr"]})["rlvr"] == made["rlvr"]  # without a run on the mini-wiki too
 
 
@@ -289,3 +289,26 @@ def test_math_verify_tells_the_words_of_a_kind_apart():
         values = kind.values.split()
         pairs += [*zip(values, values[1:] + values[:1], strict=True), *zip(values, values, strict=True)]
     assert check_answers(pairs) == [float(gold == answer) for gold, answer in pairs]
+
+
+def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
+    config = dict.fromkeys(real.KEYS, 2) | {"method": "active", "seed": 3, "steps": 6}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "environment.txt").write_text("command: train.py\ngit: abc\n")
+    rows = [{"step": 0, "probe/accuracy": 0.25, "probe/accuracy_greedy_name": 0.5, "probe/perplexity": 40.0}]
+    shared = {"reward": 0.5, "time/step": 20.0, "responses": 300, "peak_memory_gb": 4.0, "gen/valid_rate": 0.5}
+    rows += [shared | {"step": n, "pred/accuracy": n / 10, "gen/top_word_share": 0.1} for n in range(1, 7)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    with pytest.raises(ValueError, match="its 6 steps have not ended with a probe"):
+        real.keep_run("active", tmp_path, tmp_path / "real.jsonl")
+    assert not (tmp_path / "real.jsonl").exists()
+    rows[-1] |= rows[0] | {"step": 6, "probe/accuracy": 0.375}
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    real.keep_run("active", tmp_path, tmp_path / "real.jsonl")
+    real.keep_run("active", tmp_path, tmp_path / "real.jsonl")  # kept again: one row in the table
+    kept = real.load_real(tmp_path / "real.jsonl")
+    (run,) = kept["active"]
+    assert run["curves"]["pred/accuracy"] == [0.3, 0.6] and run["environment"] == ["git: abc"]
+    (line,) = tables.markdown(real.real_table(kept)).split("\n")[2:]
+    cells = "0.50→0.50 | 0.10→0.10 | 0.30→0.60 | 0.25→0.38 |  |  |  | 0.50→0.50 | 40.0→40.0"
+    assert line == f"| active | 3 | 1,800 | {cells} |"

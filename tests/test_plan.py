@@ -407,3 +407,22 @@ def test_where_a_sequence_fits_beside_stored_layers_the_configs_store_them(known
         assert not must_recompute(known[config.model], config, gpus, GPUS[gpu].memory)
     large = read_config(["configs/qwen3-8b.yaml", "gradient_checkpointing=auto", "tokens_per_micro_batch=5632"])
     assert must_recompute(known[large.model], large, 8, GPUS["h100"].memory)
+
+
+def test_a_plan_for_a_cpu_goes_by_its_measured_rates_and_says_minutes(monkeypatch, capsys):
+    monkeypatch.setitem(GPUS, "cpu", None)  # put back at the end
+    words = [str(ROOT / "configs/smollm2-135m.yaml"), "gpu=cpu", "gpus=2", "steps=120"]
+    minutes = []
+    for rate in (1e11, 5e10):
+        monkeypatch.setattr(costs, "measure_cpu", lambda ranks, rate=rate: Gpu("rank", rate, rate / 10, 20e9 / ranks))
+        main(["plan", *words])
+        text = capsys.readouterr().out
+        assert "of 10, if live all at once" in text and "GPU hours" not in text and "bfloat16" not in text
+        minutes.append(int(re.search(r"minutes, 120 steps +(\d+)", text)[1]))
+    assert minutes[1] == pytest.approx(2 * minutes[0], abs=1) and minutes[0] > 0
+
+
+def test_a_cpu_is_measured_for_its_ranks():
+    one, half = costs.measure_cpu(1), costs.measure_cpu(100)
+    assert one.flops > 1e8 and one.bandwidth > 1e8
+    assert half.flops < one.flops / 5 and half.bandwidth < one.bandwidth / 5 and half.memory < one.memory / 50

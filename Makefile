@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 # The laptop run and the tests are float32 on the CPU, also where there is a GPU
 tiny ladder real methods test test-slow test-faults base experiments experiments-quick: export CUDA_VISIBLE_DEVICES =
 
-.PHONY: setup tiny ladder real ladder real methods test test-slow test-faults base experiments experiments-quick figures lint clean
+.PHONY: setup tiny ladder real methods test test-slow test-faults base experiments experiments-quick figures lint clean
 setup: .venv/.installed
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

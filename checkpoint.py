@@ -284,7 +284,8 @@ def check_same_run(facts: dict, config: Config, data_key: str = "") -> None:
     A model or data at another path is the same if its fingerprint is. data_key: that of config.data, if known.
     """
     now, known = asdict(config), facts.get("fingerprints", {})
-    kept = {key: value for key, value in facts["config"].items() if key not in (*MAY_DIFFER, *ENGINE)}
+    whole = asdict(Config()) | facts["config"]  # a key that the code has got since had its default
+    kept = {key: value for key, value in whole.items() if key not in (*MAY_DIFFER, *ENGINE)}
     other = {key: old for key, old in kept.items() if key in now and now[key] != old}
     if "model" in other and known.get("model") == model_fingerprint(config.model):
         del other["model"]

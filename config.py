@@ -20,6 +20,7 @@ import reprlib
 import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def typed(values: dict, known: dict[str, str]) -> dict:
     """The values as the types that `known` names for their keys. Raises ConfigError for any other key or type."""
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{key}={_shown(value)}: unknown key; known are {', '.join(sorted(known))}")
+            near = get_close_matches(key, known)
+            told = f"perhaps {' or '.join(near)}" if near else f"known are {', '.join(sorted(known))}"
+            raise ConfigError(f"{key}={_shown(value)}: unknown key; {told}")
     return {key: _typed(key, value, known[key]) for key, value in values.items()}
 
 

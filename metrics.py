@@ -42,16 +42,18 @@ from rollout import Rollout, Sampler, mask_prompt, predict_prompt
 RECORDED = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 
 
-def open_run(config: Config) -> Path:
-    """Make the run directory and write what defines the run. With resume=never an earlier run is moved aside; a dry run
-    leaves an earlier one's config as it is.
+def open_run(config: Config, fresh: bool = True, say=print) -> Path:
+    """Make the run directory and write what defines the run. fresh: nothing is continued; an earlier run is then moved
+    aside, not written over. A dry run leaves an earlier one as it is.
 
     Called by rank 0 alone, before the others look. Raises OSError where the folder cannot be written.
     """
     run = Path(config.run_dir)
-    if config.resume == "never" and (run / "metrics.jsonl").exists():
+    if fresh and (config.steps or config.resume == "never") and (run / "metrics.jsonl").exists():
         number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.{n}").exists())
         run.rename(run.with_name(f"{run.name}.{number}"))
+        say(f"{run}: an earlier run, without a checkpoint to go on from, is now {run}.{number}"
+            if config.resume == "auto" else f"{run}: the earlier run is now {run}.{number}")  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     if config.steps or not (run / "config.yaml").exists():
         write_whole(run / "config.yaml", dump_config(config))
@@ -397,6 +399,8 @@ def step_line(row: dict, steps: int) -> str:
         right = f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) " if graded else ""
         parts.append(f"pred {right}len {length:.0f}")
     parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
+    if not row["trained_tokens"]:
+        parts.append("NOTHING TRAINED: no group with contrast")
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 
 

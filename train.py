@@ -253,7 +253,7 @@ def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
             return found
         for line in resume_notes(found[1], config, world):
             say(line)
-    open_run(config)
+    open_run(config, not found, say)
     return found
 
 

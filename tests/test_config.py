@@ -92,7 +92,8 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 @pytest.mark.parametrize("word, allowed", [
-    ("stepz=1", "unknown key; known are adam_beta1, "), ("top_p=0.9", "unknown key"),
+    ("stepz=1", "unknown key; perhaps steps"), ("qqq=1", "unknown key; known are adam_beta1, "),
+    ("top_p=0.9", "unknown key"),
     ("steps=many", "expected a whole number"), ("steps=1.5", "expected a whole number"),
     ("steps=true", "expected a whole number"), ("learning_rate=fast", "expected a finite number"),
     ("learning_rate=.nan", "expected a finite number"), ("temperature=.inf", "expected a finite number"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path):
         append_row(tmp_path / "run" / "metrics.jsonl", {"step": number})
     for number, name in enumerate(("run.1", "run.2", "run")):
         assert read_rows(tmp_path / name / "metrics.jsonl") == [{"step": number}]
+
+
+def test_a_run_that_cannot_be_continued_is_not_written_over(tmp_path):
+    """By default, where an earlier run left no checkpoint; one that goes on keeps its rows, and a dry run any."""
+    config, told = Config(run_dir=str(tmp_path / "run")), []
+    rows = tmp_path / "run" / "metrics.jsonl"
+    for fresh, steps, there in ((True, 5, False), (False, 5, True), (True, 0, True), (True, 5, False)):
+        open_run(replace(config, steps=steps), fresh, told.append)
+        assert rows.exists() == there
+        append_row(rows, {"step": 0})
+    assert len(told) == 1 and "without a checkpoint to go on from" in told[0]
+    assert len(read_rows(tmp_path / "run.1" / "metrics.jsonl")) == 3
 
 
 def test_rows_after_the_checkpoint_and_a_line_cut_by_a_kill_are_forgotten(tmp_path):

@@ -151,7 +151,7 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
 
 
 def _describe(folder: Path, sampler: Sampler, step: int) -> None:
-    """Add the model card. Whatever goes wrong in it, the checkpoint is not lost for it."""
+    """Add the model card. If that fails, it warns and keeps the checkpoint."""
     try:
         from report.card import write_card  # a tool: only a saved model needs it
 
@@ -300,7 +300,7 @@ def check_same_run(facts: dict, config: Config, data_key: str = "") -> None:
 
 
 def resume_notes(facts: dict, config: Config, world: int) -> list[str]:
-    """What an unbroken run would have had otherwise, a line each."""
+    """Differences from an uninterrupted run, a line each."""
     saved, notes = facts["config"], []
     if facts["world_size"] != world:
         notes.append(
@@ -320,7 +320,7 @@ def resume_notes(facts: dict, config: Config, world: int) -> list[str]:
 
 
 def _state(saver: Saver, trained: bool) -> dict:
-    """Masters, and the optimizer unless no update was made yet: asked for its state, it would make a step up."""
+    """Masters, and the optimizer after its first update: before, reading its state would run a dummy step."""
     if trained:
         model, optimizer = get_state_dict(saver.policy, saver.optimizer)
         state = {"model": model, "optimizer": optimizer}

@@ -167,7 +167,7 @@ class Config:
     warmup_method_steps: int = 0
     """Steps of warmup_method; one learning-rate schedule runs over both. Paper, SmolLM3: 100."""
     steps: int = 2000
-    """Rollout batches, each followed by its updates. 0 is a dry run: load, one rollout of both roles, probe, exit.
+    """Rollout batches, each followed by its updates. 0 is a dry run: probe, one step at learning rate 0, exit.
     Paper: 2000."""
     seed: int = 0
     """Decides data order, sampling noise and probe masks."""
@@ -203,8 +203,8 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature; the trainer's log-probs use the same. Paper's lineage: 1.0."""
     stop_at_answer: bool = True
-    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}: base models otherwise ramble
-    on and answer questions that they invent. Such a response has no end token: ending is not trained. Paper: silent."""
+    """End a response with the token that closes its first balanced \\mask{} or \\boxed{}: base models otherwise go on
+    to invent and answer new questions. Such a response has no end token: ending is not trained. Paper: silent."""
 
     # ---- prompts
     chat_template: str = "auto"
@@ -240,7 +240,7 @@ class Config:
     """By spaces, lower case: what `mask_content` refuses, and what the kind `function` of the log is. Default:
     English."""
     reward: str = "exact"
-    """Of a prediction. `exact`: match after normalisation. `prefix`: RPT's byte prefix that ends on a token border, for
+    """Of a prediction. `exact`: match after normalisation. `prefix`: RPT's prefix that ends on a token border, for
     the next-token methods. Paper: exact."""
     generator_reward: str = "one_minus_accuracy"
     """`one_minus_accuracy`, 0 at accuracy 0, or `variance`: p (1 - p). Paper: the first."""
@@ -343,7 +343,7 @@ class Config:
     probe_samples: int = 4
     """Sampled predictions per probe mask, beside one greedy one."""
     heldout: float = 0.01
-    """Share of articles, by a hash of their id, that is never trained on."""
+    """Share of articles, by a hash of their url, else title, else id, that is never trained on."""
     eval_every: int = 0
     """Steps between evaluations on `eval_tasks`; step 0 and the last are always evaluated; 0 is off."""
     eval_tasks: str = ""

@@ -11,7 +11,7 @@ The hub is read through `datasets`; files are not, because it neither names a ba
 Order: files, row groups and rows of parquet files come in seeded order, lines of other files as they stand. An index
 capped by max_passages is thus a sample of a parquet file, but the first part of a jsonl: shuffle it beforehand.
 Prose: a text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is
-kept when it has MIN_PROSE_CHARS letters, ends like a sentence and is no list item; all from END_SECTION on is dropped.
+kept when it has MIN_PROSE_CHARS characters, ends like a sentence and is no list item; all from END_SECTION on goes.
 Thai, Lao and Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
 A record with `labels`, a short name of its kind for each word, is taken whole; other labels are ignored.
 Lengths: a passage draws a target, log-uniform between min_passage_tokens and max_passage_tokens, and takes paragraphs
@@ -101,8 +101,8 @@ class Tally:
 
 
 def source_path(config: Config) -> Path:
-    """config.data as a path, links followed. By os.path, which raises at no name: a loop of links, a name too long or a
-    user who does not exist is a path to nothing."""
+    """config.data as a path, links followed. Uses os.path, which never raises: a link loop, an overlong name or an
+    unknown user gives a path that does not exist."""
     return Path(os.path.realpath(os.path.expanduser(config.data)))
 
 
@@ -198,7 +198,7 @@ def hub_records(
 def _parquet_records(
     file_name: tuple[Path, str], wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
 ) -> Iterator[Record]:
-    """A broken row group costs that group; a broken table of contents (at the end: a file that was cut) the file."""
+    """A broken row group loses that group; a broken footer (as in a truncated file) loses the whole file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -636,7 +636,7 @@ def build_index(
 
 def _take_over(other: Path, folder: Path, key: str) -> bool:
     """Copies the index of another folder if it has this key and is whole; then nothing else is touched."""
-    names = ("passages.jsonl", "index.json")  # in this order: who builds anew takes the index away first
+    names = ("passages.jsonl", "index.json")  # in this order: a rebuild deletes the index first
     with suppress(OSError):
         if _read_index(other / names[1]).get("key") != key:
             return False

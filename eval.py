@@ -243,7 +243,7 @@ def exams_of(config: Config, log) -> list[Exam]:
 def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
     """`eval/gsm8k`, the score in per cent, and its details. Every rank calls it, asks its share, gets all numbers.
 
-    Greedy, so without noise; but what is asked together differs with the number of ranks, and with it the rounding.
+    Greedy, so without noise; but batches, and so rounding, depend on the number of ranks.
     """
     metrics, ranks, wanted = {}, sampler.ranks, ("id", "score", "how", "finish", "tokens")
     for exam in exams:

@@ -72,7 +72,7 @@ def score(
 
 
 def _as_sample(prefix: list[int], continuation: list[int]) -> Sample:
-    """What pack_samples packs; nobody sampled it and nothing weighs it."""
+    """A Sample for pack_samples: zero log-probs, weight 0."""
     return Sample(Rollout(prefix, continuation, [0.0] * len(continuation), "", ""), 0.0)
 
 
@@ -118,12 +118,12 @@ def group_advantages(rewards: list[float], config: Config) -> list[float]:
 
 
 def keep_group(group: Group) -> bool:
-    """Equal rewards teach nothing (DAPO): a predictor group at accuracy 0 or 1, a generator group without contrast."""
+    """False if all rewards are equal (DAPO): predictions all right or all wrong, or masks that all earn the same."""
     return max(group.rewards) > min(group.rewards)
 
 
 def make_samples(groups: list[Group], config: Config) -> list[Sample]:
-    """Kept groups -> responses with advantage and token weight. A dropped group leaves numerator and denominator."""
+    """Kept groups -> responses with advantage and token weight. Dropped groups count in neither sum nor divisor."""
     samples = [
         Sample(rollout, advantage, group=number)
         for number, group in enumerate(groups)
@@ -241,9 +241,9 @@ def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatc
 
 
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Tensor]:
-    """L of this file's first page over the tokens of a micro-batch, and per token whether the clip took its gradient
-    away. Weights and importance weights c_t are constants; gradient through `logprobs` only."""
-    # Beyond e^80 the clip has removed the gradient, or the run is lost: without the clamp 0 x inf would be NaN
+    """L (see the module docstring) summed over a micro-batch, and per token whether the clip removed its gradient.
+    Weights and importance weights c_t are constants; gradient through `logprobs` only."""
+    # The clamp prevents 0 x inf = NaN. Above e^80 the clip has removed the gradient, or training has diverged
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=80.0))
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     correction = torch.exp(old_logprobs - batch.sampler_logprobs).clamp(max=config.max_importance)
@@ -253,8 +253,8 @@ def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, conf
 
 
 def cross_entropy(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """For completions that were given, not sampled: mean cross-entropy. Its gradient is that of clipped_loss with
-    advantage 1 at ratio 1, but its value says something."""
+    """For completions that were given, not sampled: mean cross-entropy. Same gradient as clipped_loss with advantage 1
+    at ratio 1, but the value is meaningful."""
     return -(batch.weights * batch.advantages * logprobs).sum(), torch.zeros_like(logprobs, dtype=torch.bool)
 
 
@@ -328,7 +328,8 @@ def update(
 
     The ratio is against the policy as it was before the first of these steps: with more than one it leaves 1, and the
     clip acts. With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
-    Raises FloatingPointError on every rank, before the weights change, if a loss or the gradient is not finite.
+    Raises FloatingPointError on every rank, before that optimizer step, if a loss or the gradient is not finite, and
+    RuntimeError beyond `max_mismatch`.
     """
     rate = learning_rate(config, step)
     metrics = {"lr": rate, "loss": 0.0, "grad_norm": 0.0, "mismatch_kl": 0.0, "mismatch_abs": 0.0, "entropy": 0.0}

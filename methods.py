@@ -44,7 +44,7 @@ class Run:
 
 @dataclass
 class Task:
-    """A passage, a mask on it and, if the mask is valid, what the predictor made of it. Decided once, stored here."""
+    """A passage, a mask on it and, if the mask is valid, its predictions and rewards. Each is computed once."""
 
     passage: Passage
     mask: Mask
@@ -75,7 +75,7 @@ def make_task(passage: Passage, mask: Mask, sampler: Sampler, proposal: Rollout 
         task.prompt_ids = (question_prompt if passage.answer else predict_prompt)(sampler, mask.masked)
         if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
             mask.invalid, task.prompt_ids = "prompt_too_long", []
-    if mask.invalid and proposal:  # known without predictions, which the probe does not ask for
+    if mask.invalid and proposal:  # no predictions needed; the probe makes none here
         task.proposal_reward = INVALID_MASK_REWARD
     return task
 

@@ -4,8 +4,8 @@
 
 metrics.jsonl has one JSON object per step; row 0 is before training. samples.jsonl has whole rollouts of a few passages
 per step, with title and url, as Wikipedia's licence asks; probes.jsonl, in the same form, the responses to a few fixed
-held-out masks at each probe. Names are `gen/...` for the generator, `pred/...` for the predictor. Every rank computes
-a step's metrics from the same records, so nothing is communicated.
+held-out masks at each probe. Names are `gen/...` for masks, whoever drew them, `pred/...` for predictions. Every rank
+computes a step's metrics from the same records, so nothing is communicated.
 
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
@@ -97,7 +97,7 @@ _waiting: dict[Path, tuple[int, str]] = {}
 
 
 def append_row(path: Path, *rows: dict) -> None:
-    """Append JSON lines. Where the disk refuses, they are kept, come first at the next call, and no half line stays."""
+    """Append JSON lines. If writing fails, they are kept for the next call and partial lines are removed."""
     size, lines = _waiting.pop(path, (-1, ""))
     lines += "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not lines:
@@ -205,7 +205,7 @@ def largest_memory(row: dict) -> Iterator[None]:
 
 
 def describe(config: Config, ranks, sampler, corpus, probe) -> str:
-    """What runs, on what, in the lines that a user would ask for first."""
+    """Summary of the run: model, device, memory, data, method."""
     parameters = sum(parameter.numel() for parameter in sampler.replica.parameters())
     end = ", ".join(f"{token} {sampler.piece(token)!r}" for token in sorted(sampler.eos_ids))
     steps = f"{config.steps} steps of {config.passages_per_step} passages"

@@ -4,8 +4,8 @@ A signal sets a flag. `agree` between phases and micro-batches and `gather` afte
 ranks' flags, and raise `Stopped` on every rank or on none. torchrun hands signals on to its ranks. The rest is for what
 these three cannot do. A thread reads signals, because Python's handlers wait while a collective blocks, and a second
 signal, or one before step 1, must end a rank at once. A second of grace: a scheduler and torchrun may both send the
-first signal. A look at the parent process: a killed launcher hands nothing on, and its ranks would run for ever. Step
-and phase of each rank in the store: a rank that died or hangs cannot say any more where it was.
+first signal. It polls the parent process: a killed launcher sends no signal, and its ranks would run forever. Each rank
+stores its step and phase, because a dead or hung rank cannot report where it was.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _listen(read: int) -> None:
 
 
 def all_said() -> None:
-    """A rank has said in one line what is wrong, and leaves: `report` is to add nothing on the others."""
+    """A rank has said in one line what is wrong, and leaves: `report_error` is to add nothing on the others."""
     _here.ending = True
     _here.store.set("all said", "1")
 

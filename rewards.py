@@ -167,7 +167,7 @@ def generator_reward(accuracy: float, kind: str = "one_minus_accuracy") -> float
         (1 - p) - (1 - p)^G,    largest at    p* = 1 - G^(-1 / (G - 1)),
 
     which is 0.37 at G = 4, 0.26 at G = 8 and 0.17 at G = 16: `predictions_per_mask` sets the difficulty that the
-    generator aims at. Noise is discouraged only weakly: 0.29 at p = 0.05, G = 8.
+    generator aims at. Unpredictable words still earn 0.29 at p = 0.05, G = 8.
 
     `variance` is the known alternative, p (1 - p), largest at one half (SPICE, arXiv 2510.24684).
 

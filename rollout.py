@@ -6,11 +6,11 @@ inside, so ranks may finish at different times. One gather at the end is the pha
 The sampler's token ids go to the loss untouched, with their log-probs. Text is decoded for parsing and rewards only.
 The traps that shape this file:
 
-- every request is admitted before the sampler starts: admitted later, the tokens would depend on timing;
+- all requests are added before the sampler starts; otherwise the tokens would depend on timing;
 - the sampler swallows its failures, so results are counted and a missing or failed one raises;
 - it reseeds torch's global generator, so the state is saved and restored, and the seed says (run, step, phase);
-- a manager serves one phase. Its prefix cache would serve keys of the old weights in the next, its cache would take
-  memory from the update, and its noise would depend on the phases before.
+- each phase gets a new manager. An old one would reuse keys of the old weights, hold cache memory during the update,
+  and draw noise that depends on earlier phases.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def predict_prefix(config: Config) -> str:
     return config.predict_prefix or PREDICT_PREFIX
 
 
-# It asks for psutil at every start on a CPU, to size a cache that is sized here
+# Hide its request for psutil on a CPU: it would size a cache that is sized here
 logging.getLogger("ContinuousBatchingLogger").addFilter(lambda record: "psutil" not in record.getMessage())
 
 
@@ -225,7 +225,7 @@ def as_arrays(groups: list[list[Rollout]]) -> tuple:
 
 
 def from_arrays(arrays: tuple, prompts: list[list[int]]) -> list[list[Rollout]]:
-    """The way back; prompts: those that the groups answer. Nothing is left of a rank that was told to stop."""
+    """Inverse of as_arrays; prompts: one per group. A rank that was told to stop has no groups."""
     counts, lengths, ids, logprobs, ends = arrays
     ids, logprobs, begin, responses = ids.tolist(), logprobs.tolist(), 0, []
     owners = [prompt for prompt, count in zip(prompts, counts, strict=False) for _ in range(count)]
@@ -252,7 +252,7 @@ def generate(
     if not all(prompts):
         raise ValueError("an empty prompt: the sampler would answer it with garbage")
     longest = max(map(len, prompts))
-    # Ours, not the checkpoint's, which may carry a top-p: the log-probs would no longer be the trainer's
+    # The checkpoint's settings may have a top-p; its log-probs would not match the trainer's
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": config.temperature, "top_k": 0}
     generation = GenerationConfig(
         max_new_tokens=max_tokens, num_return_sequences=count, eos_token_id=sorted(sampler.eos_ids), **sampling

@@ -6,7 +6,7 @@
 The algorithm is `step` below: propose, predict, reward, update, refresh. What differs between methods stands in
 METHODS (methods.py). Every rank runs the same lines: prompts are split over the ranks inside `rollout`, whose gathered
 result is the same everywhere, so all later decisions are too; the update splits the packed batches again. If one rank
-left a call out, the others would wait for it in theirs until `rank_timeout`.
+skips a collective call, the others wait for it until `rank_timeout`.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
             keep_rows(folder / "probes.jsonl", last - waiting)
         if not METHODS[config.method].one_task:
             save_prompts(folder / "prompts.txt", sampler, corpus)
-    # Set-up leaves a million objects that never die; the sampler's own garbage collections would walk them every phase
+    # Set-up leaves a million permanent objects; unless frozen, the sampler's garbage collections scan them every phase
     gc.collect()
     gc.freeze()
     return run
@@ -324,7 +324,7 @@ def open_frame(path: Path, tokenizer, say) -> tuple[str, str] | None:
 
 
 def make_page(folder: Path, say) -> None:
-    """report.html, for people who would rather look than read. Whatever goes wrong in it, the run is not lost."""
+    """Writes report.html. If that fails, it prints a warning and the run still succeeds."""
     try:
         from report.page import write_report  # a tool: only the end of a run needs it
 
@@ -353,8 +353,8 @@ def main() -> None:
     dist.destroy_process_group()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    # All is said and written. Threads of the libraries may still be ending, for which the interpreter's own way out has
-    # aborted a finished run (SIGABRT, once in forty)
+    # All output is written. Library threads may still run; a normal interpreter exit then aborted 1 of 40 finished runs
+    # (SIGABRT)
     os._exit(status)
 
 

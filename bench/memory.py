@@ -48,8 +48,8 @@ class Shape:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but an embedding of its own, where rows are looked up, and
-        the experts that it is not sent to."""
+        """Parameters in one token's matrix products: all except an untied embedding table, which is only looked up, and
+        its unused experts."""
         return self.read(1)
 
     def read(self, tokens: int) -> int:

@@ -26,7 +26,6 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365,
 SEVERAL_ARMS = ("active, two facts", "active, two facts, 200 steps", "cpt, two facts")
 RLVR_ARMS = ("rlvr", *STARTS_FROM)
 LADDER_ARMS = tuple(arm for arm in ARMS if arm.startswith("ladder"))
-HOPS = ("hop1", "hop2", "hop3", "hop4")
 HAND_WRITTEN = ("first run", "patches", "/patches")  # markers of a page around text that is not from the record
 
 
@@ -89,12 +88,12 @@ def make_tables(results: Results) -> dict[str, str]:
             difficulty.append([str(size), f"{best:.2f}", interval(values), lowest_highest(values)])
 
     several = [["method", "facts", "greedy, step 0", "greedy, last step", "gain of greedy", "its lowest, highest seed",
-                "sampled, step 0", "sampled, last step"]]  # fmt: skip
+                "sampled, last step"]]  # fmt: skip
     for arm in [arm for arm in SEVERAL_ARMS if arm in results]:
         for label, name in {"fact": "may be masked", "shown": "read, never masked", "unseen": "never read"}.items():
             runs, values = results[arm], gains(results[arm], f"greedy_{label}")
             row = [arm, name, *start_end(runs, f"greedy_{label}"), interval(values), lowest_highest(values)]
-            several.append(row + start_end(runs, label))
+            several.append([*row, start_end(runs, label)[1]])
 
     rlvr = [["method", "held out, greedy, step 0", "step 60", "held out, sampled, step 0", "step 60",
              "trained on, late", "seeds"]]  # fmt: skip
@@ -103,23 +102,20 @@ def make_tables(results: Results) -> dict[str, str]:
         row = [arm, *start_end(runs, "greedy"), *start_end(runs, "all"), interval(late(runs, "pred/accuracy"))]
         rlvr.append([*row, str(len(runs))])
 
-    thought = [["method", "greedy", "greedy, answer opened at once"]]
-    for arm, runs in results.items():
-        if arm not in LADDER_ARMS and all("greedy_no_thought" in run["probes"][-1] for run in runs):
-            thought.append([arm, *(interval(ends(runs, probe)) for probe in ("greedy", "greedy_no_thought"))])
-
-    ladder = [["method", "one step", "two", "three", "four", "three, at once", "four, at once", "thought use",
-               "length, first five steps", "last 20", "masks on two to four steps", "seeds"]]  # fmt: skip
+    ladder = [["method", "two steps", "three", "four", "four, at once", "thought use", "length, first and last",
+               "masks on two to four", "seeds"]]  # fmt: skip
     for arm in [arm for arm in LADDER_ARMS if arm in results]:
         runs = results[arm]
-        row = [interval(ends(runs, key)) for key in (*HOPS, "no_thought_hop3", "no_thought_hop4")]
         used = [run["probes"][-1].get("thought_use", 0.0) for run in runs]
-        lengths = [[run["curves"][LENGTH][0] for run in runs], late(runs, LENGTH)]
-        spent = [interval(values) for values in (used, *lengths, climb(runs, -4, None))]
-        ladder.append([arm.removeprefix("ladder: "), *row, *spent, str(len(runs))])
+        lengths = [fmean(run["curves"][LENGTH][0] for run in runs), fmean(late(runs, LENGTH))]
+        means = [*(fmean(ends(runs, key)) for key in ("hop2", "hop3")), interval(ends(runs, "hop4"))]
+        means += [fmean(ends(runs, "no_thought_hop4")), fmean(used)]
+        shown = [one if isinstance(one, str) else f"{one:.2f}" for one in means]
+        shown += [" ".join(f"{one:.1f}" for one in lengths), f"{fmean(climb(runs, -4, None)):.2f}"]
+        ladder.append([arm.removeprefix("ladder: "), *shown, str(len(runs))])
 
     tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
-    tables |= {"never masked": several, "rlvr": rlvr, "thought": thought, "ladder": ladder}
+    tables |= {"never masked": several, "rlvr": rlvr, "ladder": ladder}
     return {name: markdown(table) for name, table in tables.items()}
 
 

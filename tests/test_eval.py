@@ -113,7 +113,7 @@ def test_who_is_always_right_scores_100_on_all_ten_sets_and_who_never_is_0(
     scripted({item.question: item.gold if right else wrong(item) for item in items})
     evaluate(settings_for(folders["smollm3"], tmp_path / "out", files=files), ranks)
     told = json.loads((tmp_path / "out/eval.json").read_text())
-    assert list(told["tasks"]) == list(BENCHMARKS)
+    assert list(told["tasks"]) == [name for name in BENCHMARKS if name in RECORDS]
     for name, one in told["tasks"].items():
         assert one["score"] == (100 if right else 0), name
         items = len(RECORDS[name])

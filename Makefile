@@ -1,5 +1,5 @@
 # make tiny    the whole loop on a laptop, minutes        make test    the tests, minutes
-# make ladder  thoughts that pay, two minutes             make real    a real 135M model on Wikipedia, an evening
+# make ladder  thoughts that pay, half a minute           make real    a real 135M model on Wikipedia, an evening
 #              MODEL=FOLDER DATA=FILE instead of the hub
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
 # make experiments         the runs that miniature/runs.jsonl lacks, then tables and plots (all anew: 90 runs)

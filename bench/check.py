@@ -20,7 +20,7 @@ from grpo import Group, make_samples, score, update
 from metrics import environment, largest_memory
 from ops import table_reader
 from ranks import Ranks, gather, start_ranks
-from rollout import generate, rollout, sequence_logprobs
+from rollout import Rollout, as_arrays, from_arrays, generate, rollout, sequence_logprobs
 
 PROMPT, COUNT, TOKENS = 48, 4, 32
 
@@ -64,6 +64,12 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         dist.all_reduce(number := torch.ones(1 << 20, device=ranks.device))
         assert number[-1] == ranks.world and gather([ranks.rank]) == list(range(ranks.world))
         note(f"{ranks.world} ranks")
+    with check("gather") as note:  # 288 responses of 1,024 tokens from each rank, as after a phase of the paper's size
+        own = [[Rollout([1], list(range(1024)), [-1.0] * 1024, "", "length") for _ in range(8)] for _ in range(36)]
+        begin, packed = time.perf_counter(), gather([as_arrays(own)])
+        every = [from_arrays(one, [[1]] * 36) for one in packed]
+        assert every == [own] * ranks.world
+        note(f"{(time.perf_counter() - begin) / ranks.world:.2f} s for each rank's 288 responses")
     with check("Liger") as note:  # before any other model: it changes modules for good
         plain = random_sampler(replace(config, liger=False), architecture, ranks)
         expected, sampler = sequence_logprobs(plain, prompts), random_sampler(config, architecture, ranks)
@@ -72,7 +78,10 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
     run, replica = make_run(sampler), sampler.replica
     with check("attention") as note:
         heads = replica.device, replica.dtype, shape.heads, shape.kv_heads, shape.head_dim
-        note(f"{model.describe_attention(replica)}; {table_reader(*heads)[0]}")
+        reader = table_reader(*heads)[0]
+        splits = getattr(reader, "keywords", {}).get("splits")  # {number of rows: parts}
+        note(f"{model.describe_attention(replica)}, by {getattr(reader, 'func', reader).__name__}")
+        note(f"splits by rows {splits}" if splits else "no splits")
     with check("greedy") as note:  # the same tokens as the ordinary generate, or two that are level where they part
         ids, name = torch.tensor(prompts, device=ranks.device), replica.config._attn_implementation
         sampling = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}

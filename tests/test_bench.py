@@ -189,6 +189,7 @@ BREAKS = {
     "": lambda patch: None,
     "refresh": lambda patch: patch.setattr(model, "refresh", lambda policy, replica: None),
     "greedy": lambda patch: patch.setattr(check, "generate", lambda *words: generate(*words[:-1], False)),
+    "gather": lambda patch: patch.setattr(check, "from_arrays", lambda arrays, prompts: []),
     "checkpoint": lambda patch: patch.setattr(check, "load_checkpoint", lambda saver, path, facts: None),
 }
 
@@ -198,7 +199,7 @@ def test_the_checks_pass_here_and_name_what_is_broken(tiny, ranks, monkeypatch, 
     BREAKS[broken](monkeypatch)
     lines, tiny = [], replace(tiny, tokens_per_micro_batch=1024)
     assert check.check_host(tiny, ranks, lines.append) == ([broken] if broken else [])
-    names = "versions ranks Liger attention greedy log-probs update refresh checkpoint".split()
+    names = "versions ranks gather Liger attention greedy log-probs update refresh checkpoint".split()
     assert [line.split()[:2] for line in lines] == [[name, "FAIL" if name == broken else "pass"] for name in names]
 
 
@@ -239,4 +240,4 @@ def test_commands(command, tmp_path):
     refused = command(["-m", "bench", "plan", "configs/smollm3.yaml", "gpu=abacus"], 60)
     assert refused.returncode == 2 and refused.stderr.startswith("config error: gpu='abacus'")
     checked = command(["-m", "bench", "check"], 120, ranks=2)
-    assert checked.returncode == 0 and checked.stdout.count(" pass ") == 9 and "2 ranks" in checked.stdout
+    assert checked.returncode == 0 and checked.stdout.count(" pass ") == 10 and "2 ranks" in checked.stdout

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from config import Config
-from data import SENTENCE_END, UNSPACED
+from text.paragraphs import SENTENCE_END, UNSPACED
 from rewards import answerable, undo_latex, unquote
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config, ConfigError
-from ops import SHARED, VARLEN, apply_liger, choose_attention, table_reader, token_logprobs
+from engine.cache import table_reader
+from ops import SHARED, VARLEN, apply_liger, choose_attention, token_logprobs
 from ranks import Ranks, gather
 
 DRIVER = Path("/proc/driver/nvidia/version")

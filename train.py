@@ -26,8 +26,10 @@ from checkpoint import (
     check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
-from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
-from eval import exams_of, make_probe, run_exams, run_probe
+from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
+from text.files import DataError
+from benchmarks.exams import exams_of, run_exams
+from eval import make_probe, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import METHODS, Method, Run, Task, add_parameters, method_at, needs_reference, reward
 from metrics import (

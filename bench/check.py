@@ -18,7 +18,7 @@ from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver
 from config import Config, read_config
 from grpo import Group, make_samples, score, update
 from metrics import environment, largest_memory
-from ops import table_reader
+from engine.cache import table_reader
 from ranks import Ranks, gather, start_ranks
 from rollout import Rollout, as_arrays, from_arrays, generate, rollout, sequence_logprobs
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from benchmarks.judge import check_answers, option_letter
 from benchmarks.sets import load_items, prompt_template
 from config import Config, ConfigError
-from data import DataError
+from text.files import DataError
 from masking import make_mask
 from prompts import fill
 from rewards import exact_match

@@ -33,8 +33,8 @@ from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
-from data import DataError
-from eval import Exam, answer, load_exams, parse_tasks
+from text.files import DataError
+from benchmarks.exams import Exam, answer, load_exams, parse_tasks
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import describe_attention, load_replica, load_tokenizer
 from ranks import Ranks, gather, start_ranks

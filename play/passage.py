@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from checkpoint import exported_model
 from config import Config, ConfigError, read_config
-from data import RESERVED, DataError, Passage, build_index, load_corpus
+from data import Passage, build_index, load_corpus
+from text.files import RESERVED, DataError
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
 from model import load_replica, load_tokenizer
 from play.explain import describe_answer, explain, plain, wrapped

@@ -13,7 +13,7 @@ from benchmarks import __main__ as commands
 from benchmarks.letters import guessed_letter
 from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
 from config import ConfigError
-from data import DataError
+from text.files import DataError
 from prompts import fill
 
 # ---------------------------------------------------------------------------------------------- who is right

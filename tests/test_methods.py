@@ -15,7 +15,8 @@ from reference import (ROOT, TINY_BASE, CaptureGradients, largest_error, load_pl
 
 import methods
 from config import Config, ConfigError
-from data import DataError, Passage
+from data import Passage
+from text.files import DataError
 from grpo import Group, update
 from masking import Mask, make_mask
 from methods import METHODS, Task, make_task, reward

@@ -13,8 +13,8 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows,
-    step_flops, step_metrics, tokens_after_answer,
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows, step_flops,
+    step_metrics, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from report.page import (
-    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
-    title_link, write_report,
+    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card, title_link,
+    write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'

@@ -12,8 +12,6 @@ paper says "Wikipedia" and lengths, no more.
 Alone:  python data.py configs/tiny.yaml   builds the index in RUN_DIR/cache and shows the passages of step 0.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

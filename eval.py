@@ -13,8 +13,6 @@ sampling without moving the argmax), with a thought and without (else "reasoning
 perplexity. Where the corpus labels its words, each passage gets one mask per label.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

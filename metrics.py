@@ -10,8 +10,6 @@ computes a step's metrics from the same records, so nothing is communicated.
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -33,7 +31,7 @@ from config import Config, dump_config
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
 from methods import METHODS, Task
-from model import describe_attention
+from engine.batching import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from ranks import enter
 from rewards import caseless_match

@@ -11,8 +11,6 @@ padding. A decoding step reads the cache in place, by block table:
 Leaves out models: what is called here is wired up in model.py and rollout.py.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -6,8 +6,6 @@ tokenizers and chat templates (rollout's business) and what makes an answer righ
 Run alone: `python -m doctest -v prompts.py`
 """
 
-from __future__ import annotations
-
 import re
 
 MASK_PROMPT = r"""Choose words to hide in the passage. A reader who sees [mask] in their place will try to recover them.

@@ -13,8 +13,6 @@ The traps that shape this file:
   and draw noise that depends on earlier phases.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import logging
@@ -32,8 +30,7 @@ from transformers.generation.continuous_batching.continuous_api import Backgroun
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
-from engine.batching import adapt, batching_settings, capture_graphs, stop_at_answer, stop_at_limits
-from model import decoding
+from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer, stop_at_limits
 from ops import pack, token_logprobs
 from prompts import MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, QUESTION_PROMPT, START, fill, scan
 from ranks import Ranks, gather, stop_requested

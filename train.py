@@ -9,8 +9,6 @@ result is the same everywhere, so all later decisions are too; the update splits
 skips a collective call, the others wait for it until `rank_timeout`.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -36,7 +36,8 @@ from config import Config, ConfigError, check, parse_words, typed
 from text.files import DataError
 from benchmarks.exams import Exam, answer, load_exams, parse_tasks
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
-from model import describe_attention, load_replica, load_tokenizer
+from engine.batching import describe_attention
+from model import load_replica, load_tokenizer
 from ranks import Ranks, gather, start_ranks
 from rollout import derive_seed, make_sampler
 

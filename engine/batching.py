@@ -8,15 +8,34 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from config import Config
-from model import decoding
+from engine.cache import table_reader
+from ops import VARLEN
 from prompts import CLOSED, scan
 
 if TYPE_CHECKING:
     from rollout import Sampler
+
+
+def decoding(replica: nn.Module) -> str:
+    """How a decoding step reads the paged cache: `flash-attn`, `block table`, or `gathered: ` and why not in place."""
+    shape = replica.config.get_text_config()
+    if shape._attn_implementation != VARLEN:
+        return "flash-attn"
+    heads = shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    trouble = table_reader(replica.device, replica.dtype, heads, kv_heads, dim)[1]
+    return f"gathered: {trouble}" if trouble else "block table"
+
+
+def describe_attention(replica: nn.Module) -> str:
+    """What a user is told: the kernels, and how a decoding step reads the cache."""
+    return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
 
 
 def batching_settings(

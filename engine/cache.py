@@ -3,8 +3,6 @@
 The first that is right on this machine is taken (`table_reader`). ops.py calls `decode_by_table`.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from itertools import product

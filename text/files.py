@@ -7,8 +7,6 @@ after it. Files, row groups and rows of parquet files come in seeded order, line
 long jsonl, a capped index (max_passages) is the first part. Shuffle it beforehand.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -5,8 +5,6 @@ it has MIN_PROSE_CHARS characters, ends like a sentence and is no list item; all
 Tibetan mark no end of a sentence: any line counts as ended and may be cut at a space.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -205,16 +205,19 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
 
 
 @torch.no_grad()
-def refresh(policy: nn.Module, replica: nn.Module) -> None:
-    """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers."""
-    sampled = dict(replica.named_parameters())
+def refresh(policy: nn.Module, replica: nn.Module) -> float:
+    """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers.
+
+    Shards are rounded, moved to the device if they are on the host, and gathered. Returns the share of values that
+    changed: in bfloat16 one stays as it was until its master has moved by half a step of that format.
+    """
+    sampled, changed = dict(replica.named_parameters()), 0
     for name, master in policy.named_parameters():
-        copy_master(master, sampled[name])
-
-
-def copy_master(master: Tensor, own: Tensor) -> None:
-    """One parameter of `refresh`: the shards are rounded, moved to the device if they are on the host, and gathered."""
-    own.copy_(master.to(own.dtype).to(own.device).full_tensor())
+        own = sampled[name]
+        new = master.to(own.dtype).to(own.device).full_tensor()
+        changed += (new != own).sum()
+        own.copy_(new)
+    return int(changed) / sum(own.numel() for own in sampled.values())
 
 
 def build_reference(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:

@@ -82,7 +82,7 @@ def step(run: Run, number: int, method: Method | None = None) -> Step:
 
     # ---------------------------------------------------- 5. refresh: the sampler gets the new weights
     with clock(row, "refresh"):
-        refresh(run.policy, run.sampler.replica)
+        row["replica_changed"] = refresh(run.policy, run.sampler.replica)
         if method.reference == "average":
             ema_update(run.reference, run.policy, run.config.ema_decay)
     return done

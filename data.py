@@ -349,8 +349,8 @@ def main() -> None:
     try:
         build_index(config, AutoTokenizer.from_pretrained(config.model, trust_remote_code=False), folder)
         corpus = load_corpus(folder, config)
-    except DataError as error:
-        raise SystemExit(f"data error: {error}") from None
+    except (DataError, OSError, ValueError) as error:  # the last two from the tokenizer
+        raise SystemExit(f"data error: {one_line(str(error))}") from None
     print(corpus.counts)
     for passage in step_passages(corpus, config, 0):
         print(f"\n--- {passage.id}  {passage.title}  {passage.url}\n{passage.text}")

@@ -178,7 +178,7 @@ def dry_run(run: Run, say) -> int:
             say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
     graded = any(task.correct for task in done.tasks)
-    if row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
+    if any(done.proposals) and row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
         say("under a fifth of the masks or boxes is valid: another worked example in mask_prompt, predict_prompt?")
     say("dry run done; no weights were changed")
     return 0
@@ -265,7 +265,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({reason})") from None
+        lost = "" if os.path.exists(config.model) else "no such folder here, and "
+        raise ConfigError(f"model={config.model!r}: {lost}no usable tokenizer ({reason})") from None
     if METHODS[config.method].questions:
         corpus = question_corpus(config, say)
     else:

@@ -170,8 +170,7 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
         if all(arm in results for arm, *_ in curves):
             lines = [series(results, *curve) for curve in curves]
             svg = line_chart(lines, f"{title}: {about}", (0.5, 1.0) if file == "copies" else (0.0, 1.0))
-            alt = ", ".join(f"{line.name} ends at {line.points[-1][1]:.2f}" for line in lines)
-            drawn[f"{file}.svg"] = (f"{title}: {alt}", stand_alone(svg, title, about, [line.name for line in lines]))
+            drawn[f"{file}.svg"] = (title, stand_alone(svg, title, about, [line.name for line in lines]))
     return drawn
 
 

@@ -304,7 +304,8 @@ METHODS = {
         "cross-entropy on its right responses (STaR, [arXiv:2203.14465](https://arxiv.org/abs/2203.14465))",
         masks_by_rule(span_masks), samples=right_samples,
     ),
-    "random_token": Method(        "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
+    "random_token": Method(
+        "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
         masks_by_rule(next_token.token_masks), next_token=True,
     ),
     "entropy_token": Method(
@@ -376,8 +377,9 @@ def check_methods(config: Config) -> None:
     if config.reward == "prefix" and not all(method.next_token for method in methods):
         known = " and ".join(name for name, method in METHODS.items() if method.next_token)
         raise ConfigError(f"reward='prefix': for {known} only, not {names}")
-    if config.kl and any(method.samples is not grpo_samples for method in methods):
-        raise ConfigError(f"kl={config.kl}: must be 0 with star, rlp, quiet_star, sft, cpt: no frozen copy to stay near")
+    others = [name for name, method in METHODS.items() if method.samples is not grpo_samples]
+    if config.kl and {config.method, config.warmup_method} & set(others):
+        raise ConfigError(f"kl={config.kl}: must be 0 with {', '.join(others)}")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):

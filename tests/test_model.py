@@ -80,7 +80,7 @@ def test_a_filled_policy_holds_the_checkpoint_and_refresh_gives_it_back(folders,
 
 
 def test_refresh_tells_what_share_of_the_values_changed(folders, ranks):
-    """Bfloat16 has steps of 1/128 above 1 and of 1/256 below: a master that has moved by less than half changes none."""
+    """Bfloat16 has steps of 1/128 above 1: a master that has moved by less than half of one changes nothing."""
     replica = load_replica(tiny_config(folders["smollm3"], dtype="bfloat16"), ranks)
     total = sum(parameter.numel() for parameter in replica.parameters())
     norm = replica.model.norm.weight.fill_(1.0)

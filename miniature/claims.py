@@ -221,9 +221,9 @@ CLAIMS = {
             and fmean(share(active, 2, -4, None)) < fmean(share(active, 4, -4, None)))),
     "relatives": Claim(
         "The ladder, facts of four steps that nothing trains, sampled, means over seeds. `star`, which learns from "
-        "right responses alone, ends within 0.15 of `random_span`. `rlp`, which pays thoughts before any token of a text and "
-        "never asks for an answer, gains at least 0.2; `quiet_star`, whose thoughts stand between tokens that the base "
-        "has never seen, gains less than 0.1.",
+        "right responses alone, ends within 0.15 of `random_span`. `rlp`, which pays thoughts before any token of a "
+        "text and never asks for an answer, gains at least 0.2; `quiet_star`, whose thoughts stand between tokens that "
+        "the base has never seen, gains less than 0.1.",
         ("ladder: star", "ladder: random_span", "ladder: rlp", "ladder: quiet_star"),
         lambda star, random, rlp, quiet: (
             abs(fmean(differences(star, random, "hop4"))) <= 0.15 and fmean(gains(rlp, "hop4")) >= 0.2

@@ -21,7 +21,6 @@ from statistics import fmean
 
 from config import Config
 from data import Corpus, Passage
-from text.files import DataError
 from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
 from prompts import BOXED_OPENING, last_answer
@@ -29,6 +28,7 @@ from ranks import gather
 from relatives.rlvr import verify_predictions
 from rewards import exact_match
 from rollout import Sampler, derive_seed, predict_prefix, predict_prompt, question_prompt, rollout, sequence_logprobs
+from text.files import DataError
 
 NO_THOUGHT_TOKENS = 64
 """An answer without a thought need not be longer."""

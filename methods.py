@@ -18,8 +18,8 @@ from config import Config, ConfigError
 from data import Corpus, Passage
 from grpo import Group, Sample, add_ref_logprobs, make_samples
 from masking import Mask, make_mask, random_span
-from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from model import add_extra
+from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from ranks import Ranks
 from relatives import next_token, quiet_star, rlp, rlvr
 from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward

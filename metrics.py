@@ -28,10 +28,10 @@ from statistics import fmean
 import torch
 
 from config import Config, dump_config
+from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
 from methods import METHODS, Task
-from engine.batching import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from ranks import enter
 from rewards import caseless_match

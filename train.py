@@ -20,13 +20,12 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from benchmarks.exams import exams_of, run_exams
 from checkpoint import (
     check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
 from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
-from text.files import DataError
-from benchmarks.exams import exams_of, run_exams
 from eval import make_probe, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import METHODS, Method, Run, Task, add_parameters, method_at, needs_reference, reward
@@ -38,6 +37,7 @@ from model import build_policy, build_reference, check_device, ema_update, load_
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
 from rollout import chat_frame, check_prompts, make_sampler
+from text.files import DataError
 
 
 @dataclass

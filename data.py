@@ -261,13 +261,6 @@ def data_fingerprint(config: Config, files: list[Path] | None = None) -> str:
     return whole.hexdigest()
 
 
-def corpus_key(run_dir: Path) -> str:
-    """data_fingerprint of the text that the index of a run was made from; "" if the run has no index."""
-    with suppress(OSError):
-        return str(_read_index(Path(run_dir) / "cache/index.json").get("data_fingerprint", ""))
-    return ""
-
-
 def _index_key(config: Config, tokenizer, fingerprint: str) -> str:
     names = "text_field seed max_passages min_passage_tokens max_passage_tokens".split()
     whole = getattr(tokenizer, "backend_tokenizer", None)

@@ -233,7 +233,7 @@ def save_prompts(path: Path, sampler, corpus) -> None:
     write_whole(path, "\n\n=====\n\n".join(sampler.tokenizer.decode(ids) for ids in prompts) + "\n")
 
 
-def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[dict]:
+def sample_rows(proposals: list[list], step: int) -> Iterator[dict]:
     """One JSON object per Task: its generator response if it has one, its mask and all predictions."""
     for tasks in proposals:
         for task in tasks:

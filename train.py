@@ -101,7 +101,7 @@ def loop(run: Run, say) -> None:
         row = done.row | saved  # seconds of a save stand in the next row: this row must be on disk before the save
         saver.done, saver.row = number + 1, row  # a stop from here on saves the new weights
         if rank == 0:
-            rows = sample_rows(done.proposals[: config.samples_per_step], config, number + 1)
+            rows = sample_rows(done.proposals[: config.samples_per_step], number + 1)
             append_row(Path(config.run_dir) / "samples.jsonl", *rows)
         log_step(run, row, start, say)
         saver.row = None
@@ -134,7 +134,7 @@ def measure(run: Run, row: dict) -> None:
         with clock(row, "probe"):
             row |= run_probe(probe, run.sampler, config, number)
         if run.ranks.rank == 0 and config.steps:
-            append_row(Path(config.run_dir) / "probes.jsonl", *sample_rows([probe.shown], config, number))
+            append_row(Path(config.run_dir) / "probes.jsonl", *sample_rows([probe.shown], number))
     if probe.exams and (number in (0, config.steps) or number % config.eval_every == 0):
         with clock(row, "eval"):
             row |= run_exams(probe.exams, run.sampler)

@@ -578,8 +578,6 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
         write_jsonl(source, other)
         assert rebuilt() and not rebuilt() and data.data_fingerprint(make_config(source)) != fingerprint
     folder.rename(tmp_path / "cache")
-    assert data.corpus_key(tmp_path) == data.data_fingerprint(make_config(source))
-    assert data.corpus_key(tmp_path / "gone") == ""
     (tmp_path / "cache").rename(folder)
     tokenizer_size = len(tokenizer)
     tokenizer.add_tokens(["another"])

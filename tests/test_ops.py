@@ -19,21 +19,15 @@ from rollout import Rollout
 
 CPU = torch.device("cpu")
 
-
 # --------------------------------------------------------------------------------------------------- the plain versions
-
-
 def plain_attention(q, k, v, scale):
     """One sequence: q (Tq, heads, dim), k and v (Tk, kv heads, dim); the last query sees all keys."""
     queries, keys, repeats = len(q), len(k), q.shape[1] // k.shape[1]
+    hidden = torch.arange(keys) > torch.arange(queries)[:, None] + keys - queries
     out = torch.empty_like(q)
     for head in range(q.shape[1]):
         scores = scale * q[:, head] @ k[:, head // repeats].T
-        for row in range(queries):
-            scores = scores.masked_fill(
-                (torch.arange(queries)[:, None] == row) & (torch.arange(keys) > keys - queries + row), -torch.inf
-            )
-        out[:, head] = scores.softmax(-1) @ v[:, head // repeats]
+        out[:, head] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, head // repeats]
     return out
 
 
@@ -44,8 +38,6 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
-
-
 def test_a_micro_batch_goes_to_the_device_in_one_copy():
     """Counted on a device without data."""
     rows = [Rollout([1, 2, 3], [4, 5, 6][:count], [-0.5] * count, "", "eos") for count in (1, 3)]
@@ -77,9 +69,7 @@ def test_pack_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
-
-
-def random_qkv(queries: list[int], keys: list[int], heads=4, kv_heads=2, dim=8):
+def random_qkv(queries: list[int], keys: list[int], kv_heads=2, heads=4, dim=8):
     """One packed row of sequences with these many queries and keys, in the layout of transformers."""
     torch.manual_seed(0)
     q = torch.randn(1, heads, sum(queries), dim, requires_grad=True)
@@ -88,10 +78,19 @@ def random_qkv(queries: list[int], keys: list[int], heads=4, kv_heads=2, dim=8):
     return q, k, v, borders
 
 
-def compare(queries: list[int], keys: list[int], **heads):
-    """Ours on the packed row against the plain version per sequence: values and gradients."""
-    q, k, v, (cu_q, cu_k) = random_qkv(queries, keys, **heads)
-    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+def ours(q, k, v, cu_q, cu_k, **extra):
+    return varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, **extra)[0]
+
+
+@pytest.mark.parametrize("queries, keys, kv_heads", [
+    *(([5, 1, 9, 3], [5, 1, 9, 3], kv_heads) for kv_heads in (4, 2, 1)),  # training: inside each sequence only
+    ([1, 1, 1, 1], [7, 1, 12, 4], 2),  # decoding: from one query to the whole past
+    ([3, 1, 4], [8, 6, 4], 2),  # a prefill in pieces: three new tokens after five old ones, one after five, all new
+])  # fmt: skip
+def test_packed_attention_equals_the_plain_version_of_each_sequence(queries, keys, kv_heads):
+    """Values and gradients."""
+    q, k, v, borders = random_qkv(queries, keys, kv_heads)
+    out = ours(q, k, v, *borders)
     rows = [x[0].transpose(0, 1).split(lengths) for x, lengths in ((q, queries), (k, keys), (v, keys))]
     expected = torch.cat([plain_attention(*one, 0.3) for one in zip(*rows, strict=True)])[None]
     torch.testing.assert_close(out, expected)
@@ -100,26 +99,10 @@ def compare(queries: list[int], keys: list[int], **heads):
     torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
-def test_packed_training_attends_inside_each_sequence_only(heads, kv_heads):
-    compare([5, 1, 9, 3], [5, 1, 9, 3], heads=heads, kv_heads=kv_heads)
-
-
-def test_decoding_attends_from_one_query_to_the_whole_past():
-    compare([1, 1, 1, 1], [7, 1, 12, 4])
-
-
-def test_a_prefill_in_pieces_sees_its_past_and_only_the_queries_before_it():
-    compare([3, 1, 4], [8, 6, 4])  # three new tokens after five old ones; one after five; a fresh prompt
-
-
 def test_a_request_without_queries_is_passed_over():
-    q, k, v, _ = random_qkv([2, 3], [2, 3])
-    borders = torch.tensor([0, 2, 2, 5]).int()
-    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
-    borders = torch.tensor([0, 2, 5]).int()
-    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
-    assert torch.equal(out, expected)
+    q, k, v, borders = random_qkv([2, 3], [2, 3])
+    with_empty = torch.tensor([0, 2, 2, 5]).int()
+    assert torch.equal(ours(q, k, v, with_empty, with_empty), ours(q, k, v, *borders))
 
 
 def test_with_a_paged_cache_the_past_comes_from_it():
@@ -136,27 +119,22 @@ def test_with_a_paged_cache_the_past_comes_from_it():
             return k, v
 
     new = {"key": torch.zeros(1, 2, 2, 8), "value": torch.zeros(1, 2, 2, 8)}
-    module = type("Layer", (), {"layer_idx": 3})
     borders = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": "of all layers", "max_length_q": 1, "max_length_k": 0}
-    out, _ = varlen_attention(module, q, **new, scaling=0.3, cache=Cache(), **borders)
-    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
-    assert torch.equal(out, expected)
+    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), q, **new, scaling=0.3, cache=Cache(), **borders)
+    assert torch.equal(out, ours(q, k, v, cu_q, cu_k))
 
 
 # ------------------------------------------------------------------------------------------- decoding by a block table
-
-
 @pytest.fixture
 def pages():
     """A cache of 9 pages of 4 tokens; a step of requests of 6, 4 and 0 (padding) tokens, the new one counted."""
     torch.manual_seed(0)
-    cache = [torch.randn(9, 4, 2, 8) for _ in range(2)]
     table = torch.tensor([[5, 2, -1], [7, -1, -1], [-1, -1, -1]], dtype=torch.int32)
-    q, k, v = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2], [0, 6, 10, 10]))
-    known = {"k_pages": cache[0], "v_pages": cache[1], "table": table, "cu_k": cu_k, "cu_q": cu_q}
-    known["places"] = ops.new_token_places(table, cu_k, page=4, spare=1)
-    return {"q": q, "k": k, "v": v} | known
+    shapes = {"k_pages": (9, 4, 2, 8), "v_pages": (9, 4, 2, 8), "q": (3, 4, 8), "k": (3, 2, 8), "v": (3, 2, 8)}
+    places = ops.new_token_places(table, cu_k, page=4, spare=1)
+    step = {"table": table, "cu_k": cu_k, "cu_q": cu_q, "places": places}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | step
 
 
 def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
@@ -182,9 +160,8 @@ def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monke
     monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
-    out = ops._read_pages_torch(
-        *(meta[name] for name in ("q", "k_pages", "v_pages", "table")), lengths, meta["cu_q"], meta["cu_k"], 0.3
-    )
+    tensors = [meta[name] for name in ("q", "k_pages", "v_pages", "table")]
+    out = ops._read_pages_torch(*tensors, lengths, meta["cu_q"], meta["cu_k"], 0.3)
     assert out.shape == pages["q"].shape
     (*_, cu_q, cu_k, longest_q, longest_k), options = calls[0]
     assert (longest_q, longest_k) == (1, 3 * 4)  # of every step, else a CUDA graph would hold for one step only
@@ -211,26 +188,19 @@ def no_table(q, k_pages, v_pages, table, *rest):
     return ops._read_pages_plain(q, k_pages, v_pages, plain, *rest)
 
 
-def a_little_off(*problem):
-    return ops._read_pages_plain(*problem) + 0.1
-
-
 def refusing(*_):
     raise RuntimeError("block_table needs something else\nand a trace")
 
 
-@pytest.mark.parametrize(
-    "kernel, trouble",
-    [
-        (ops._read_pages_plain, "^$"),
-        (ops._read_pages_triton, "No module|driver"),  # no GPU here
-        (first_row_only, "its kernel is off by nan"),
-        (no_lengths, r"its kernel is off by \d"),
-        (no_table, r"its kernel is off by \d"),
-        (a_little_off, "its kernel is off by 0.1"),
-        (refusing, "block_table needs something else$"),
-    ],
-)
+@pytest.mark.parametrize("kernel, trouble", [
+    (ops._read_pages_plain, "^$"),
+    (ops._read_pages_triton, "No module|driver"),  # no GPU here
+    (first_row_only, "its kernel is off by nan"),
+    (no_lengths, r"its kernel is off by \d"),
+    (no_table, r"its kernel is off by \d"),
+    (lambda *problem: ops._read_pages_plain(*problem) + 0.1, "its kernel is off by 0.1"),
+    (refusing, "block_table needs something else$"),
+])  # fmt: skip
 def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
     assert re.search(trouble, ops._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
 
@@ -328,14 +298,11 @@ def test_with_a_block_table_the_attention_is_the_steps_own(pages):
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen
-
-
 @pytest.mark.parametrize("extra", [{}, {"sliding_window": 8}, {"softcap": 30.0}])
 def test_what_it_would_compute_wrongly_is_refused(extra):
-    q, k, v, (borders, _) = random_qkv([3], [3])
-    known = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders} if extra else {}
+    q, k, v, borders = random_qkv([3], [3])
     with pytest.raises(NotImplementedError):
-        varlen_attention(None, q, k, v, scaling=0.3, **known, **extra)
+        ours(q, k, v, *(borders if extra else (None, None)), **extra)
 
 
 def test_attention_is_chosen_by_what_the_machine_has():
@@ -370,8 +337,6 @@ def test_a_flash_attn_for_another_torch_is_refused_at_the_start(monkeypatch, tmp
 
 
 # ------------------------------------------------------------------------------------------------- log-probs, entropies
-
-
 @pytest.fixture
 def head():
     """hidden (7, 16), weight (40, 16), targets (7,)."""

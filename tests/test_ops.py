@@ -105,22 +105,24 @@ def test_a_request_without_queries_is_passed_over():
     assert torch.equal(ours(q, k, v, with_empty, with_empty), ours(q, k, v, *borders))
 
 
+def paged(update, **attributes) -> PagedAttentionCache:
+    """A cache with these attributes and this `update`."""
+    known = {"__init__": lambda self: None, "update": update, **attributes}
+    return type("Cache", (PagedAttentionCache,), known)()
+
+
 def test_with_a_paged_cache_the_past_comes_from_it():
     """The cache hands back keys of the whole past with their own borders, which the attention then uses."""
     q, k, v, (cu_q, cu_k) = random_qkv([1, 1], [4, 6])
 
-    class Cache(PagedAttentionCache):
-        def __init__(self):
-            pass
-
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            assert (layer_idx, key_states.shape[2]) == (3, 2) and kwargs["cu_seq_lens_k"] == "of all layers"
-            kwargs |= {"cu_seq_lens_k": cu_k, "max_length_k": 6}
-            return k, v
+    def update(self, key_states, value_states, layer_idx, kwargs):
+        assert (layer_idx, key_states.shape[2]) == (3, 2) and kwargs["cu_seq_lens_k"] == "of all layers"
+        kwargs |= {"cu_seq_lens_k": cu_k, "max_length_k": 6}
+        return k, v
 
     new = {"key": torch.zeros(1, 2, 2, 8), "value": torch.zeros(1, 2, 2, 8)}
     borders = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": "of all layers", "max_length_q": 1, "max_length_k": 0}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), q, **new, scaling=0.3, cache=Cache(), **borders)
+    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), q, **new, scaling=0.3, cache=paged(update), **borders)
     assert torch.equal(out, ours(q, k, v, cu_q, cu_k))
 
 
@@ -281,19 +283,16 @@ def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
 def test_with_a_block_table_the_attention_is_the_steps_own(pages):
     """What transformers hands over, laid out for decode_by_table; scaled as the model wants it."""
 
-    class Cache(PagedAttentionCache):
-        def __init__(self):
-            self.layer_to_allocator = {0: SimpleNamespace(write_trash_index=4, tokens_per_page=4)}
+    def update(self, key_states, value_states, layer_idx, kwargs):
+        kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
+        kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
+        return key_states, value_states
 
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
-            kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
-            return key_states, value_states
-
+    cache = paged(update, layer_to_allocator={0: SimpleNamespace(write_trash_index=4, tokens_per_page=4)})
     copies = pages | {name: value.clone() for name, value in pages.items() if name != "places"}
     query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
     borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=Cache(), **borders)
+    out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=cache, **borders)
     assert torch.equal(out[0], ops.decode_by_table(**copies, scale=0.3))
 
 

@@ -93,11 +93,11 @@ def records(count: int, first: int = 0) -> list[dict]:
             for i in range(first, first + count)]  # fmt: skip
 
 
-def build(config: Config, tokenizer, folder: Path, neighbours=()) -> tuple[list[dict], dict, list[str]]:
+def build(config: Config, tokenizer, folder: Path, neighbours=(), logged=None) -> tuple[list[dict], dict, list[str]]:
     """Rows of the index, its counts, and what was logged."""
-    logged: list[str] = []
+    logged = [] if logged is None else logged
     build_index(config, tokenizer, folder, logged.append, neighbours)
-    rows = [json.loads(line) for line in (folder / "passages.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "passages.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     return rows, json.loads((folder / "index.json").read_text())["counts"], logged
 
 

@@ -61,6 +61,7 @@ def tokenizer():
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
+
 def make_config(source, **changes) -> Config:
     values = {"min_passage_tokens": 5, "max_passage_tokens": 40, "heldout": 0.3, "passages_per_step": 4, **changes}
     return Config(data=str(source), **values)
@@ -112,10 +113,10 @@ def index(tmp_path, tokenizer):
 
 
 # ---- articles to paragraphs
-def test_prose_stays_and_headings_lists_tables_and_references_go():
-    kept, dropped = paragraphs(LIGHTHOUSE)
-    assert kept == LIGHTHOUSE_PROSE
-    assert dropped == 1 + 3 + 4 + 4  # Construction; Workers and 2; table; See also, its item, References, its entry
+def test_prose_stays_and_headings_lists_tables_and_references_go_and_a_lone_line_is_taken_as_it_is():
+    # Construction; Workers and 2; table; See also, its item, References, its entry
+    assert paragraphs(LIGHTHOUSE) == (LIGHTHOUSE_PROSE, 1 + 3 + 4 + 4)
+    assert paragraphs("  no capital,  two spaces, no stop ") == (["no capital,  two spaces, no stop"], 0)
 
 
 @pytest.mark.parametrize("heading", ["References", "== External links ==", "See also:", "FURTHER READING", "Notes "])
@@ -134,10 +135,6 @@ def test_hard_wrapped_text_is_joined_again():
     assert paragraphs(f"{sentence(1, 12)}\n\n{a_list}") == ([sentence(1, 12)], 2)
 
 
-def test_a_text_of_one_line_is_taken_as_it_is():
-    assert paragraphs("  no capital,  two spaces, no stop ") == (["no capital,  two spaces, no stop"], 0)
-
-
 @pytest.mark.parametrize("line", [
     "* A bullet stays a bullet, even if it reads like a whole sentence.",
     "12. So does a number in front of what reads like a whole sentence.",
@@ -150,28 +147,22 @@ def test_what_is_no_prose(line):
     assert paragraphs(f"{line}\n{after}") == ([after], 1) or line[0] == "L"
 
 
-@pytest.mark.parametrize("end", [".", "!", '."', ".)", "。", "؟", "…»"])
-def test_sentences_end_in_many_scripts(end):
-    line = "Ein Satz, lang genug, um ein Absatz zu sein, endet so" + end
-    assert paragraphs(f"{line}\n\nx") == ([line], 1)
-
-
-def test_scripts_without_spaces_and_without_full_stops():
-    chinese = ["青石镇位于一条大河的北岸，距离白沙镇", "大约三十公里，四周都是低矮的山丘。"]
+def test_sentences_end_in_many_scripts():
+    for end in (".", "!", '."', ".)", "。", "؟", "…»"):
+        line = "Ein Satz, lang genug, um ein Absatz zu sein, endet so" + end
+        assert paragraphs(f"{line}\n\nx") == ([line], 1)
+    chinese = ["青石镇位于一条大河的北岸，距离白沙镇", "大约三十公里，四周都是低矮的山丘。"]  # no spaces
     thai = "เมืองนี้ตั้งอยู่ริมแม่น้ำสายใหญ่ทางเหนือของประเทศ มีตลาด"  # no mark ends a Thai sentence
     hindi = "यह नगर नदी के तट पर स्थित है और यहाँ के लोग खेती करते हैं।"
     text = "\n".join(chinese) + f"\n\n太短。\n\n{thai}\n\n{hindi}"
     assert paragraphs(text) == (["".join(chinese), thai, hindi], 1)
 
 
-SENTENCES = [
+@pytest.mark.parametrize("sentences", [
     ["Mr. Fox ran to St. Ives. ", "J. R. Fox saw 3.5 km of it. ", "Why? ", "“Because.” ", "So he said, etc. and left."],
     ["石门镇位于北岸。", "这个镇很大！", "他说：「好。」", "好？"],
     ["यह नगर है। ", "नगर की स्थापना हुई।"], ["เมืองนี้ ", "มีตลาด ", "ใหญ่"], ["one sentence without an end"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("sentences", SENTENCES)
+])  # fmt: skip
 def test_a_paragraph_is_cut_at_sentence_ends(sentences, tokenizer):
     text = "".join(sentences)
     ends = [match.end() for match in data.SENTENCE_BREAK.finditer(text)]
@@ -401,14 +392,6 @@ def as_hub(monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # each stream ends with a pause of 5 s
 
 
-def test_a_capped_hub_dataset_is_a_sample_of_row_groups_not_of_the_heads_of_files(tmp_path, index, as_hub):
-    """datasets reads ten shards at a time from their beginning; one file of 40 row groups must not count as one."""
-    write_parquet(tmp_path / "hub/train.parquet", records(8000), row_group_size=20)
-    rows, _, _ = index(tmp_path / "hub", data_config="", max_passages=40)
-    groups = {int(row["id"][1:].split("#")[0]) // 20 for row in rows}
-    assert len(groups) > 5 and max(groups) > 100
-
-
 def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, index, monkeypatch):
     """A run, its dry run and its controls read the hub once, and the same text even if the hub has changed since."""
     source = write_parquet(tmp_path / "a.parquet", records(30))
@@ -447,7 +430,7 @@ def test_an_index_that_is_built_anew_while_it_is_copied_is_not_taken(tmp_path, i
     assert index(source, "two/cache", seed=3)[0] == own
 
 
-def test_a_hub_dataset_is_streamed_in_seeded_order(tmp_path, index, as_hub):
+def test_a_hub_dataset_is_streamed_in_seeded_order_and_a_capped_one_is_a_sample_of_row_groups(tmp_path, index, as_hub):
     source, orders = hub_folder(tmp_path / "hub"), []
     for seed in (0, 0, 1):
         rows, _, _ = index(source, f"index{len(orders)}", data_config="20231101.en", seed=seed)
@@ -455,6 +438,11 @@ def test_a_hub_dataset_is_streamed_in_seeded_order(tmp_path, index, as_hub):
     assert sorted(orders[0]) == sorted(f"a{i}#0" for i in range(60))
     assert orders[0] == orders[1] != orders[2]
     assert [row["id"] for row in index(source, "capped", max_passages=7)[0]] == orders[0][:7]
+    # datasets reads ten shards at a time from their beginning; one file of 40 row groups must not count as one
+    write_parquet(tmp_path / "one/train.parquet", records(8000), row_group_size=20)
+    rows, _, _ = index(tmp_path / "one", "sample", data_config="", max_passages=40)
+    groups = {int(row["id"][1:].split("#")[0]) // 20 for row in rows}
+    assert len(groups) > 5 and max(groups) > 100
     with pytest.raises(DataError, match="20231101.xx.*Available"):
         index(source, data_config="20231101.xx")
     with pytest.raises(DataError, match="text_field='body'; columns are .*text"):
@@ -613,7 +601,12 @@ def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, index):
     assert seen == {p.id for p in corpus.train}
 
 
-def test_an_empty_side_of_the_split_is_an_error_with_advice(tmp_path, index):
+def test_of_a_single_article_the_last_passages_are_held_out_and_an_empty_side_is_an_error_with_advice(tmp_path, index):
+    (tmp_path / "a.txt").write_text(long_text(20, words=12))
+    index(tmp_path / "a.txt", max_passage_tokens=12)
+    corpus = load_corpus(tmp_path / "index", make_config(tmp_path / "a.txt", heldout=0.1))
+    assert [p.text for p in corpus.train + corpus.heldout] == [sentence(i, 12) for i in range(20)]
+    assert len(corpus.heldout) == 2
     for side, message in ((False, "nothing is held out.*raise heldout"), (True, "nothing is left.*lower heldout")):
         urls = [f"u{i}" for i in range(99) if data.is_heldout(f"u{i}", 0.3) is side][:2]
         source = write_jsonl(tmp_path / f"{side}.jsonl", [{"url": url, "text": sentence(1)} for url in urls])
@@ -622,41 +615,30 @@ def test_an_empty_side_of_the_split_is_an_error_with_advice(tmp_path, index):
             load_corpus(tmp_path / "index", make_config(source))
 
 
-def test_of_a_single_article_the_last_passages_are_held_out(tmp_path, index):
-    (tmp_path / "a.txt").write_text(long_text(20, words=12))
-    index(tmp_path / "a.txt", max_passage_tokens=12)
-    corpus = load_corpus(tmp_path / "index", make_config(tmp_path / "a.txt", heldout=0.1))
-    assert [p.text for p in corpus.train + corpus.heldout] == [sentence(i, 12) for i in range(20)]
-    assert len(corpus.heldout) == 2
-
-
 # ---- the cursor
-def corpus_of(size: int) -> Corpus:
-    return Corpus([Passage(f"p{i}", "", "", f"text {i}") for i in range(size)], [], {})
-
-
-def ids_of(corpus: Corpus, step: int, **changes) -> list[str]:
+def ids_of(step: int, articles: int = 10, **changes) -> list[str]:
+    """The passages of a step of a corpus of this size."""
+    corpus = Corpus([Passage(f"p{i}", "", "", f"text {i}") for i in range(articles)], [], {})
     return [passage.id for passage in step_passages(corpus, make_config("x", **changes), step)]
 
 
 def test_an_epoch_repeats_nothing_and_batches_may_straddle_its_border():
-    corpus = corpus_of(10)
-    stream = [one for step in range(15) for one in ids_of(corpus, step)]  # 60 passages: six epochs
+    stream = [one for step in range(15) for one in ids_of(step)]  # 60 passages: six epochs
     epochs = [stream[i : i + 10] for i in range(0, 60, 10)]
     assert all(len(set(epoch)) == 10 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6  # each in an order of its own
-    assert ids_of(corpus, 2) == epochs[0][8:] + epochs[1][:2]  # places 8 to 11
+    assert ids_of(2) == epochs[0][8:] + epochs[1][:2]  # places 8 to 11
 
 
 def test_a_step_is_a_function_of_seed_and_step():
-    corpus, eight = corpus_of(50), {"passages_per_step": 8}
-    forward = [ids_of(corpus, step, **eight) for step in range(20)]
-    backward = [ids_of(corpus, step, **eight) for step in reversed(range(20))]
+    eight = {"articles": 50, "passages_per_step": 8}
+    forward = [ids_of(step, **eight) for step in range(20)]
+    backward = [ids_of(step, **eight) for step in reversed(range(20))]
     assert forward == backward[::-1]  # no state is carried from call to call, so a resumed run goes on exactly
     for size in (1, 4, 16, 80):  # the size of a step changes nothing, not even where it spans several epochs
-        parts = [one for step in range(160 // size) for one in ids_of(corpus, step, passages_per_step=size)]
+        parts = [one for step in range(160 // size) for one in ids_of(step, 50, passages_per_step=size)]
         assert parts == [one for batch in forward for one in batch]
-    assert ids_of(corpus, 0, seed=1, **eight) != forward[0]
+    assert ids_of(0, seed=1, **eight) != forward[0]
 
 
 # ---- questions
@@ -715,19 +697,15 @@ def test_a_record_that_is_no_question_is_counted_with_file_and_line(record, caus
     assert any(f"{tmp_path / 'mixed.jsonl'}:2: skipped" in line for line in log)
 
 
-def test_a_folder_is_read_in_the_order_of_its_names_whatever_the_seed(tmp_path):
+def test_questions_are_read_in_the_order_of_file_names_up_to_max_passages_and_none_is_an_error(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "sub/c.json"):
-        write_jsonl(tmp_path / name, [GSM8K])
-    write_parquet(tmp_path / "d.parquet", [GSM8K])
-    expected = ["a.jsonl.gz:1", "b.jsonl:1", "d.parquet:1", "sub/c.json:1"]
+        write_jsonl(tmp_path / "src" / name, [GSM8K])
+    write_parquet(tmp_path / "src/d.parquet", [GSM8K])
     for seed in (0, 1, 2):
-        questions, _, log = asked(tmp_path, seed=seed)
-        assert [question.id for question in questions] == expected
+        questions, _, log = asked(tmp_path / "src", seed=seed)
+        assert [one.id for one in questions] == ["a.jsonl.gz:1", "b.jsonl:1", "d.parquet:1", "sub/c.json:1"]
     assert log[-1].startswith("data: 4 questions") and log[-1].endswith("skipped: nothing")
-
-
-def test_questions_end_at_max_passages_and_a_source_without_any_says_why(tmp_path):
-    questions, _, log = asked(write_jsonl(tmp_path / "a.jsonl", [GSM8K] * 5), max_passages=2)
+    questions, _, log = asked(tmp_path / "src", max_passages=2)
     assert len(questions) == 2 and "max_passages=2 reached" in log[0]
     with pytest.raises(DataError, match=r"no usable question in .*a\.jsonl: skipped 5 no_answer; first.*a\.jsonl:1"):
         asked(write_jsonl(tmp_path / "a.jsonl", [{"question": "p"}] * 5))

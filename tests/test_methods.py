@@ -54,14 +54,10 @@ def with_copy(sampler):
     return made
 
 
-def sized(run, passages: int, masks: int = 2, predictions: int = 2) -> None:
-    """A step of this size."""
-    run.config.passages_per_step = passages
-    run.config.masks_per_passage, run.config.predictions_per_mask = masks, predictions
-
-
-def draw(run, method: str, passages: list[Passage], step: int = 0) -> list[list[Task]]:
-    run.config.method = method
+def draw(run, method: str, passages: list[Passage], step: int = 0, **sizes) -> list[list[Task]]:
+    """The tasks of a step with these passages."""
+    for key, value in {"method": method, "passages_per_step": len(passages), **sizes}.items():
+        setattr(run.config, key, value)
     return METHODS[method].propose(run, passages, step)
 
 
@@ -97,10 +93,9 @@ def test_a_steps_tasks_are_so_many_and_a_function_of_seed_and_step(run, method, 
     def drawn(step: int, seed: int = 0) -> list:
         run.config.seed = seed
         random.seed(step)  # what else draws must not matter
-        groups = draw(run, method, passages, step)
+        groups = draw(run, method, passages, step, masks_per_passage=4, predictions_per_mask=8)
         return [[(task.mask, task.prompt_ids, task.position) for task in group] for group in groups]
 
-    sized(run, 2, 4, 8)
     passages = QUESTIONS[:2] if method == "rlvr" else wiki_passages(2)
     first = drawn(5)
     assert [len(group) for group in first] == counts and drawn(5) == first
@@ -145,8 +140,7 @@ def test_candidates_by_hand():
 
 
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
-    """chi-square over the tokens with a letter or digit, but the first."""
-    sized(run, 1)  # 3 masks a step
+    """3 masks a step; chi-square over the tokens with a letter or digit, but the first."""
     passage = wiki_passages(1)[0]
     spans, starts = next_token.token_spans(run.sampler, passage.text), Counter()
     for step in range(500):
@@ -162,9 +156,8 @@ def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
 
 
 def test_a_text_with_fewer_words_than_masks_repeats_and_one_without_any_gives_none(run):
-    sized(run, 2, 4, 8)
     passages = [Passage("1#0", "", "", "... near mountains ."), Passage("2#0", "", "", "... . –")]
-    repeated, without = draw(run, "random_token", passages)
+    repeated, without = draw(run, "random_token", passages, masks_per_passage=4, predictions_per_mask=8)
     assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5
     assert without == []
 
@@ -192,8 +185,7 @@ def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
 
 
 def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(run):
-    """Over many draws: always there, and everywhere there; random tokens lie there one time in five."""
-    sized(run, 8)  # 3 masks a passage
+    """Over many draws of 3: always there, and everywhere there; random tokens lie there one time in five."""
     passages, plain = wiki_passages(8), load_plain(TINY_BASE).eval()
     with torch.no_grad():  # the model has moved on since; the frozen copy has not
         for parameter in run.sampler.replica.parameters():
@@ -290,8 +282,7 @@ def test_masks_that_a_rule_drew_reward_no_generator():
 
 
 def test_what_is_right_and_what_is_earned_are_decided_once_and_logged_as_the_update_saw_them(monkeypatch):
-    """The control with shuffled rewards too: what was right stays true, and the generator's reward is of what was
-    right before the shuffle."""
+    """With shuffled rewards, too: what was right stays true, and decides the generator's reward before the shuffle."""
     answers = [RIGHT] * 3 + [WRONG] * 5
     plain, shuffled = ([[task("Rhine", answers), task("Danube", [])]] for _ in range(2))
     groups = {False: rewarded(plain), True: rewarded(shuffled, shuffle_rewards=True)}
@@ -320,7 +311,6 @@ def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, mon
     tasks = [task("Rhine", [RIGHT, RIGHT]), task("Rhine", [WRONG, RIGHT]), task("Danube", [])]
     for one in tasks[:2]:
         one.predictions[1].completion_ids, one.predictions[1].sampler_logprobs = [3] * 8, [-5.0] * 8
-    sized(bytes_run, 1, 3, 2)
     groups = reward(bytes_run, METHODS["active"], [tasks], tasks[:2], 0)
     assert [group.rewards for group in groups[:2]] == [pytest.approx([0.975, 0.9]), pytest.approx([-0.025, 0.9])]
     assert groups[2].rewards == [0, 0.5, 0] and tasks[0].correct == [1, 1]
@@ -393,7 +383,6 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
     """Loss and gradient of one batch; the sampling temperature has no say in it."""
     config, passages = run.config, wiki_passages(4)
     config.tokens_per_micro_batch, config.max_grad_norm, config.temperature = budget, 1e9, 0.5
-    sized(run, 4)
     proposals = draw(run, method, passages)
     drawn = [task for group in proposals for task in group]
     assert reward(run, METHODS[method], proposals, drawn, 0) == []
@@ -402,12 +391,9 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
     plain = load_plain(TINY_BASE)
     found, expected = CaptureGradients(run.policy), CaptureGradients(plain)
     metrics = update(run.policy, found, samples, config, run.ranks, 0)
-    logits, targets = [], []
-    for sample in samples:
-        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
-        whole = torch.tensor([prompt + completion])
-        logits.append(plain(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1])
-        targets += completion
+    rows = [(sample.rollout.prompt_ids, sample.rollout.completion_ids) for sample in samples]
+    logits = [plain(input_ids=torch.tensor([p + c]), use_cache=False).logits[0, len(p) - 1 : -1] for p, c in rows]
+    targets = [token for _, completion in rows for token in completion]
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(targets))  # the mean over all tokens
     loss.backward()
     expected.step()
@@ -428,8 +414,7 @@ def question_sides(data, heldout: float) -> tuple[dict[str, int], set[str], set[
 
 
 def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
-    """One that stands twice is on one side only; each loses the instruction of its data set, for the template brings
-    its own."""
+    """One that stands twice is on one side only; each loses its data set's instruction: the template brings another."""
     file = ROOT / "assets/tiny_questions.jsonl"
     counts, train, heldout = question_sides(file, 0.2)
     assert not train & heldout and len(train | heldout) == 100 and 10 <= len(heldout) <= 30
@@ -447,7 +432,6 @@ def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
 
 def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
     run.config.question_prompt = "Q: {passage}\nA:"
-    sized(run, 1)
     (task,) = draw(run, "rlvr", QUESTIONS[:1])[0]
     assert task.prompt_ids == question_prompt(run.sampler, "What is 0 + 1 ?") and task.mask.target == "1"
     assert run.sampler.tokenizer.decode(task.prompt_ids, skip_special_tokens=True) == "Q: What is 0 + 1 ?\nA:"
@@ -460,7 +444,6 @@ def test_questions_are_rewarded_by_math_verify(run):
     golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
     verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
     assert rlvr.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
-    sized(run, 3)
     proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
     for (task,), group in zip(proposals, answers, strict=True):
         task.predictions = [said("no box" if one is None else rf"\boxed{{{one}}}") for one in group]
@@ -477,13 +460,8 @@ def tokenizer(folders):
     return load_tokenizer(tiny_config(folders["smollm3"]))
 
 
-@pytest.fixture
-def frame(tokenizer):
-    return make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
-
-
-def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
-    ids = tokenizer(TEXT).input_ids
+def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer):
+    ids, frame = tokenizer(TEXT).input_ids, make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
     drawn = [rlp.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
     assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
     assert {len(position.prefix_ids) for position in drawn} == set(range(rlp.MIN_PREFIX, len(ids)))
@@ -495,9 +473,9 @@ def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, fr
 
 def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
     """The limit holds for what is sampled from, and for what is scored with an empty thought and the target."""
-    frame, text = make_frame(tokenizer, "{passage}", 40), "".join(chr(97 + number % 26) for number in range(200))
+    frame, ids = make_frame(tokenizer, "{passage}", 40), tokenizer(TEXT * 4).input_ids
     last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position, ids = rlp.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    position = rlp.draw_position(TEXT * 4, tokenizer, frame, last)
     assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
     assert len(thought_prompt(frame, position)) <= 40
     assert len(frame.start_ids + position.prefix_ids + frame.open_ids + frame.close_ids) + 1 == 40
@@ -545,7 +523,6 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
 def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closing, stop):
     """Every token is declared to be the one, then the other. The tag ends a thought by definition, whatever the key."""
     run.config.stop_at_answer = stop
-    sized(run, 2)
     drawn = [task for group in draw(run, method, wiki_passages(2)) for task in group]
     for piece in ("</think>", r"\boxed{a}"):
         run.sampler.pieces |= {token: piece for token in range(len(run.sampler.tokenizer))}
@@ -556,8 +533,7 @@ def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closin
 
 
 def test_every_thought_is_closed_once_before_it_is_scored():
-    """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
-    the sampled tokens and no others."""
+    """Closed by itself, cut at the limit, ended (the text goes on). Trained are the sampled tokens and no others."""
     frame = rlp.Frame([], [], [7], [7], [8], 100)
     for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
                                     ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
@@ -568,8 +544,7 @@ def test_every_thought_is_closed_once_before_it_is_scored():
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
 @pytest.mark.parametrize("base", ["tiny_base", "random"])
 def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
-    """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes; a
-    tokenizer that begins texts with a token of its own does so in both contexts."""
+    """Of a policy that has moved from its average, at temperature 1; <bos>, if any, stands in both contexts."""
     run = request.getfixturevalue("run" if base == "tiny_base" else "bytes_run")
     trained, frame = load_plain(run.config.model).eval(), thought_frame(run.sampler)
     average, generator = load_plain(run.config.model).eval(), torch.Generator().manual_seed(0)
@@ -593,7 +568,6 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
     frame = thought_frame(run.sampler)
-    sized(run, 2)
     proposals, ends = draw(run, "rlp", wiki_passages(2)), ("length", "eos", "answer")
     drawn = [task for (task,) in proposals]
     for task in drawn:
@@ -610,7 +584,6 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
-    sized(run, 2)
     passages, frame = wiki_passages(2), thought_frame(run.sampler)
     gains = rlp.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
@@ -621,14 +594,12 @@ def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
     assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
 
 
-def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
+def test_an_advantage_is_the_distance_to_the_mean_of_the_others_and_every_thought_weighs_the_same():
+    """Not divided by the deviation; whatever the lengths."""
     rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
     for index, advantage in enumerate(rlp.rlp_advantages(rewards)):
         assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
     assert rlp.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
-
-
-def test_every_thought_weighs_the_same_whatever_its_length():
     thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
     groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
     samples = rlp.thought_samples(None, groups, [], [])

@@ -1,8 +1,6 @@
 """Sampling: the sampler's log-probs are the trainer's, timing decides nothing, and failures are not swallowed."""
 
 import copy
-import gzip
-import json
 import random
 import time
 import weakref
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
+from reference import EOS, FAMILIES, ROOT, load_plain, naive_score, save_model, tiny_config, wiki_passages
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import model
@@ -55,8 +53,7 @@ def sampler(build_sampler, folders):
 @pytest.fixture(scope="module")
 def wiki_prompts() -> list[str]:
     """Prompts of the mini-wiki, each with one word hidden: the tiny base has learnt to put a word in a box."""
-    with gzip.open(ROOT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(8), strict=False)]
+    texts = [passage.text for passage in wiki_passages(8)]
     return [f" {text.replace(text.split()[3], '[mask]', 1)}\nPredict:" for text in texts]
 
 
@@ -134,15 +131,11 @@ def test_a_phases_cache_is_gone_when_it_ends(sampler, monkeypatch):
 def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders):
     rng = random.Random(0)
     sequences = [[rng.randrange(256) for _ in range(length)] for length in (30, 2, 17, 40, 1, 5)]
-    model, expected = load_plain(folders["qwen3_tied"]), []
-    with torch.no_grad():
-        for row in sequences:
-            logprobs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-            expected.append([logprobs[t, token].item() for t, token in enumerate(row[1:])])
+    expected = naive_score(load_plain(folders["qwen3_tied"]), [(row[:1], row[1:]) for row in sequences])
     for budget in (1, 45, 1000):
         scores = sequence_logprobs(build_sampler(folders["qwen3_tied"], tokens_per_micro_batch=budget), sequences)
         assert list(map(len, scores)) == [29, 1, 16, 39, 0, 4]
-        for found, plain in zip(scores, expected, strict=True):
+        for found, (plain, _) in zip(scores, expected, strict=True):
             assert found == pytest.approx(plain, abs=1e-4)
 
 
@@ -208,6 +201,8 @@ def test_each_prompt_gets_its_own_responses_in_order_though_some_wait_their_turn
         assert response.text == sampler.tokenizer.decode(response.completion_ids, skip_special_tokens=True)
     assert len({tuple(ids) for group in tokens(groups) for ids in group}) > 18  # responses of a group differ
     assert sample(sampler, prompts=[]) == []
+    with pytest.raises(ValueError, match="empty prompt"):
+        sample(sampler, prompts=[[1], []])
 
 
 def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
@@ -222,31 +217,22 @@ def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
 
 
 # ---- noise
-def test_slow_admission_changes_no_token(sampler):
-    first = tokens(sample(sampler))
-    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
-
-
-def test_torchs_own_generator_is_left_as_it_was(sampler):
+def test_slow_admission_changes_no_token_and_torchs_own_generator_is_left_as_it_was(sampler):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    sample(sampler)
+    first = tokens(sample(sampler))
     assert torch.equal(torch.rand(4), expected)
+    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
 
 
-def test_noise_depends_on_seed_step_and_phase(build_sampler, folders, ranks):
+def test_noise_depends_on_seed_step_and_phase_for_ever(build_sampler, folders):
     def draw(seed=0, noise=(0, "propose")):
-        one = build_sampler(folders["smollm3"], seed=seed)
-        return tokens(rollout(one, PROMPTS, 3, 12, BOXED_OPENING, noise))
+        return tokens(rollout(build_sampler(folders["smollm3"], seed=seed), PROMPTS, 3, 12, BOXED_OPENING, noise))
 
     first = draw()
     assert draw() == first
-    for other in (draw(seed=1), draw(noise=(1, "propose")), draw(noise=(0, "predict"))):
-        assert other != first
-
-
-def test_seeds_are_fixed_for_ever_and_fit_31_bits():
+    assert first not in (draw(seed=1), draw(noise=(1, "propose")), draw(noise=(0, "predict")))
     assert derive_seed(0, "probe") == derive_seed(0, "probe") != derive_seed("0", "probe")
     seeds = {derive_seed(0, step, "propose", rank, 2) for step in range(100) for rank in range(2)}
     assert len(seeds) == 200 and 0 <= min(seeds) and max(seeds) < 2**31
@@ -319,11 +305,6 @@ def test_a_failing_request_raises_names_the_rank_and_leaves_nothing_to_the_next_
     assert tokens(sample(sampler)) == first
 
 
-def test_an_empty_prompt_is_refused(sampler):
-    with pytest.raises(ValueError, match="empty prompt"):
-        sample(sampler, prompts=[[1], []])
-
-
 def test_a_model_without_an_end_is_refused(sampler, ranks):
     """Nowhere, or only as an architecture's default beyond the vocabulary."""
     tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
@@ -372,12 +353,6 @@ def test_a_template_that_writes_the_time_is_rendered_once(sampler):
     assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide", frame=("<09:00>", ""))) == "<09:00>Hide"
 
 
-def test_a_context_that_is_shorter_than_prompt_and_response_is_refused(sampler):
-    sampler.replica.config.max_position_embeddings = 20
-    with pytest.raises(ConfigError, match="max_prompt_tokens=.* 20 positions"):
-        check_prompts(sampler)
-
-
 def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
     sampler = build_sampler(folders["smollm3"], mask_prompt="M {passage} m", predict_prompt="P {passage} p")
     decode = sampler.tokenizer.decode
@@ -386,12 +361,18 @@ def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
     assert decode(predict_prompt(sampler, "a [mask]", thought=False)) == r"P a [mask] p \boxed{"
 
 
-def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused(build_sampler, folders):
-    """One token per byte: 10 of the longer template and 64 of the passage."""
+def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused_and_so_is_a_short_context(sampler):
+    """One token per byte: 10 of the longer template and 64 of the passage; then responses of 8 beside 74."""
     keys = {"mask_prompt": "M {passage} m", "predict_prompt": "P {passage} predict", "max_passage_tokens": 64}
-    check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=74, **keys))
+    sampler.config = replace(sampler.config, max_prompt_tokens=74, **keys)
+    sampler.replica.config.max_position_embeddings = 82
+    check_prompts(sampler)
+    sampler.replica.config.max_position_embeddings = 81
+    with pytest.raises(ConfigError, match="max_prompt_tokens=74.* 81 positions"):
+        check_prompts(sampler)
+    sampler.config.max_prompt_tokens = 73
     with pytest.raises(ConfigError, match="max_prompt_tokens=73: must be at least 74"):
-        check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=73, **keys))
+        check_prompts(sampler)
 
 
 def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):

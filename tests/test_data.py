@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -385,13 +386,6 @@ def hub_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def as_hub(monkeypatch):
-    """load_dataset takes a folder for a hub name; only the look-up of local paths is switched off."""
-    monkeypatch.setattr(data, "local_files", lambda config, log: None)
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # each stream ends with a pause of 5 s
-
-
 def test_an_index_is_taken_over_from_a_neighbour_that_has_the_same(tmp_path, index, monkeypatch):
     """A run, its dry run and its controls read the hub once, and the same text even if the hub has changed since."""
     source = write_parquet(tmp_path / "a.parquet", records(30))
@@ -430,7 +424,10 @@ def test_an_index_that_is_built_anew_while_it_is_copied_is_not_taken(tmp_path, i
     assert index(source, "two/cache", seed=3)[0] == own
 
 
-def test_a_hub_dataset_is_streamed_in_seeded_order_and_a_capped_one_is_a_sample_of_row_groups(tmp_path, index, as_hub):
+def test_a_hub_dataset_is_streamed_in_seeded_order_and_a_capped_one_samples_row_groups(tmp_path, index, monkeypatch):
+    # load_dataset takes a folder for a hub name; only the look-up of local paths is switched off
+    monkeypatch.setattr(data, "local_files", lambda config, log: None)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # each stream ends with a pause of 5 s
     source, orders = hub_folder(tmp_path / "hub"), []
     for seed in (0, 0, 1):
         rows, _, _ = index(source, f"index{len(orders)}", data_config="20231101.en", seed=seed)
@@ -456,12 +453,8 @@ def test_a_download_in_the_hubs_layout_reads_the_chosen_config_alone(tmp_path, i
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path, tokenizer, monkeypatch):
-    import datasets
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nafter five tries")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    offline = Mock(side_effect=ConnectionError("Couldn't reach the Hub\nafter five tries"))
+    monkeypatch.setattr("datasets.load_dataset", offline)
     for read in (lambda config: build_index(config, tokenizer, tmp_path / "index"), load_questions):
         with pytest.raises(DataError, match="'someone/some-text'.*Couldn't reach the Hub after.*local copy") as error:
             read(make_config("someone/some-text"))
@@ -527,13 +520,9 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
 
 
 def test_a_crash_while_building_leaves_the_old_index_or_none(tmp_path, index, monkeypatch):
-    source, folder, replace = write_jsonl(tmp_path / "a.jsonl", records(10)), tmp_path / "index", Path.replace
+    source, folder = write_jsonl(tmp_path / "a.jsonl", records(10)), tmp_path / "index"
     index(source)
-    old = (folder / "passages.jsonl").read_bytes()
-
-    def crash(*args):
-        raise KeyboardInterrupt
-
+    old, replace, crash = (folder / "passages.jsonl").read_bytes(), Path.replace, Mock(side_effect=KeyboardInterrupt)
     for owner, name, broken, left in (
         (data, "_token_counts", crash, True),
         # between the two renames: new passages must not be found under the old key

@@ -5,6 +5,7 @@ import re
 import sys
 from functools import partial
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -153,55 +154,42 @@ def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
 def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
     """No GPU here: the kernel's own registration checks names and types on tensors without data."""
     pytest.importorskip("torch.nn.attention.varlen")
-    calls, (kernel, known) = [], ops._varlen_kernel()
-
-    def spy(*args, **options):
-        calls.append((args, options))
-        return kernel(*args, **options)
-
+    kernel, known = ops._varlen_kernel()
+    spy = Mock(wraps=kernel)
     monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
     tensors = [meta[name] for name in ("q", "k_pages", "v_pages", "table")]
     out = ops._read_pages_torch(*tensors, lengths, meta["cu_q"], meta["cu_k"], 0.3)
     assert out.shape == pages["q"].shape
-    (*_, cu_q, cu_k, longest_q, longest_k), options = calls[0]
+    (*_, cu_q, cu_k, longest_q, longest_k), options = spy.call_args
     assert (longest_q, longest_k) == (1, 3 * 4)  # of every step, else a CUDA graph would hold for one step only
     kinds = {x.dtype for x in (cu_q, cu_k, options["seqused_k"], options["block_table"])}
     assert kinds == {torch.int32} and options["num_splits"] == 1 and options["scale"] == 0.3
     assert options["seqused_k"] is lengths and "window_size" not in options
 
 
-def first_row_only(q, *rest):
-    """What torch's kernel did where it split the keys: one row right, the others never written."""
-    out = torch.full_like(q, torch.nan)
-    out[0] = ops._read_pages_plain(q, *rest)[0]
-    return out
-
-
-def no_lengths(q, k_pages, v_pages, table, lengths, *rest):
-    """A kernel that reads its pages to the end."""
-    return ops._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
-
-
-def no_table(q, k_pages, v_pages, table, *rest):
-    """A kernel that takes pages as they lie."""
-    plain = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
-    return ops._read_pages_plain(q, k_pages, v_pages, plain, *rest)
-
-
-def refusing(*_):
-    raise RuntimeError("block_table needs something else\nand a trace")
+def wrong_kernel(fault: str, q, k_pages, v_pages, table, lengths, *rest):
+    if fault == "refuses":
+        raise RuntimeError("block_table needs something else\nand a trace")
+    if fault == "reads its pages to the end":
+        lengths = lengths.clamp(min=1024)
+    if fault == "takes pages as they lie":
+        table = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+    out = ops._read_pages_plain(q, k_pages, v_pages, table, lengths, *rest)
+    if fault == "leaves rows unwritten":  # as torch's did where it split the keys
+        out[1:] = torch.nan
+    return out + 0.1 if fault == "is a little off" else out
 
 
 @pytest.mark.parametrize("kernel, trouble", [
     (ops._read_pages_plain, "^$"),
     (ops._read_pages_triton, "No module|driver"),  # no GPU here
-    (first_row_only, "its kernel is off by nan"),
-    (no_lengths, r"its kernel is off by \d"),
-    (no_table, r"its kernel is off by \d"),
-    (lambda *problem: ops._read_pages_plain(*problem) + 0.1, "its kernel is off by 0.1"),
-    (refusing, "block_table needs something else$"),
+    (partial(wrong_kernel, "leaves rows unwritten"), "its kernel is off by nan"),
+    (partial(wrong_kernel, "reads its pages to the end"), r"its kernel is off by \d"),
+    (partial(wrong_kernel, "takes pages as they lie"), r"its kernel is off by \d"),
+    (partial(wrong_kernel, "is a little off"), "its kernel is off by 0.1"),
+    (partial(wrong_kernel, "refuses"), "block_table needs something else$"),
 ])  # fmt: skip
 def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
     assert re.search(trouble, ops._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
@@ -213,31 +201,25 @@ def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
         assert ops.table_reader(device, dtype, 4, 2, 16) == (ops._read_pages_plain, "")
 
 
-@pytest.fixture
-def tried(monkeypatch):
-    """(verdict on (reader, rows, splits)) -> (what is taken on a GPU for heads of that number, trials)."""
+def tried(monkeypatch, verdict) -> tuple:
+    """What is taken on a GPU, asked twice, with this verdict on (reader, rows, splits); and what was tried."""
+    trials = []
 
-    def choose(verdict):
-        trials = []
+    def try_reader(read, rows, *shape):
+        trials.append((read, rows, *shape))
+        return verdict(read, rows, read.keywords["splits"][rows] if isinstance(read, partial) else 1)
 
-        def try_reader(read, rows, *shape):
-            splits = read.keywords["splits"][rows] if isinstance(read, partial) else 1
-            trials.append((read, rows, *shape))
-            return verdict(read, rows, splits)
-
-        monkeypatch.setattr(ops, "_try_reader", try_reader)
-        ops.table_reader.cache_clear()
-        for _ in range(2):
-            taken = ops.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
-        ops.table_reader.cache_clear()
-        return taken, trials
-
-    return choose
+    monkeypatch.setattr(ops, "_try_reader", try_reader)
+    ops.table_reader.cache_clear()
+    for _ in range(2):
+        taken = ops.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
+    ops.table_reader.cache_clear()
+    return taken, trials
 
 
-def test_few_requests_get_the_most_splits_that_are_right(tried):
+def test_few_requests_get_the_most_splits_that_are_right(monkeypatch):
     """Four key-value heads: 256 programs, and one that is wrong with eight splits."""
-    (read, trouble), trials = tried(lambda read, rows, splits: "off" if splits == 8 else "")
+    (read, trouble), trials = tried(monkeypatch, lambda read, rows, splits: "off" if splits == 8 else "")
     assert trouble == "" and read.keywords["splits"] == {1: 16, 2: 16, 4: 16, 8: 4, 16: 4, 32: 2}
     assert read.func is ops._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
 
@@ -252,10 +234,10 @@ def test_the_rows_of_a_step_say_how_often_its_keys_are_split(monkeypatch):
     assert given == [16, 1, 8, 8, 1]  # 2 and 8 rows were not found right
 
 
-def test_where_torch_reads_no_block_table_the_triton_kernel_does(tried):
+def test_where_torch_reads_no_block_table_the_triton_kernel_does(monkeypatch):
     ours = ops._read_pages_triton
-    assert tried(lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
-    assert tried(lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
+    assert tried(monkeypatch, lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
+    assert tried(monkeypatch, lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
 
 
 def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
@@ -304,13 +286,10 @@ def test_what_it_would_compute_wrongly_is_refused(extra):
         ours(q, k, v, *(borders if extra else (None, None)), **extra)
 
 
-def test_attention_is_chosen_by_what_the_machine_has():
+def test_attention_is_chosen_by_what_the_machine_has_and_flash_attn_not_for_float32(monkeypatch):
     assert choose_attention("auto", CPU, torch.bfloat16) == choose_attention("varlen", CPU, torch.bfloat16) == VARLEN
     with pytest.raises(RuntimeError, match="flash_attention_2.*CUDA"):
         choose_attention("flash_attention_2", CPU, torch.bfloat16)
-
-
-def test_flash_attn_is_taken_on_a_gpu_that_has_it_but_not_for_float32(monkeypatch):
     monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: False)
     for name in ("flash_attn", "flash_attn_interface"):

@@ -33,14 +33,10 @@ def group(rewards, lengths, finish="eos") -> Group:
 
 # ----------------------------------------------------------------------------------------------------------- advantages
 def test_advantages_by_hand():
-    """1, 0, 0, 0: mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2. A generator's 0.875,
-    0.5, 0, 0.125: mean 0.375, squared differences 0.25 + 1/64 + 9/64 + 1/16, over three."""
+    """1, 0, 0, 0: mean 1/4, standard deviation 1/2 (with n - 1): 3/4 over 1/2, and -1/4 over 1/2."""
     plain = Config(advantage_std=False)
     assert group_advantages([1.0, 0.0, 0.0, 0.0], Config()) == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
     assert group_advantages([1.0, 0.0, 0.0, 0.0], plain) == [0.75, -0.25, -0.25, -0.25]
-    scale = math.sqrt((0.25 + 0.015625 + 0.140625 + 0.0625) / 3)
-    expected = [0.5 / scale, 0.125 / scale, -0.375 / scale, -0.25 / scale]
-    assert group_advantages([0.875, 0.5, 0.0, 0.125], Config()) == pytest.approx(expected, rel=1e-5)
     assert [sample.advantage for sample in make_samples([group([1, 0], [1, 1])], plain)] == [0.5, -0.5]
 
 
@@ -75,8 +71,6 @@ def test_mini_batches_keep_groups_whole_and_weigh_each_part_as_a_batch_of_its_ow
         parts = mini_batches(samples, 2)
         assert [[one.group for one in part] for part in parts] == [[0, 0, 3, 3], [2, 2, 4, 4]]  # both roles in each
         assert [[one.weight for one in part] for part in parts] == [pytest.approx(row) for row in expected]
-        for part in parts:
-            assert sum(one.weight * len(one.rollout.completion_ids) for one in part) == pytest.approx(1)
         assert mini_batches(samples, 1)[0] is samples  # with one part nothing is computed anew
         assert [len(part) for part in mini_batches(samples, 9)] == [2] * 4  # no more parts than groups, none empty
     assert mini_batches([], 1) == mini_batches([], 2) == []
@@ -94,10 +88,8 @@ def loss_and_slopes(logprobs, old, sampler, advantages, weights) -> tuple[float,
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, slope, clipped", [
-    (1.0, 2.0, -2.0, -2.0, False),  # the first update: -A, whose derivative is -A
-    (1.0, -2.0, 2.0, 2.0, False),
-    (1.1, 2.0, -2.2, -2.2, False),  # inside
-    (1.1, -2.0, 2.2, 2.2, False),
+    (1.0, 2.0, -2.0, -2.0, False), (1.0, -2.0, 2.0, 2.0, False),  # the first update: -A, whose derivative is -A
+    (1.1, 2.0, -2.2, -2.2, False), (1.1, -2.0, 2.2, 2.2, False),  # inside
     (1.27, 2.0, -2.54, -2.54, False),  # clip-higher: 1.27 is still inside above, ...
     (1.5, 2.0, -2.56, 0.0, True),  # too probable already: 1.28 A
     (1.5, -2.0, 3.0, 3.0, False),  # too probable and wrong: unclipped, must come down
@@ -253,15 +245,11 @@ def test_loss_and_gradients_equal_a_naive_padded_loop(build_policy_for, ranks, c
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize(("passes", "parts", "loss_mean"), [
-    (1, 1, "token"), (2, 1, "token"), (1, 2, "token"), (2, 2, "sequence"),
-])  # fmt: skip
-def test_all_steps_of_a_batch_clip_against_the_policy_before_them(build_policy_for, ranks, passes, parts, loss_mean):
+@pytest.mark.parametrize("passes, parts, mean", [(1, 1, "token"), (2, 1, "token"), (1, 2, "token"), (2, 2, "sequence")])
+def test_all_steps_of_a_batch_clip_against_the_policy_before_them(build_policy_for, ranks, passes, parts, mean):
     """Plain gradient descent with a step large enough that ratios leave the clip's range."""
-    policy, config, plain = build_policy_for(
-        updates_per_batch=passes, mini_batches=parts, loss_mean=loss_mean, learning_rate=1.0, lr_schedule="constant",
-        tokens_per_micro_batch=60,
-    )  # fmt: skip
+    keys = {"loss_mean": mean, "learning_rate": 1.0, "lr_schedule": "constant", "tokens_per_micro_batch": 60}
+    policy, config, plain = build_policy_for(updates_per_batch=passes, mini_batches=parts, **keys)
     groups, steps, before = make_groups(plain, REWARDS), [], weights(plain)
     metrics = naive_update(plain, torch.optim.SGD(plain.parameters(), lr=1.0), groups, config)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
@@ -277,7 +265,10 @@ def test_all_steps_of_a_batch_clip_against_the_policy_before_them(build_policy_f
 
 
 # ---------------------------------------------------------------------------- what moves the weights, and what does not
-def test_the_optimizer_gets_the_configs_values_and_the_steps_learning_rate(build_policy_for, ranks):
+def test_the_optimizer_gets_the_configs_values_and_the_rate_of_the_step_and_nothing_where_all_groups_are_dropped(
+    build_policy_for, ranks
+):
+    """AdamW would decay the weights and drift along its momentum."""
     keys = {"adam_beta1": 0.8, "adam_beta2": 0.9, "weight_decay": 0.1, "learning_rate": 1e-3, "warmup_steps": 10}
     policy, config, plain = build_policy_for(**keys)
     optimizer = make_optimizer(policy, config)
@@ -285,13 +276,6 @@ def test_the_optimizer_gets_the_configs_values_and_the_steps_learning_rate(build
     settings = optimizer.param_groups[0]
     assert (settings["betas"], settings["weight_decay"]) == ((0.8, 0.9), 0.1)
     assert settings["lr"] == result["lr"] == pytest.approx(5e-4)
-
-
-def test_when_every_group_is_dropped_neither_weights_nor_optimizer_change(build_policy_for, ranks):
-    """AdamW would decay the weights and drift along its momentum."""
-    policy, config, plain = build_policy_for(learning_rate=0.1)
-    optimizer = make_optimizer(policy, config)
-    update(policy, optimizer, make_samples(make_groups(plain, REWARDS), config), config, ranks, 0)
     before, steps = weights(policy), [state["step"].item() for state in optimizer.state.values()]
     samples = make_samples(make_groups(plain, [[1.0, 1.0], [0.0, 0.0, 0.0]]), config)
     result = update(policy, optimizer, samples, config, ranks, 1)

@@ -55,10 +55,8 @@ WORDS = [
 def test_main_rule_replaces_every_occurrence_and_words_rule_those_that_are_whole_words(rule, words, text, masked):
     result = mask(words, text, mask_rule=rule)
     assert (result.invalid, result.masked) == ("", masked)
-    assert result.occurrences == masked.count("[mask]")
-    assert result.start == masked.index("[mask]")
-    assert text[result.start :].startswith(result.target)
-    assert exact_match(words, result.target) == 1.0
+    assert (result.occurrences, result.start) == (masked.count("[mask]"), masked.index("[mask]"))
+    assert text[result.start :].startswith(result.target) and exact_match(words, result.target) == 1.0
 
 
 def test_words_rule_needs_a_whole_word():
@@ -74,8 +72,7 @@ def test_one_mask_rules_replace_one_occurrence_at_random(rule, possible):
     text, config = passage("art smart art"), Config(mask_rule=rule)
     results = [make_mask("art", text, config, random.Random(seed)) for seed in range(300)]
     counts = Counter(result.masked for result in results)
-    assert set(counts) == possible
-    assert min(counts.values()) > 300 / len(possible) * 0.7
+    assert set(counts) == possible and min(counts.values()) > 300 / len(possible) * 0.7
     assert all(result.start == result.masked.index("[mask]") for result in results)
     assert {result.occurrences for result in results} == {len(possible)}  # those that stay are counted, too
 
@@ -139,14 +136,11 @@ def test_function_words_alone_are_no_mask_if_the_config_says_so():
     assert not mask("of the", text, mask_content=True, function_words="le la").invalid
 
 
-def test_mask_at_replaces_that_place_only():
+def test_mask_at_replaces_that_place_only_and_keeps_the_other_rules():
     result = mask_at(LABELLED, 30, 34, Config())
     assert result == Mask("Bonn", "", "Bonn lies in Zoda, said moki. [mask] is Zoda", "Bonn", 2, 30, "copy")
     nine = mask_at(passage("ox " * 9), 3, 5, Config())  # one place is replaced, so their number is no obstacle
     assert (nine.invalid, nine.masked, nine.occurrences) == ("", "ox [mask] " + "ox " * 7, 9)
-
-
-def test_mask_at_keeps_the_other_rules():
     assert mask_at(passage("a . b"), 2, 3, Config()).invalid == "not_answerable"
     assert mask_at(passage("a . b"), 1, 2, Config()).invalid == "empty"
     assert mask_at(passage("a b c"), 0, 5, Config(max_span_words=2)).invalid == "too_many_words"
@@ -193,8 +187,7 @@ def test_random_spans_follow_spanberts_law():
 def test_random_spans_start_anywhere():
     text, rng = passage("aa bb cc dd ee"), random.Random(1)
     starts = Counter(random_span(text, Config(max_span_words=1), rng).start for _ in range(2000))
-    assert sorted(starts) == [0, 3, 6, 9, 12]
-    assert min(starts.values()) > 320
+    assert sorted(starts) == [0, 3, 6, 9, 12] and min(starts.values()) > 320
 
 
 def test_random_spans_are_valid_and_drop_outer_punctuation():

@@ -158,8 +158,7 @@ def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
 def test_a_text_with_fewer_words_than_masks_repeats_and_one_without_any_gives_none(run):
     passages = [Passage("1#0", "", "", "... near mountains ."), Passage("2#0", "", "", "... . –")]
     repeated, without = draw(run, "random_token", passages, masks_per_passage=4, predictions_per_mask=8)
-    assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5
-    assert without == []
+    assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5 and without == []
 
 
 def plain_entropies(model, tokenizer, text: str) -> list[float]:
@@ -176,9 +175,8 @@ def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
     plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
     for run.config.tokens_per_micro_batch in (160, 10_000):
         for passage, found in zip(passages, next_token.token_entropies(run, passages), strict=True):
-            # a difference of two sums near 30, in float32
             expected = plain_entropies(plain, run.sampler.tokenizer, passage.text)
-            assert found == pytest.approx(expected, abs=5e-5)
+            assert found == pytest.approx(expected, abs=5e-5)  # a difference of two sums near 30, in float32
     (found,) = next_token.token_entropies(bytes_run, [BONN])
     expected = plain_entropies(load_plain(bytes_run.config.model).eval(), bytes_run.sampler.tokenizer, BONN.text)
     assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
@@ -262,14 +260,9 @@ def test_rewards_of_one_passage():
     assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
     assert groups[0].rollouts == tasks[0].predictions
     assert [one.accuracy for one in tasks[:4]] == [0.5, 0.25, 1, 0]
-
-
-def test_the_generators_reward_may_be_the_variance_of_its_predictions():
-    """p (1 - p) with 0 to 4 right of four; an invalid mask earns nothing here either."""
-    tasks = [task("Rhine", [RIGHT] * n + [WRONG] * (4 - n)) for n in range(5)] + [task("Danube", [])]
-    *predictions, generator = rewarded([tasks], generator_reward="variance")
-    assert (generator.role, generator.rewards) == ("gen", [0, 3 / 16, 1 / 4, 3 / 16, 0, 0])
-    assert [group.rewards for group in predictions] == [[1.0] * n + [0.0] * (4 - n) for n in range(5)]  # as ever
+    *predictions, generator = rewarded([tasks], generator_reward="variance")  # p (1 - p); predictions as ever
+    assert (generator.role, generator.rewards) == ("gen", [1 / 4, 3 / 16, 0, 0, 0, 0])
+    assert [group.rewards for group in predictions] == [group.rewards for group in groups[:-1]]
 
 
 def test_masks_that_a_rule_drew_reward_no_generator():
@@ -321,9 +314,8 @@ def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, mon
     result = update(bytes_run.policy, bytes_run.optimizer, samples, bytes_run.config, bytes_run.ranks, 0)
     assert result["trained_responses"] == 7 and result["grad_norm"] > 0  # the solved mask's lengths have contrast
     monkeypatch.setattr(methods, "prediction_reward", lambda *_: 1.5)
-    assert [group.rewards for group in reward(bytes_run, METHODS["active"], [tasks], tasks[:2], 0)] == [
-        [1.5, 1.5], [1.5, 1.5], [0, 0.5, 0],
-    ]  # fmt: skip
+    groups = reward(bytes_run, METHODS["active"], [tasks], tasks[:2], 0)
+    assert [group.rewards for group in groups] == [[1.5, 1.5], [1.5, 1.5], [0, 0.5, 0]]
 
 
 def test_the_prefix_reward_by_hand(run):

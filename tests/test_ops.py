@@ -11,7 +11,6 @@ import pytest
 import torch
 from reference import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
 from grpo import Sample, pack_samples
@@ -65,8 +64,7 @@ def test_pack_by_hand():
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]  # each sequence starts at 0
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
-    assert packed["cu_seq_lens_q"].dtype == torch.int32
-    assert packed["max_length_q"] == packed["max_length_k"] == 3
+    assert packed["cu_seq_lens_q"].dtype == torch.int32 and packed["max_length_q"] == packed["max_length_k"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -87,6 +85,7 @@ def ours(q, k, v, cu_q, cu_k, **extra):
     *(([5, 1, 9, 3], [5, 1, 9, 3], kv_heads) for kv_heads in (4, 2, 1)),  # training: inside each sequence only
     ([1, 1, 1, 1], [7, 1, 12, 4], 2),  # decoding: from one query to the whole past
     ([3, 1, 4], [8, 6, 4], 2),  # a prefill in pieces: three new tokens after five old ones, one after five, all new
+    ([2, 0, 3], [2, 0, 3], 2),  # a request without queries
 ])  # fmt: skip
 def test_packed_attention_equals_the_plain_version_of_each_sequence(queries, keys, kv_heads):
     """Values and gradients."""
@@ -98,33 +97,6 @@ def test_packed_attention_equals_the_plain_version_of_each_sequence(queries, key
     noise = torch.randn_like(expected)
     found = torch.autograd.grad((out * noise).sum(), (q, k, v))
     torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (q, k, v)))
-
-
-def test_a_request_without_queries_is_passed_over():
-    q, k, v, borders = random_qkv([2, 3], [2, 3])
-    with_empty = torch.tensor([0, 2, 2, 5]).int()
-    assert torch.equal(ours(q, k, v, with_empty, with_empty), ours(q, k, v, *borders))
-
-
-def paged(update, **attributes) -> PagedAttentionCache:
-    """A cache with these attributes and this `update`."""
-    known = {"__init__": lambda self: None, "update": update, **attributes}
-    return type("Cache", (PagedAttentionCache,), known)()
-
-
-def test_with_a_paged_cache_the_past_comes_from_it():
-    """The cache hands back keys of the whole past with their own borders, which the attention then uses."""
-    q, k, v, (cu_q, cu_k) = random_qkv([1, 1], [4, 6])
-
-    def update(self, key_states, value_states, layer_idx, kwargs):
-        assert (layer_idx, key_states.shape[2]) == (3, 2) and kwargs["cu_seq_lens_k"] == "of all layers"
-        kwargs |= {"cu_seq_lens_k": cu_k, "max_length_k": 6}
-        return k, v
-
-    new = {"key": torch.zeros(1, 2, 2, 8), "value": torch.zeros(1, 2, 2, 8)}
-    borders = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": "of all layers", "max_length_q": 1, "max_length_k": 0}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=3), q, **new, scaling=0.3, cache=paged(update), **borders)
-    assert torch.equal(out, ours(q, k, v, cu_q, cu_k))
 
 
 # ------------------------------------------------------------------------------------------- decoding by a block table
@@ -260,22 +232,6 @@ def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
     done = command([ROOT / "tests/kernel_checks.py"], limit=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f"{heads}x{dim}" for heads in (1, 4, 8) for dim in (64, 128)]
-
-
-def test_with_a_block_table_the_attention_is_the_steps_own(pages):
-    """What transformers hands over, laid out for decode_by_table; scaled as the model wants it."""
-
-    def update(self, key_states, value_states, layer_idx, kwargs):
-        kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
-        kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
-        return key_states, value_states
-
-    cache = paged(update, layer_to_allocator={0: SimpleNamespace(write_trash_index=4, tokens_per_page=4)})
-    copies = pages | {name: value.clone() for name, value in pages.items() if name != "places"}
-    query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
-    borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=cache, **borders)
-    assert torch.equal(out[0], ops.decode_by_table(**copies, scale=0.3))
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen

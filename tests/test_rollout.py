@@ -164,12 +164,10 @@ def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_
 
 
 @pytest.mark.parametrize("attention, dtype, use_cuda_graph, trouble, graph", [
-    ("flash_attention_2", torch.bfloat16, True, "", True),
-    ("flash_varlen", torch.bfloat16, True, "", True),
+    ("flash_attention_2", torch.bfloat16, True, "", True), ("flash_varlen", torch.bfloat16, True, "", True),
     ("flash_varlen", torch.bfloat16, True, "an old torch", False),
     ("flash_varlen", torch.float32, True, "", False),  # SDPA, which asks the GPU for lengths
-    ("flash_attention_2", torch.bfloat16, False, "", False),
-    ("flash_varlen", torch.bfloat16, False, "", False),
+    ("flash_attention_2", torch.bfloat16, False, "", False), ("flash_varlen", torch.bfloat16, False, "", False),
 ])  # fmt: skip
 def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graph
@@ -305,16 +303,6 @@ def test_a_failing_request_raises_names_the_rank_and_leaves_nothing_to_the_next_
     assert tokens(sample(sampler)) == first
 
 
-def test_a_model_without_an_end_is_refused(sampler, ranks):
-    """Nowhere, or only as an architecture's default beyond the vocabulary."""
-    tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
-    for eos in (None, 128001):
-        plain, embeddings = SimpleNamespace(eos_token_id=eos), SimpleNamespace(num_embeddings=300)
-        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda e=embeddings: e)
-        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
-            make_sampler(replica, tokenizer, sampler.config, ranks)
-
-
 # ---- prompts as tokens
 @pytest.mark.parametrize("template, text", [(None, "Hide: é"), (CHAT, "<user>Hide: é<assistant>")])
 def test_a_prompt_is_plain_text_or_one_user_turn_and_the_prefix_opens_the_answer(sampler, template, text):
@@ -375,9 +363,9 @@ def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused_and_s
         check_prompts(sampler)
 
 
-def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
+def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, ranks, build_sampler):
     """The tokenizer's, the checkpoint's and, where there is a chat template, its end of turn."""
-    sampler = build_sampler(save_model("smollm3", tmp_path))
+
     def ends() -> set[int]:
         return make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks).eos_ids
 
@@ -388,6 +376,12 @@ def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
     assert ends() == {256, 9}
     sampler.tokenizer.chat_template = CHAT
     assert ends() == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    tokenizer, embeddings = SimpleNamespace(eos_token_id=None, chat_template=None), SimpleNamespace(num_embeddings=300)
+    for eos in (None, 128001):  # nowhere, or only as an architecture's default beyond the vocabulary
+        plain = SimpleNamespace(eos_token_id=eos)
+        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda: embeddings)
+        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
+            make_sampler(replica, tokenizer, sampler.config, ranks)
 
 
 # ---- what ranks send each other

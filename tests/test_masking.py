@@ -1,6 +1,5 @@
 """From the generator's words to the predictor's task, rule by rule."""
 
-import doctest
 import random
 import unicodedata
 from collections import Counter
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import masking
 from config import Config
 from data import Corpus, Passage
 from text.files import DataError
@@ -23,11 +21,6 @@ def passage(text: str, labels: list[str] | None = None) -> SimpleNamespace:
 
 def mask(words: str | None, text: str, **config) -> Mask:
     return make_mask(words, passage(text), Config(**config), random.Random(0))
-
-
-def test_examples_in_the_docstrings():
-    results = doctest.testmod(masking)
-    assert results.attempted >= 7 and results.failed == 0
 
 
 def test_a_mask_by_hand():
@@ -47,18 +40,6 @@ MAIN = [
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "text", "masked"), MAIN)
-def test_main_rule_replaces_every_occurrence(words, text, masked):
-    result = mask(words, text)
-    assert (result.invalid, result.masked) == ("", masked)
-    assert result.occurrences == masked.count("[mask]")
-    assert result.start == masked.index("[mask]")
-    assert text[result.start :].startswith(result.target)
-    assert exact_match(words, result.target) == 1.0
-
-
 WORDS = [
     ("art", "art, artist, (art) smart", "[mask], artist, ([mask]) smart"),
     ("art", "art_1 1art art1 art-1 art", "art_1 1art art1 [mask]-1 [mask]"), ("é", "é né é", "[mask] né [mask]"),
@@ -69,31 +50,32 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "text", "masked"), WORDS)
-def test_words_rule_replaces_whole_words_only(words, text, masked):
-    result = mask(words, text, mask_rule="words")
+@pytest.mark.parametrize(("rule", "words", "text", "masked"), [
+    *(("main", *row) for row in MAIN), *(("words", *row) for row in WORDS),
+])  # fmt: skip
+def test_main_rule_replaces_every_occurrence_and_words_rule_those_that_are_whole_words(rule, words, text, masked):
+    result = mask(words, text, mask_rule=rule)
     assert (result.invalid, result.masked) == ("", masked)
-    assert result.occurrences == masked.count("[mask]")
+    assert (result.occurrences, result.start) == (masked.count("[mask]"), masked.index("[mask]"))
+    assert text[result.start :].startswith(result.target) and exact_match(words, result.target) == 1.0
 
 
 def test_words_rule_needs_a_whole_word():
-    assert mask("art", "smart artist", mask_rule="words").invalid == "not_in_passage"
-    assert mask("art", "smart artist").invalid == ""
-    assert mask("aa", "aaaa", mask_rule="words").invalid == "not_in_passage"
+    for words, text in (("art", "smart artist"), ("aa", "aaaa")):
+        assert mask(words, text, mask_rule="words").invalid == "not_in_passage"
 
 
-@pytest.mark.parametrize(("rule", "text", "possible"), [
-    ("one_mask", "art smart art", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
-    ("one_mask_words", "art smart art", {"[mask] smart art", "art smart [mask]"}),
+@pytest.mark.parametrize(("rule", "possible"), [
+    ("one_mask", {"[mask] smart art", "art sm[mask] art", "art smart [mask]"}),
+    ("one_mask_words", {"[mask] smart art", "art smart [mask]"}),
 ])  # fmt: skip
-def test_one_mask_rules_replace_one_occurrence_at_random(rule, text, possible):
-    results = [make_mask("art", passage(text), Config(mask_rule=rule), random.Random(seed)) for seed in range(300)]
+def test_one_mask_rules_replace_one_occurrence_at_random(rule, possible):
+    text, config = passage("art smart art"), Config(mask_rule=rule)
+    results = [make_mask("art", text, config, random.Random(seed)) for seed in range(300)]
     counts = Counter(result.masked for result in results)
-    assert set(counts) == possible
-    assert min(counts.values()) > 300 / len(possible) * 0.7
+    assert set(counts) == possible and min(counts.values()) > 300 / len(possible) * 0.7
     assert all(result.start == result.masked.index("[mask]") for result in results)
-    # the other occurrences are counted by the rule, though they stay
-    assert {result.occurrences for result in results} == {len(possible)}
+    assert {result.occurrences for result in results} == {len(possible)}  # those that stay are counted, too
 
 
 @pytest.mark.parametrize("rule", ["main", "one_mask", "words", "one_mask_words"])
@@ -114,8 +96,7 @@ def test_seven_occurrences_are_valid_and_eight_are_not(rule):
 def test_invalid_masks_say_why(words, cause):
     text = 'Paris . — "" (…) café one two three four five six seven eight nine ten eleven ' + "x" * 65
     result = mask(words, text)
-    assert result.invalid == cause
-    assert (result.masked, result.target, result.start) == ("", "", -1)
+    assert (result.invalid, result.masked, result.target, result.start) == (cause, "", "", -1)
 
 
 def test_caps_are_inclusive_and_can_be_switched_off():
@@ -126,10 +107,8 @@ def test_caps_are_inclusive_and_can_be_switched_off():
     assert mask("x" * 65, "x" * 65, max_span_chars=0).invalid == ""
 
 
-LABELLED = passage(
-    "Bonn lies in Zoda, said moki. Bonn is Zoda",
-    ["copy", "template", "template", "fact", "template", "noise", "copy", "template", "fact"],
-)
+LABELLED = passage("Bonn lies in Zoda, said moki. Bonn is Zoda",
+                   "copy template template fact template noise copy template fact".split())  # fmt: skip
 
 
 @pytest.mark.parametrize(("words", "label"), [
@@ -158,19 +137,11 @@ def test_function_words_alone_are_no_mask_if_the_config_says_so():
     assert not mask("of the", text, mask_content=True, function_words="le la").invalid
 
 
-def test_labels_must_fit_the_words():
-    with pytest.raises(ValueError):
-        make_mask("a", passage("a b", ["copy"]), Config(), random.Random(0))
-
-
-def test_mask_at_replaces_that_place_only():
+def test_mask_at_replaces_that_place_only_and_keeps_the_other_rules():
     result = mask_at(LABELLED, 30, 34, Config())
     assert result == Mask("Bonn", "", "Bonn lies in Zoda, said moki. [mask] is Zoda", "Bonn", 2, 30, "copy")
     nine = mask_at(passage("ox " * 9), 3, 5, Config())  # one place is replaced, so their number is no obstacle
     assert (nine.invalid, nine.masked, nine.occurrences) == ("", "ox [mask] " + "ox " * 7, 9)
-
-
-def test_mask_at_keeps_the_other_rules():
     assert mask_at(passage("a . b"), 2, 3, Config()).invalid == "not_answerable"
     assert mask_at(passage("a . b"), 1, 2, Config()).invalid == "empty"
     assert mask_at(passage("a b c"), 0, 5, Config(max_span_words=2)).invalid == "too_many_words"
@@ -193,22 +164,18 @@ def test_labelled_mask_is_one_word_of_that_label():
     assert labelled_mask(LABELLED, "fact", Config(), random.Random(0)).label == "fact"
 
 
-def test_labelled_mask_where_there_is_none():
-    rng = random.Random(0)
-    assert labelled_mask(passage("no labels here"), "fact", Config(), rng) is None
-    assert labelled_mask(passage("a b", ["copy", "noise"]), "fact", Config(), rng) is None
-    assert labelled_mask(passage("a ...", ["copy", "fact"]), "fact", Config(), rng) is None
-    assert labelled_mask(passage("x" * 65, ["fact"]), "fact", Config(), rng) is None
+def test_a_labelled_mask_needs_a_label_for_each_word_and_a_word_that_can_be_masked():
+    rng, config = random.Random(0), Config()
+    for text, labels in (("a b", None), ("a b", "copy noise"), ("a ...", "copy fact"), ("x" * 65, "fact")):
+        assert labelled_mask(passage(text, labels and labels.split()), "fact", config, rng) is None
+    with pytest.raises(ValueError):
+        make_mask("a", passage("a b", ["copy"]), config, rng)
 
-
-def span_lengths(count: int, **config) -> list[int]:
-    text = passage(" ".join(f"w{number:04d}z" for number in range(200)))
-    rng = random.Random(5)
-    return [len(random_span(text, Config(max_span_chars=0, **config), rng).words.split()) for _ in range(count)]
 
 
 def test_random_spans_follow_spanberts_law():
-    lengths = span_lengths(8000)
+    text, rng = passage(" ".join(f"w{number:04d}z" for number in range(200))), random.Random(5)
+    lengths = [len(random_span(text, Config(max_span_chars=0), rng).words.split()) for _ in range(8000)]
     weights = [0.2 * 0.8 ** (k - 1) for k in range(1, 11)]
     law = [weight / sum(weights) for weight in weights]
     mean = sum(k * share for k, share in enumerate(law, 1))
@@ -220,17 +187,14 @@ def test_random_spans_follow_spanberts_law():
 
 def test_random_spans_start_anywhere():
     text, rng = passage("aa bb cc dd ee"), random.Random(1)
-    config = Config(max_span_words=1)
-    starts = Counter(random_span(text, config, rng).start for _ in range(2000))
-    assert sorted(starts) == [0, 3, 6, 9, 12]
-    assert min(starts.values()) > 320
+    starts = Counter(random_span(text, Config(max_span_words=1), rng).start for _ in range(2000))
+    assert sorted(starts) == [0, 3, 6, 9, 12] and min(starts.values()) > 320
 
 
 def test_random_spans_are_valid_and_drop_outer_punctuation():
-    text = passage('He (born in "Ulm", 1879) said: "E = mc²" – and, later, "no!" the the the the the the the the')
-    rng = random.Random(2)
+    text, rng = 'He (born in "Ulm", 1879) said: "E = mc²" – and, later, "no!"' + " the" * 8, random.Random(2)
     for rule in ("main", "words", "one_mask"):
-        spans = [random_span(text, Config(mask_rule=rule), rng) for _ in range(500)]
+        spans = [random_span(passage(text), Config(mask_rule=rule), rng) for _ in range(500)]
         assert all(span.invalid == "" and answerable(span.target) for span in spans)
         assert all(span.words[0] not in '("– ' and span.words[-1] not in ',":!) –' for span in spans)
         assert "the" not in {span.words for span in spans}  # eight times

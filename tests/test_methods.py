@@ -3,6 +3,8 @@
 import doctest
 import math
 import random
+import re
+import string
 from collections import Counter
 from dataclasses import replace
 from statistics import fmean
@@ -13,6 +15,7 @@ import torch
 from reference import (ROOT, TINY_BASE, CaptureGradients, largest_error, load_plain, make_run, naive_score, tiny_config,
                        wiki_passages)  # fmt: skip
 
+import masking
 import methods
 from config import Config, ConfigError
 from data import Passage
@@ -26,7 +29,7 @@ from relatives import next_token, rlp, rlvr
 from relatives.next_token import LOOKAHEAD, next_token_mask
 from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
-from rollout import mask_prompt, Rollout, predict_prompt, question_prompt
+from rollout import leading_ids, mask_prompt, Rollout, predict_prompt, question_prompt
 
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
 BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]
@@ -37,27 +40,25 @@ RIGHT, WRONG = r"It flows. \boxed{Rhine}", r"\boxed{Elbe}"
 @pytest.fixture
 def run(build_sampler):
     """On the tiny base, with a second copy. Its tokenizer merges letters, keeps the space before a word, adds <bos>."""
-    made = make_run(build_sampler(TINY_BASE, max_prompt_tokens=192, predict_prompt=" {passage}\nPredict:"))
-    made.reference = build_reference(made.sampler.replica, made.config, made.ranks)
-    return made
+    return with_copy(build_sampler(TINY_BASE, max_prompt_tokens=192, predict_prompt=" {passage}\nPredict:"))
 
 
 @pytest.fixture
 def bytes_run(build_sampler, folders):
     """On a random model whose tokens are bytes and whose texts begin with themselves."""
-    made = make_run(build_sampler(folders["smollm3"]))
-    made.reference = build_reference(made.sampler.replica, made.config, made.ranks)
+    return with_copy(build_sampler(folders["smollm3"]))
+
+
+def with_copy(sampler):
+    made = make_run(sampler)
+    made.reference = build_reference(sampler.replica, made.config, made.ranks)
     return made
 
 
-def sized(run, passages: int, masks: int = 2, predictions: int = 2) -> None:
-    """A step of this size."""
-    run.config.passages_per_step = passages
-    run.config.masks_per_passage, run.config.predictions_per_mask = masks, predictions
-
-
-def draw(run, method: str, passages: list[Passage], step: int = 0) -> list[list[Task]]:
-    run.config.method = method
+def draw(run, method: str, passages: list[Passage], step: int = 0, **sizes) -> list[list[Task]]:
+    """The tasks of a step with these passages."""
+    for key, value in {"method": method, "passages_per_step": len(passages), **sizes}.items():
+        setattr(run.config, key, value)
     return METHODS[method].propose(run, passages, step)
 
 
@@ -66,13 +67,14 @@ def said(text: str, tokens: int = 2) -> Rollout:
 
 
 # ------------------------------------------------------------------------------------------------- what a method spends
-def test_examples_in_the_docstrings():
-    results = [doctest.testmod(module) for module in (methods, next_token, rlp, rlvr)]
-    assert sum(one.attempted for one in results) >= 10 and not any(one.failed for one in results)
+@pytest.mark.parametrize("module, least", [(masking, 12), (methods, 3), (next_token, 6), (rlp, 1), (rlvr, 5)])
+def test_examples_in_the_docstrings(module, least):
+    results = doctest.testmod(module)
+    assert results.attempted >= least and results.failed == 0
 
 
 def test_a_rule_draws_masks_for_the_responses_that_the_generator_would_have_cost():
-    """active: 8 passages x 4 masks x (1 + 8) = 288 responses of the small run; 36 masks x 8 predictions are as many."""
+    """`active`: 8 passages x 4 masks x (1 + 8) = 288 responses; 36 masks x 8 predictions are as many."""
     small = Config(passages_per_step=8, masks_per_passage=4, predictions_per_mask=8)
     assert methods.tasks_per_passage(small, "random_span") == [5, 5, 5, 5, 4, 4, 4, 4]
     assert methods.tasks_per_passage(small, "sft") == [36] * 8
@@ -92,10 +94,9 @@ def test_a_steps_tasks_are_so_many_and_a_function_of_seed_and_step(run, method, 
     def drawn(step: int, seed: int = 0) -> list:
         run.config.seed = seed
         random.seed(step)  # what else draws must not matter
-        groups = draw(run, method, passages, step)
+        groups = draw(run, method, passages, step, masks_per_passage=4, predictions_per_mask=8)
         return [[(task.mask, task.prompt_ids, task.position) for task in group] for group in groups]
 
-    sized(run, 2, 4, 8)
     passages = QUESTIONS[:2] if method == "rlvr" else wiki_passages(2)
     first = drawn(5)
     assert [len(group) for group in first] == counts and drawn(5) == first
@@ -111,19 +112,19 @@ def test_a_second_copy_is_kept_where_something_reads_it():
 
 
 # ----------------------------------------------------------------------------------------------------- next-token masks
+def bonn_mask(number: int) -> Mask:
+    return next_token_mask(BONN, BONN_TOKENS, number, Config())
+
+
 def test_a_next_token_mask_ends_the_passage_and_leaves_the_tokens_space_in_front():
-    mask = next_token_mask(BONN, BONN_TOKENS, 2, Config())
-    assert mask == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "content", ("old", "old."))
+    """Its prefixes are the continuation up to each token border, no longer than the look-ahead."""
+    assert bonn_mask(2) == Mask("old", "", "Bonn is [mask]", "old", 1, 8, "content", ("old", "old."))
     for number, target in ((3, "."), (4, "")):  # a token without letter or digit is no target
         mask = next_token_mask(Passage("1#0", "", "", "Bonn is old.  "), [*BONN_TOKENS, (12, 14)], number, Config())
         assert (mask.words, mask.invalid, mask.masked, mask.prefixes) == (target, "not_answerable", "", ())
-    labelled = Passage("1#0", "", "", "Bonn is old.", ["copy", "template", "fact"])
+    labelled = replace(BONN, labels=["copy", "template", "fact"])
     assert [next_token_mask(labelled, BONN_TOKENS, number, Config()).label for number in (1, 2)] == ["template", "fact"]
-
-
-def test_prefixes_are_the_continuation_up_to_each_token_border_and_no_longer_than_the_lookahead():
-    text = " ".join("abcdefghijklmnopqrstuvwxyz")
-    spans = [(0, 1)] + [(2 * n - 1, 2 * n + 1) for n in range(1, 26)]  # each token with its space
+    text, spans = " ".join(string.ascii_lowercase), [(0, 1)] + [(2 * n - 1, 2 * n + 1) for n in range(1, 26)]
     mask = next_token_mask(Passage("1#0", "", "", text), spans, 3, Config())
     assert mask.masked == "a b c [mask]" and len(mask.prefixes) == LOOKAHEAD == 16
     assert mask.prefixes[:3] == ("d", "d e", "d e f") and mask.prefixes[-1] == text[6 : 6 + 31]
@@ -140,8 +141,7 @@ def test_candidates_by_hand():
 
 
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
-    """chi-square over the tokens with a letter or digit, but the first."""
-    sized(run, 1)  # 3 masks a step
+    """3 masks a step; chi-square over the tokens with a letter or digit, but the first."""
     passage = wiki_passages(1)[0]
     spans, starts = next_token.token_spans(run.sampler, passage.text), Counter()
     for step in range(500):
@@ -157,19 +157,18 @@ def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
 
 
 def test_a_text_with_fewer_words_than_masks_repeats_and_one_without_any_gives_none(run):
-    sized(run, 2, 4, 8)
     passages = [Passage("1#0", "", "", "... near mountains ."), Passage("2#0", "", "", "... . –")]
-    repeated, without = draw(run, "random_token", passages)
-    assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5
-    assert without == []
+    repeated, without = draw(run, "random_token", passages, masks_per_passage=4, predictions_per_mask=8)
+    assert {task.mask.target for task in repeated} == {"near", "mountains"} and len(repeated) == 5 and without == []
 
 
-@torch.no_grad()
-def plain_entropies(model, start: list[int], ids: list[int]) -> list[float]:
+def plain_entropies(model, tokenizer, text: str) -> list[float]:
     """Of the distribution from which each token of a text would be drawn, by the ordinary model."""
-    logprobs = model(input_ids=torch.tensor([start + ids]), use_cache=False).logits[0].double().log_softmax(-1)
+    ids, start = tokenizer(text).input_ids, len(leading_ids(tokenizer))
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
     entropies = (-logprobs.exp() * logprobs).sum(-1).tolist()
-    return entropies[len(start) - 1 : -1] if start else [0.0, *entropies[:-1]]
+    return entropies[start - 1 : -1] if start else [0.0, *entropies[:-1]]
 
 
 def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
@@ -177,26 +176,23 @@ def test_token_entropies_are_those_of_the_plain_model(run, bytes_run):
     plain, passages = load_plain(TINY_BASE).eval(), wiki_passages(12)
     for run.config.tokens_per_micro_batch in (160, 10_000):
         for passage, found in zip(passages, next_token.token_entropies(run, passages), strict=True):
-            bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-            # a difference of two sums near 30, in float32
-            assert found == pytest.approx(plain_entropies(plain, [bos], ids), abs=5e-5)
+            expected = plain_entropies(plain, run.sampler.tokenizer, passage.text)
+            assert found == pytest.approx(expected, abs=5e-5)  # a difference of two sums near 30, in float32
     (found,) = next_token.token_entropies(bytes_run, [BONN])
-    ids = list(bytes_run.sampler.tokenizer(BONN.text).input_ids)
-    expected = plain_entropies(load_plain(bytes_run.config.model).eval(), [], ids)
+    expected = plain_entropies(load_plain(bytes_run.config.model).eval(), bytes_run.sampler.tokenizer, BONN.text)
     assert found == pytest.approx(expected, abs=1e-5) and len(found) == 12 and found[0] == 0 < min(found[1:])
 
 
 def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(run):
-    """Over many draws: always there, and everywhere there; random tokens lie there one time in five."""
-    sized(run, 8)  # 3 masks a passage
+    """Over many draws of 3: always there, and everywhere there; random tokens lie there one time in five."""
     passages, plain = wiki_passages(8), load_plain(TINY_BASE).eval()
     with torch.no_grad():  # the model has moved on since; the frozen copy has not
         for parameter in run.sampler.replica.parameters():
             parameter.mul_(-1)
     highest = []
     for passage in passages:
-        bos, *ids = run.sampler.tokenizer(passage.text).input_ids
-        spans, entropies = next_token.token_spans(run.sampler, passage.text), plain_entropies(plain, [bos], ids)
+        spans = next_token.token_spans(run.sampler, passage.text)
+        entropies = plain_entropies(plain, run.sampler.tokenizer, passage.text)
         allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
         allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
         top = allowed[: len(allowed) // 5]
@@ -219,7 +215,7 @@ def test_a_prediction_prompt_over_the_limit_makes_the_mask_invalid(run):
     length = len(predict_prompt(run.sampler, "Bonn is [mask]"))
     for limit, cause in ((length, ""), (length - 1, "prompt_too_long")):
         run.config.max_prompt_tokens = limit
-        task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 2, Config()), run.sampler)
+        task = make_task(BONN, bonn_mask(2), run.sampler)
         assert (task.mask.invalid, len(task.prompt_ids)) == (cause, 0 if cause else length)
 
 
@@ -253,14 +249,10 @@ def rewarded(proposals: list[list[Task]], step: int = 0, method: str = "active",
 
 
 def test_rewards_of_one_passage():
-    tasks = [
-        task("Rhine", [RIGHT, WRONG, WRONG, r"\boxed{Rhine}."]),  # 2 of 4: reward 1/2
-        task("Rhine", [RIGHT, WRONG, "Rhine", r"\boxed{rhine}"]),  # 1 of 4: reward 3/4
-        task("Rhine", [RIGHT] * 4),  # too easy: 0
-        task("Rhine", [WRONG] * 4),  # impossible: 0
-        task("Danube", []),  # not in the passage: 0, and no predictions
-        task(None, []),
-    ]
+    """2 of 4 right, 1 of 4, too easy, impossible; not in the passage and no mask, so without predictions."""
+    half, quarter = [RIGHT, WRONG, WRONG, r"\boxed{Rhine}."], [RIGHT, WRONG, "Rhine", r"\boxed{rhine}"]
+    tasks = [task("Rhine", some) for some in (half, quarter, [RIGHT] * 4, [WRONG] * 4)]
+    tasks += [task("Danube", []), task(None, [])]
     groups = rewarded([tasks])
     assert [(group.role, group.rewards) for group in groups] == [
         ("pred", [1.0, 0.0, 0.0, 1.0]), ("pred", [1.0, 0.0, 0.0, 0.0]), ("pred", [1.0] * 4), ("pred", [0.0] * 4),
@@ -269,14 +261,9 @@ def test_rewards_of_one_passage():
     assert groups[-1].rollouts == [one.proposal for one in tasks]  # the generator's group is all of its responses
     assert groups[0].rollouts == tasks[0].predictions
     assert [one.accuracy for one in tasks[:4]] == [0.5, 0.25, 1, 0]
-
-
-def test_the_generators_reward_may_be_the_variance_of_its_predictions():
-    """p (1 - p) with 0 to 4 right of four; an invalid mask earns nothing here either."""
-    tasks = [task("Rhine", [RIGHT] * n + [WRONG] * (4 - n)) for n in range(5)] + [task("Danube", [])]
-    groups = rewarded([tasks], generator_reward="variance")
-    assert groups[-1].role == "gen" and groups[-1].rewards == [0, 3 / 16, 1 / 4, 3 / 16, 0, 0]
-    assert groups[0].rewards == [0.0] * 4 and groups[1].rewards == [1.0, 0.0, 0.0, 0.0]  # predictions: as ever
+    *predictions, generator = rewarded([tasks], generator_reward="variance")  # p (1 - p); predictions as ever
+    assert (generator.role, generator.rewards) == ("gen", [1 / 4, 3 / 16, 0, 0, 0, 0])
+    assert [group.rewards for group in predictions] == [group.rewards for group in groups[:-1]]
 
 
 def test_masks_that_a_rule_drew_reward_no_generator():
@@ -289,8 +276,7 @@ def test_masks_that_a_rule_drew_reward_no_generator():
 
 
 def test_what_is_right_and_what_is_earned_are_decided_once_and_logged_as_the_update_saw_them(monkeypatch):
-    """The control with shuffled rewards too: what was right stays true, and the generator's reward is of what was
-    right before the shuffle."""
+    """With shuffled rewards, too: what was right stays true, and decides the generator's reward before the shuffle."""
     answers = [RIGHT] * 3 + [WRONG] * 5
     plain, shuffled = ([[task("Rhine", answers), task("Danube", [])]] for _ in range(2))
     groups = {False: rewarded(plain), True: rewarded(shuffled, shuffle_rewards=True)}
@@ -311,7 +297,6 @@ def test_what_is_right_and_what_is_earned_are_decided_once_and_logged_as_the_upd
 
 def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, monkeypatch):
     """A right answer loses up to a tenth for its length, and a wrong one too; the first mask is solved by all."""
-    run = bytes_run
 
     def shaped(task, response, right, config):
         return right - 0.1 * len(response.completion_ids) / config.max_prediction_tokens
@@ -320,35 +305,28 @@ def test_a_shaped_reward_reaches_the_update_but_not_the_generator(bytes_run, mon
     tasks = [task("Rhine", [RIGHT, RIGHT]), task("Rhine", [WRONG, RIGHT]), task("Danube", [])]
     for one in tasks[:2]:
         one.predictions[1].completion_ids, one.predictions[1].sampler_logprobs = [3] * 8, [-5.0] * 8
-    sized(run, 1, 3, 2)
-    groups = reward(run, METHODS["active"], [tasks], tasks[:2], 0)
+    groups = reward(bytes_run, METHODS["active"], [tasks], tasks[:2], 0)
     assert [group.rewards for group in groups[:2]] == [pytest.approx([0.975, 0.9]), pytest.approx([-0.025, 0.9])]
     assert groups[2].rewards == [0, 0.5, 0] and tasks[0].correct == [1, 1]
-    samples = methods.grpo_samples(run, groups, tasks[:2], [])
-    row = step_metrics([tasks], groups, samples, run.sampler)
+    samples = methods.grpo_samples(bytes_run, groups, tasks[:2], [])
+    row = step_metrics([tasks], groups, samples, bytes_run.sampler)
     assert (row["pred/accuracy_one"], row["pred/accuracy"], row["pred/accuracy_histogram"]) == (0.5, 0.75, [0, 1, 1])
     assert row["pred/reward"] == pytest.approx((0.975 + 0.9 - 0.025 + 0.9) / 4)
-    result = update(run.policy, run.optimizer, samples, run.config, run.ranks, 0)
+    result = update(bytes_run.policy, bytes_run.optimizer, samples, bytes_run.config, bytes_run.ranks, 0)
     assert result["trained_responses"] == 7 and result["grad_norm"] > 0  # the solved mask's lengths have contrast
     monkeypatch.setattr(methods, "prediction_reward", lambda *_: 1.5)
-    assert [group.rewards for group in reward(run, METHODS["active"], [tasks], tasks[:2], 0)] == [
-        [1.5, 1.5], [1.5, 1.5], [0, 0.5, 0],
-    ]  # fmt: skip
-
-
-def graded(run, task: Task, answers: list[str], kind: str) -> list[float]:
-    """What `reward` pays for these boxed answers."""
-    task.predictions = [said(rf"\boxed{{{answer}}}") for answer in answers]
-    (group,) = rewarded([[task]], method="random_token", reward=kind)
-    assert group.role == "pred" and group.rollouts == task.predictions and group.rewards == task.rewards
-    return group.rewards
+    groups = reward(bytes_run, METHODS["active"], [tasks], tasks[:2], 0)
+    assert [group.rewards for group in groups] == [[1.5, 1.5], [1.5, 1.5], [0, 0.5, 0]]
 
 
 def test_the_prefix_reward_by_hand(run):
-    task = make_task(BONN, next_token_mask(BONN, BONN_TOKENS, 1, Config()), run.sampler)
+    task = make_task(BONN, bonn_mask(1), run.sampler)
     answers = ["is", " is old ", "is old.", "is ol", "is old. And", "Is", ""]
-    assert graded(run, task, answers, "prefix") == [1, 1, 1, 0, 0, 0, 0]
-    assert graded(run, task, answers, "exact") == [1, 0, 0, 0, 0, 0, 0]
+    task.predictions = [said(rf"\boxed{{{answer}}}") for answer in answers]
+    for kind, rewards in (("prefix", [1, 1, 1, 0, 0, 0, 0]), ("exact", [1, 0, 0, 0, 0, 0, 0])):
+        (group,) = rewarded([[task]], method="random_token", reward=kind)
+        assert (group.role, group.rollouts, group.rewards) == ("pred", task.predictions, rewards)
+        assert task.rewards == rewards
 
 
 def test_a_frozen_generator_is_rewarded_but_not_trained(run):
@@ -363,19 +341,17 @@ def test_a_frozen_generator_is_rewarded_but_not_trained(run):
 
 # ----------------------------------------------------------------------------------------------- answers that are given
 def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(run):
-    tokenizer = run.sampler.tokenizer
-    drawn = [make_task(BONN, next_token_mask(BONN, BONN_TOKENS, n, Config()), run.sampler) for n in (1, 2)]
-    for form in (" \\boxed{{answer}}", " \\boxed{ {answer} }"):  # the default, then another
-        assert form in (Config().sft_answer, " \\boxed{ {answer} }")
+    tokenizer, drawn = run.sampler.tokenizer, [make_task(BONN, bonn_mask(n), run.sampler) for n in (1, 2)]
+    prompts = [predict_prompt(run.sampler, masked) for masked in ("Bonn [mask]", "Bonn is [mask]")]
+    assert Config().sft_answer == " \\boxed{{answer}}"
+    for form in (Config().sft_answer, " \\boxed{ {answer} }"):
         run.config.sft_answer = form
+        texts = [form.replace("{answer}", answer) for answer in ("is", "old")]
+        given = [tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for text in texts]
         samples = methods.answer_samples(run, [], drawn, [])
-        prompts = [predict_prompt(run.sampler, masked) for masked in ("Bonn [mask]", "Bonn is [mask]")]
-        assert [sample.rollout.prompt_ids for sample in samples] == prompts
-        for sample, answer in zip(samples, ("is", "old"), strict=True):
-            ids = tokenizer(form.replace("{answer}", answer), add_special_tokens=False).input_ids
-            assert sample.rollout.completion_ids == [*ids, tokenizer.eos_token_id]
-        tokens = sum(len(sample.rollout.completion_ids) for sample in samples)
-        assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / tokens)] * 2
+        found = [(one.rollout.prompt_ids, one.rollout.completion_ids, one.advantage, one.weight) for one in samples]
+        weight = 1 / sum(map(len, given))
+        assert found == [(prompt, ids, 1.0, weight) for prompt, ids in zip(prompts, given, strict=True)]
     assert methods.answer_samples(run, [], [], [BONN]) == []  # no valid mask
     run.config.sft_mask = " \\mask{{answer}}"  # the generator's format beside it, so that it is not forgotten
     samples = methods.answer_samples(run, [], drawn[:1], [])
@@ -400,7 +376,6 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
     """Loss and gradient of one batch; the sampling temperature has no say in it."""
     config, passages = run.config, wiki_passages(4)
     config.tokens_per_micro_batch, config.max_grad_norm, config.temperature = budget, 1e9, 0.5
-    sized(run, 4)
     proposals = draw(run, method, passages)
     drawn = [task for group in proposals for task in group]
     assert reward(run, METHODS[method], proposals, drawn, 0) == []
@@ -409,12 +384,9 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
     plain = load_plain(TINY_BASE)
     found, expected = CaptureGradients(run.policy), CaptureGradients(plain)
     metrics = update(run.policy, found, samples, config, run.ranks, 0)
-    logits, targets = [], []
-    for sample in samples:
-        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
-        whole = torch.tensor([prompt + completion])
-        logits.append(plain(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1])
-        targets += completion
+    rows = [(sample.rollout.prompt_ids, sample.rollout.completion_ids) for sample in samples]
+    logits = [plain(input_ids=torch.tensor([p + c]), use_cache=False).logits[0, len(p) - 1 : -1] for p, c in rows]
+    targets = [token for _, completion in rows for token in completion]
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(targets))  # the mean over all tokens
     loss.backward()
     expected.step()
@@ -425,36 +397,34 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
 
 
 # ------------------------------------------------------------------------------------------------------------ questions
-def corpus_of(data, heldout: float):
-    return rlvr.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
-
-
-def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
-    """One that stands twice is on one side only; each loses the instruction of its data set, for the template brings
-    its own."""
-    file, corpus = ROOT / "assets/tiny_questions.jsonl", corpus_of(ROOT / "assets/tiny_questions.jsonl", 0.2)
-    train, heldout = ({one.text for one in part} for part in (corpus.train, corpus.heldout))
-    assert not train & heldout and len(train | heldout) == 100 and 10 <= len(heldout) <= 30
-    assert corpus.counts == {"records": 100, "questions": 100, "train": len(train), "heldout": len(heldout)}
+def question_sides(data, heldout: float) -> tuple[dict[str, int], set[str], set[str]]:
+    """Counts, texts to train on, texts that are held out; each answer is the sum that its text asks for."""
+    corpus = rlvr.question_corpus(Config(data=str(data), heldout=heldout), lambda *_: None)
     for one in corpus.train + corpus.heldout:
         left, right = one.text.removeprefix("What is ").removesuffix(" ?").split(" + ")
         assert int(one.answer) == int(left) + int(right)
-    assert heldout < {one.text for one in corpus_of(file, 0.4).heldout}
+    return corpus.counts, *({one.text for one in part} for part in (corpus.train, corpus.heldout))
 
-    ending = " Let's think step by step and output the final answer within \\\\boxed{}."
+
+def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
+    """One that stands twice is on one side only; each loses its data set's instruction: the template brings another."""
+    file = ROOT / "assets/tiny_questions.jsonl"
+    counts, train, heldout = question_sides(file, 0.2)
+    assert not train & heldout and len(train | heldout) == 100 and 10 <= len(heldout) <= 30
+    assert counts == {"records": 100, "questions": 100, "train": len(train), "heldout": len(heldout)}
+    assert heldout < question_sides(file, 0.4)[2]
+    ending, file = " Let's think step by step and output the final answer within \\\\boxed{}.", tmp_path / "q.jsonl"
     lines = [f'{{"question": "What is {n} + 0 ?{ending}", "answer": "{n}"}}\n' for n in range(20)]
-    (tmp_path / "q.jsonl").write_text("".join(lines * 2))
-    corpus = corpus_of(tmp_path / "q.jsonl", 0.3)
-    train, heldout = ({one.text for one in part} for part in (corpus.train, corpus.heldout))
+    file.write_text("".join(lines * 2))
+    _, train, heldout = question_sides(file, 0.3)
     assert not train & heldout and train | heldout == {f"What is {n} + 0 ?" for n in range(20)}
-    (tmp_path / "q.jsonl").write_text(lines[0])
+    file.write_text(lines[0])
     with pytest.raises(DataError, match="1 questions to train on, 0 held out; change heldout"):
-        corpus_of(tmp_path / "q.jsonl", 1e-9)
+        question_sides(file, 1e-9)
 
 
 def test_a_question_is_asked_as_it_stands_and_a_long_one_not_at_all(run):
     run.config.question_prompt = "Q: {passage}\nA:"
-    sized(run, 1)
     (task,) = draw(run, "rlvr", QUESTIONS[:1])[0]
     assert task.prompt_ids == question_prompt(run.sampler, "What is 0 + 1 ?") and task.mask.target == "1"
     assert run.sampler.tokenizer.decode(task.prompt_ids, skip_special_tokens=True) == "Q: What is 0 + 1 ?\nA:"
@@ -467,7 +437,6 @@ def test_questions_are_rewarded_by_math_verify(run):
     golds, answers = ["1/2", "12", "7"], [["0.5", r"\frac12", "2", None], ["12.0", "1,2"], ["7", "7"]]
     verdicts = [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
     assert rlvr.verify_predictions(answers, golds, run.config, run.ranks) == verdicts
-    sized(run, 3)
     proposals = draw(run, "rlvr", [Passage(f"{n}", "", "", "?", answer=gold) for n, gold in enumerate(golds)])
     for (task,), group in zip(proposals, answers, strict=True):
         task.predictions = [said("no box" if one is None else rf"\boxed{{{one}}}") for one in group]
@@ -484,13 +453,8 @@ def tokenizer(folders):
     return load_tokenizer(tiny_config(folders["smollm3"]))
 
 
-@pytest.fixture
-def frame(tokenizer):
-    return make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
-
-
-def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, frame):
-    ids = tokenizer(TEXT).input_ids
+def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer):
+    ids, frame = tokenizer(TEXT).input_ids, make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
     drawn = [rlp.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
     assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
     assert {len(position.prefix_ids) for position in drawn} == set(range(rlp.MIN_PREFIX, len(ids)))
@@ -501,30 +465,25 @@ def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer, fr
 
 
 def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
-    frame = make_frame(tokenizer, "{passage}", 40)
-    text = "".join(chr(97 + number % 26) for number in range(200))
+    """The limit holds for what is sampled from, and for what is scored with an empty thought and the target."""
+    frame, ids = make_frame(tokenizer, "{passage}", 40), tokenizer(TEXT * 4).input_ids
     last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position, ids = rlp.draw_position(text, tokenizer, frame, last), tokenizer(text).input_ids
+    position = rlp.draw_position(TEXT * 4, tokenizer, frame, last)
     assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
-    # the limit holds for what is sampled from, and for what is scored with an empty thought and the target
     assert len(thought_prompt(frame, position)) <= 40
-    scored = frame.start_ids + position.prefix_ids + frame.open_ids + frame.close_ids + [position.target_id]
-    assert len(scored) == 40
+    assert len(frame.start_ids + position.prefix_ids + frame.open_ids + frame.close_ids) + 1 == 40
 
 
-@pytest.mark.parametrize(("chat_template", "request_text", "expected"), [
+@pytest.mark.parametrize(("chat_template", "template", "expected"), [
     (None, rlp.THOUGHT_PROMPT, rlp.THOUGHT_PROMPT.replace("{passage}", "Salt melts ") + rlp.THINK_OPEN),
     ("[{{ messages[0].content }}]{% if add_generation_prompt %}A:{% endif %}", "Go on: {passage}!",
      "[Go on: Salt melts !]A:<think>"),
 ])  # fmt: skip
-def test_a_prompt_is_the_request_around_the_text_and_opens_the_thought(
-    tokenizer, chat_template, request_text, expected
-):
+def test_a_prompt_is_the_request_around_the_text_and_opens_the_thought(tokenizer, chat_template, template, expected):
     """With a chat template the request is one turn, and the thought opens the answer."""
     tokenizer.chat_template = chat_template
-    prompt = thought_prompt(make_frame(tokenizer, request_text, 1000),
-                            Position(tokenizer("Salt melts ").input_ids, 0))
-    assert tokenizer.decode(prompt) == expected
+    frame = make_frame(tokenizer, template, 1000)
+    assert tokenizer.decode(thought_prompt(frame, Position(tokenizer("Salt melts ").input_ids, 0))) == expected
 
 
 def test_text_ids_are_never_tokenized_again():
@@ -542,9 +501,9 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
     for template in ("no text", "{passage} twice {passage}"):
         with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
             make_frame(tokenizer, template, 1000)
-    with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least (?P<least>[0-9]+)") as caught:
+    with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least [0-9]+") as caught:
         make_frame(tokenizer, rlp.THOUGHT_PROMPT, 20)
-    least = int(str(caught.value).split("at least ")[1].split(",")[0])
+    least = int(re.search("at least ([0-9]+)", str(caught.value))[1])
     frame = make_frame(tokenizer, rlp.THOUGHT_PROMPT, least)
     assert frame.longest_prefix == rlp.MIN_PREFIX
     assert len(thought_prompt(frame, Position([0] * rlp.MIN_PREFIX, 0))) == least
@@ -557,7 +516,6 @@ def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(t
 def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closing, stop):
     """Every token is declared to be the one, then the other. The tag ends a thought by definition, whatever the key."""
     run.config.stop_at_answer = stop
-    sized(run, 2)
     drawn = [task for group in draw(run, method, wiki_passages(2)) for task in group]
     for piece in ("</think>", r"\boxed{a}"):
         run.sampler.pieces |= {token: piece for token in range(len(run.sampler.tokenizer))}
@@ -568,8 +526,7 @@ def test_what_ends_a_prediction_is_what_its_method_waits_for(run, method, closin
 
 
 def test_every_thought_is_closed_once_before_it_is_scored():
-    """It closed itself; it was cut at the limit; it ended the sequence, which does not end here. What is trained stays
-    the sampled tokens and no others."""
+    """Closed by itself, cut at the limit, ended (the text goes on). Trained are the sampled tokens and no others."""
     frame = rlp.Frame([], [], [7], [7], [8], 100)
     for sampled, finish, scored in (([5, 6, 8], "answer", [7, 5, 6, 8]), ([5, 6], "length", [7, 5, 6, 8]),
                                     ([5, 0], "eos", [7, 5, 8]), ([0], "eos", [7, 8])):  # fmt: skip
@@ -580,8 +537,7 @@ def test_every_thought_is_closed_once_before_it_is_scored():
 # --------------------------------------------------------------------------------------------------------- rlp: rewards
 @pytest.mark.parametrize("base", ["tiny_base", "random"])
 def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
-    """Of a policy that has moved from its average. The sampling temperature has no say in what a model believes; a
-    tokenizer that begins texts with a token of its own does so in both contexts."""
+    """Of a policy that has moved from its average, at temperature 1; <bos>, if any, stands in both contexts."""
     run = request.getfixturevalue("run" if base == "tiny_base" else "bytes_run")
     trained, frame = load_plain(run.config.model).eval(), thought_frame(run.sampler)
     average, generator = load_plain(run.config.model).eval(), torch.Generator().manual_seed(0)
@@ -605,7 +561,6 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
     frame = thought_frame(run.sampler)
-    sized(run, 2)
     proposals, ends = draw(run, "rlp", wiki_passages(2)), ("length", "eos", "answer")
     drawn = [task for (task,) in proposals]
     for task in drawn:
@@ -622,7 +577,6 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
-    sized(run, 2)
     passages, frame = wiki_passages(2), thought_frame(run.sampler)
     gains = rlp.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
@@ -633,16 +587,12 @@ def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
     assert gains["rlp/empty_thought_gain"] == pytest.approx(expected)
 
 
-def test_an_advantage_is_the_distance_to_the_mean_of_the_others_not_divided_by_the_deviation():
-    by_hand = [2.8 / 3, -0.4 / 3, -2 / 3, -0.4 / 3]  # mean 0.2
-    assert rlp.rlp_advantages([0.9, 0.1, -0.3, 0.1]) == pytest.approx(by_hand)
+def test_an_advantage_is_the_distance_to_the_mean_of_the_others_and_every_thought_weighs_the_same():
+    """Not divided by the deviation; whatever the lengths."""
     rewards = [0.4, -1.2, 3.0, 0.1, 0.0]
     for index, advantage in enumerate(rlp.rlp_advantages(rewards)):
         assert advantage == pytest.approx(rewards[index] - fmean(rewards[:index] + rewards[index + 1 :]))
     assert rlp.rlp_advantages([20.0, -20.0]) == pytest.approx([40.0, -40.0])
-
-
-def test_every_thought_weighs_the_same_whatever_its_length():
     thoughts = [said("", tokens) for tokens in (1, 4, 10, 5)]
     groups = [Group("pred", thoughts[:2], [0.5, 0.1]), Group("pred", thoughts[2:], [0.3, 0.3])]
     samples = rlp.thought_samples(None, groups, [], [])

@@ -5,12 +5,12 @@ import re
 import sys
 from functools import partial
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from reference import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
 from engine import cache
@@ -20,21 +20,15 @@ from rollout import Rollout
 
 CPU = torch.device("cpu")
 
-
 # --------------------------------------------------------------------------------------------------- the plain versions
-
-
 def plain_attention(q, k, v, scale):
     """One sequence: q (Tq, heads, dim), k and v (Tk, kv heads, dim); the last query sees all keys."""
     queries, keys, repeats = len(q), len(k), q.shape[1] // k.shape[1]
+    hidden = torch.arange(keys) > torch.arange(queries)[:, None] + keys - queries
     out = torch.empty_like(q)
     for head in range(q.shape[1]):
         scores = scale * q[:, head] @ k[:, head // repeats].T
-        for row in range(queries):
-            scores = scores.masked_fill(
-                (torch.arange(queries)[:, None] == row) & (torch.arange(keys) > keys - queries + row), -torch.inf
-            )
-        out[:, head] = scores.softmax(-1) @ v[:, head // repeats]
+        out[:, head] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, head // repeats]
     return out
 
 
@@ -45,8 +39,6 @@ def plain_logprobs(hidden, weight, targets, temperature):
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
-
-
 def test_a_micro_batch_goes_to_the_device_in_one_copy():
     """Counted on a device without data."""
     rows = [Rollout([1, 2, 3], [4, 5, 6][:count], [-0.5] * count, "", "eos") for count in (1, 3)]
@@ -73,14 +65,11 @@ def test_pack_by_hand():
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]  # each sequence starts at 0
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
-    assert packed["cu_seq_lens_q"].dtype == torch.int32
-    assert packed["max_length_q"] == packed["max_length_k"] == 3
+    assert packed["cu_seq_lens_q"].dtype == torch.int32 and packed["max_length_q"] == packed["max_length_k"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
-
-
-def random_qkv(queries: list[int], keys: list[int], heads=4, kv_heads=2, dim=8):
+def random_qkv(queries: list[int], keys: list[int], kv_heads=2, heads=4, dim=8):
     """One packed row of sequences with these many queries and keys, in the layout of transformers."""
     torch.manual_seed(0)
     q = torch.randn(1, heads, sum(queries), dim, requires_grad=True)
@@ -89,10 +78,20 @@ def random_qkv(queries: list[int], keys: list[int], heads=4, kv_heads=2, dim=8):
     return q, k, v, borders
 
 
-def compare(queries: list[int], keys: list[int], **heads):
-    """Ours on the packed row against the plain version per sequence: values and gradients."""
-    q, k, v, (cu_q, cu_k) = random_qkv(queries, keys, **heads)
-    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+def ours(q, k, v, cu_q, cu_k, **extra):
+    return varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k, **extra)[0]
+
+
+@pytest.mark.parametrize("queries, keys, kv_heads", [
+    *(([5, 1, 9, 3], [5, 1, 9, 3], kv_heads) for kv_heads in (4, 2, 1)),  # training: inside each sequence only
+    ([1, 1, 1, 1], [7, 1, 12, 4], 2),  # decoding: from one query to the whole past
+    ([3, 1, 4], [8, 6, 4], 2),  # a prefill in pieces: three new tokens after five old ones, one after five, all new
+    ([2, 0, 3], [2, 0, 3], 2),  # a request without queries
+])  # fmt: skip
+def test_packed_attention_equals_the_plain_version_of_each_sequence(queries, keys, kv_heads):
+    """Values and gradients."""
+    q, k, v, borders = random_qkv(queries, keys, kv_heads)
+    out = ours(q, k, v, *borders)
     rows = [x[0].transpose(0, 1).split(lengths) for x, lengths in ((q, queries), (k, keys), (v, keys))]
     expected = torch.cat([plain_attention(*one, 0.3) for one in zip(*rows, strict=True)])[None]
     torch.testing.assert_close(out, expected)
@@ -101,63 +100,17 @@ def compare(queries: list[int], keys: list[int], **heads):
     torch.testing.assert_close(found, torch.autograd.grad((expected * noise).sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
-def test_packed_training_attends_inside_each_sequence_only(heads, kv_heads):
-    compare([5, 1, 9, 3], [5, 1, 9, 3], heads=heads, kv_heads=kv_heads)
-
-
-def test_decoding_attends_from_one_query_to_the_whole_past():
-    compare([1, 1, 1, 1], [7, 1, 12, 4])
-
-
-def test_a_prefill_in_pieces_sees_its_past_and_only_the_queries_before_it():
-    compare([3, 1, 4], [8, 6, 4])  # three new tokens after five old ones; one after five; a fresh prompt
-
-
-def test_a_request_without_queries_is_passed_over():
-    q, k, v, _ = random_qkv([2, 3], [2, 3])
-    borders = torch.tensor([0, 2, 2, 5]).int()
-    out, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
-    borders = torch.tensor([0, 2, 5]).int()
-    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=borders, cu_seq_lens_k=borders)
-    assert torch.equal(out, expected)
-
-
-def test_with_a_paged_cache_the_past_comes_from_it():
-    """The cache hands back keys of the whole past with their own borders, which the attention then uses."""
-    q, k, v, (cu_q, cu_k) = random_qkv([1, 1], [4, 6])
-
-    class Cache(PagedAttentionCache):
-        def __init__(self):
-            pass
-
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            assert (layer_idx, key_states.shape[2]) == (3, 2) and kwargs["cu_seq_lens_k"] == "of all layers"
-            kwargs |= {"cu_seq_lens_k": cu_k, "max_length_k": 6}
-            return k, v
-
-    new = {"key": torch.zeros(1, 2, 2, 8), "value": torch.zeros(1, 2, 2, 8)}
-    module = type("Layer", (), {"layer_idx": 3})
-    borders = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": "of all layers", "max_length_q": 1, "max_length_k": 0}
-    out, _ = varlen_attention(module, q, **new, scaling=0.3, cache=Cache(), **borders)
-    expected, _ = varlen_attention(None, q, k, v, scaling=0.3, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
-    assert torch.equal(out, expected)
-
-
 # ------------------------------------------------------------------------------------------- decoding by a block table
-
-
 @pytest.fixture
 def pages():
     """A cache of 9 pages of 4 tokens; a step of requests of 6, 4 and 0 (padding) tokens, the new one counted."""
     torch.manual_seed(0)
-    cache = [torch.randn(9, 4, 2, 8) for _ in range(2)]
     table = torch.tensor([[5, 2, -1], [7, -1, -1], [-1, -1, -1]], dtype=torch.int32)
-    q, k, v = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2], [0, 6, 10, 10]))
-    known = {"k_pages": cache[0], "v_pages": cache[1], "table": table, "cu_k": cu_k, "cu_q": cu_q}
-    known["places"] = ops.new_token_places(table, cu_k, page=4, spare=1)
-    return {"q": q, "k": k, "v": v} | known
+    shapes = {"k_pages": (9, 4, 2, 8), "v_pages": (9, 4, 2, 8), "q": (3, 4, 8), "k": (3, 2, 8), "v": (3, 2, 8)}
+    places = ops.new_token_places(table, cu_k, page=4, spare=1)
+    step = {"table": table, "cu_k": cu_k, "cu_q": cu_q, "places": places}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | step
 
 
 def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
@@ -174,64 +127,43 @@ def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
 def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
     """No GPU here: the kernel's own registration checks names and types on tensors without data."""
     pytest.importorskip("torch.nn.attention.varlen")
-    calls, (kernel, known) = [], cache.varlen_kernel()
-
-    def spy(*args, **options):
-        calls.append((args, options))
-        return kernel(*args, **options)
-
+    kernel, known = cache.varlen_kernel()
+    spy = Mock(wraps=kernel)
     monkeypatch.setattr(cache, "varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
-    out = cache._read_pages_torch(
-        *(meta[name] for name in ("q", "k_pages", "v_pages", "table")), lengths, meta["cu_q"], meta["cu_k"], 0.3
-    )
+    tensors = [meta[name] for name in ("q", "k_pages", "v_pages", "table")]
+    out = cache._read_pages_torch(*tensors, lengths, meta["cu_q"], meta["cu_k"], 0.3)
     assert out.shape == pages["q"].shape
-    (*_, cu_q, cu_k, longest_q, longest_k), options = calls[0]
+    (*_, cu_q, cu_k, longest_q, longest_k), options = spy.call_args
     assert (longest_q, longest_k) == (1, 3 * 4)  # of every step, else a CUDA graph would hold for one step only
     kinds = {x.dtype for x in (cu_q, cu_k, options["seqused_k"], options["block_table"])}
     assert kinds == {torch.int32} and options["num_splits"] == 1 and options["scale"] == 0.3
     assert options["seqused_k"] is lengths and "window_size" not in options
 
 
-def first_row_only(q, *rest):
-    """What torch's kernel did where it split the keys: one row right, the others never written."""
-    out = torch.full_like(q, torch.nan)
-    out[0] = cache._read_pages_plain(q, *rest)[0]
-    return out
+def wrong_kernel(fault: str, q, k_pages, v_pages, table, lengths, *rest):
+    if fault == "refuses":
+        raise RuntimeError("block_table needs something else\nand a trace")
+    if fault == "reads its pages to the end":
+        lengths = lengths.clamp(min=1024)
+    if fault == "takes pages as they lie":
+        table = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+    out = cache._read_pages_plain(q, k_pages, v_pages, table, lengths, *rest)
+    if fault == "leaves rows unwritten":  # as torch's did where it split the keys
+        out[1:] = torch.nan
+    return out + 0.1 if fault == "is a little off" else out
 
 
-def no_lengths(q, k_pages, v_pages, table, lengths, *rest):
-    """A kernel that reads its pages to the end."""
-    return cache._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
-
-
-def no_table(q, k_pages, v_pages, table, *rest):
-    """A kernel that takes pages as they lie."""
-    plain = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
-    return cache._read_pages_plain(q, k_pages, v_pages, plain, *rest)
-
-
-def a_little_off(*problem):
-    return cache._read_pages_plain(*problem) + 0.1
-
-
-def refusing(*_):
-    raise RuntimeError("block_table needs something else\nand a trace")
-
-
-@pytest.mark.parametrize(
-    "kernel, trouble",
-    [
-        (cache._read_pages_plain, "^$"),
-        (cache._read_pages_triton, "No module|driver"),  # no GPU here
-        (first_row_only, "its kernel is off by nan"),
-        (no_lengths, r"its kernel is off by \d"),
-        (no_table, r"its kernel is off by \d"),
-        (a_little_off, "its kernel is off by 0.1"),
-        (refusing, "block_table needs something else$"),
-    ],
-)
+@pytest.mark.parametrize("kernel, trouble", [
+    (cache._read_pages_plain, "^$"),
+    (cache._read_pages_triton, "No module|driver"),  # no GPU here
+    (partial(wrong_kernel, "leaves rows unwritten"), "its kernel is off by nan"),
+    (partial(wrong_kernel, "reads its pages to the end"), r"its kernel is off by \d"),
+    (partial(wrong_kernel, "takes pages as they lie"), r"its kernel is off by \d"),
+    (partial(wrong_kernel, "is a little off"), "its kernel is off by 0.1"),
+    (partial(wrong_kernel, "refuses"), "block_table needs something else$"),
+])  # fmt: skip
 def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
     assert re.search(trouble, cache._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
 
@@ -242,31 +174,25 @@ def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
         assert cache.table_reader(device, dtype, 4, 2, 16) == (cache._read_pages_plain, "")
 
 
-@pytest.fixture
-def tried(monkeypatch):
-    """(verdict on (reader, rows, splits)) -> (what is taken on a GPU for heads of that number, trials)."""
+def tried(monkeypatch, verdict) -> tuple:
+    """What is taken on a GPU, asked twice, with this verdict on (reader, rows, splits); and what was tried."""
+    trials = []
 
-    def choose(verdict):
-        trials = []
+    def try_reader(read, rows, *shape):
+        trials.append((read, rows, *shape))
+        return verdict(read, rows, read.keywords["splits"][rows] if isinstance(read, partial) else 1)
 
-        def try_reader(read, rows, *shape):
-            splits = read.keywords["splits"][rows] if isinstance(read, partial) else 1
-            trials.append((read, rows, *shape))
-            return verdict(read, rows, splits)
-
-        monkeypatch.setattr(cache, "_try_reader", try_reader)
-        cache.table_reader.cache_clear()
-        for _ in range(2):
-            taken = cache.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
-        cache.table_reader.cache_clear()
-        return taken, trials
-
-    return choose
+    monkeypatch.setattr(cache, "_try_reader", try_reader)
+    cache.table_reader.cache_clear()
+    for _ in range(2):
+        taken = cache.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
+    cache.table_reader.cache_clear()
+    return taken, trials
 
 
-def test_few_requests_get_the_most_splits_that_are_right(tried):
+def test_few_requests_get_the_most_splits_that_are_right(monkeypatch):
     """Four key-value heads: 256 programs, and one that is wrong with eight splits."""
-    (read, trouble), trials = tried(lambda read, rows, splits: "off" if splits == 8 else "")
+    (read, trouble), trials = tried(monkeypatch, lambda read, rows, splits: "off" if splits == 8 else "")
     assert trouble == "" and read.keywords["splits"] == {1: 16, 2: 16, 4: 16, 8: 4, 16: 4, 32: 2}
     assert read.func is cache._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
 
@@ -281,10 +207,10 @@ def test_the_rows_of_a_step_say_how_often_its_keys_are_split(monkeypatch):
     assert given == [16, 1, 8, 8, 1]  # 2 and 8 rows were not found right
 
 
-def test_where_torch_reads_no_block_table_the_triton_kernel_does(tried):
+def test_where_torch_reads_no_block_table_the_triton_kernel_does(monkeypatch):
     ours = cache._read_pages_triton
-    assert tried(lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
-    assert tried(lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
+    assert tried(monkeypatch, lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
+    assert tried(monkeypatch, lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
 
 
 def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
@@ -309,43 +235,18 @@ def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
     assert done.stdout.split() == [f"{heads}x{dim}" for heads in (1, 4, 8) for dim in (64, 128)]
 
 
-def test_with_a_block_table_the_attention_is_the_steps_own(pages):
-    """What transformers hands over, laid out for decode_by_table; scaled as the model wants it."""
-
-    class Cache(PagedAttentionCache):
-        def __init__(self):
-            self.layer_to_allocator = {0: SimpleNamespace(write_trash_index=4, tokens_per_page=4)}
-
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            kwargs |= {"k_cache": pages["k_pages"], "v_cache": pages["v_pages"], "block_table": pages["table"]}
-            kwargs |= {"cu_seq_lens_k": pages["cu_k"], "max_length_k": 1}
-            return key_states, value_states
-
-    copies = pages | {name: value.clone() for name, value in pages.items() if name != "places"}
-    query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
-    borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
-    out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=Cache(), **borders)
-    assert torch.equal(out[0], cache.decode_by_table(**copies, scale=0.3))
-
-
 # ------------------------------------------------------------------------------------------------------- what is chosen
-
-
 @pytest.mark.parametrize("extra", [{}, {"sliding_window": 8}, {"softcap": 30.0}])
 def test_what_it_would_compute_wrongly_is_refused(extra):
-    q, k, v, (borders, _) = random_qkv([3], [3])
-    known = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders} if extra else {}
+    q, k, v, borders = random_qkv([3], [3])
     with pytest.raises(NotImplementedError):
-        varlen_attention(None, q, k, v, scaling=0.3, **known, **extra)
+        ours(q, k, v, *(borders if extra else (None, None)), **extra)
 
 
-def test_attention_is_chosen_by_what_the_machine_has():
+def test_attention_is_chosen_by_what_the_machine_has_and_flash_attn_not_for_float32(monkeypatch):
     assert choose_attention("auto", CPU, torch.bfloat16) == choose_attention("varlen", CPU, torch.bfloat16) == VARLEN
     with pytest.raises(RuntimeError, match="flash_attention_2.*CUDA"):
         choose_attention("flash_attention_2", CPU, torch.bfloat16)
-
-
-def test_flash_attn_is_taken_on_a_gpu_that_has_it_but_not_for_float32(monkeypatch):
     monkeypatch.setattr(ops, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(ops, "is_flash_attn_3_available", lambda: False)
     for name in ("flash_attn", "flash_attn_interface"):
@@ -371,8 +272,6 @@ def test_a_flash_attn_for_another_torch_is_refused_at_the_start(monkeypatch, tmp
 
 
 # ------------------------------------------------------------------------------------------------- log-probs, entropies
-
-
 @pytest.fixture
 def head():
     """hidden (7, 16), weight (40, 16), targets (7,)."""

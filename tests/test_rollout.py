@@ -1,8 +1,6 @@
 """Sampling: the sampler's log-probs are the trainer's, timing decides nothing, and failures are not swallowed."""
 
 import copy
-import gzip
-import json
 import random
 import time
 import weakref
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from reference import EOS, FAMILIES, ROOT, load_plain, save_model, tiny_config
+from reference import EOS, FAMILIES, ROOT, load_plain, naive_score, save_model, tiny_config, wiki_passages
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import model
@@ -28,15 +26,23 @@ from rollout import (
     make_sampler, mask_prompt, predict_prefix, predict_prompt, rollout, sequence_logprobs,
 )  # fmt: skip
 
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
 
 
 def sample(sampler, seed=0, prompts=PROMPTS, count=3, max_tokens=12, **more):
     return generate(sampler, prompts, count, max_tokens, BOXED_OPENING, seed, **more)
 
-
 def tokens(groups) -> list[list[list[int]]]:
     return [[response.completion_ids for response in group] for group in groups]
+
+
+@torch.no_grad()
+def move(policy) -> None:
+    """Weights far from where they were."""
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.to_local().add_(0.1 * torch.randn(parameter.shape))
 
 
 @pytest.fixture
@@ -47,22 +53,18 @@ def sampler(build_sampler, folders):
 @pytest.fixture(scope="module")
 def wiki_prompts() -> list[str]:
     """Prompts of the mini-wiki, each with one word hidden: the tiny base has learnt to put a word in a box."""
-    with gzip.open(ROOT / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(8), strict=False)]
+    texts = [passage.text for passage in wiki_passages(8)]
     return [f" {text.replace(text.split()[3], '[mask]', 1)}\nPredict:" for text in texts]
 
 
 # ---- sampler and trainer agree
-
-
 def both_logprobs(policy, groups, sampler) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all completion tokens: the sampler's, as it returned them, and the trainer's own forward pass."""
     bundles = [[Sample(response, 1.0, 1.0)] for group in groups for response in group]
     batch = pack_samples(bundles, sampler.ranks.device)
     options = {"predicts": batch.predicts, "targets": batch.targets, "temperature": sampler.config.temperature}
     with torch.no_grad():
-        logprobs, _ = policy(**options, **batch.inputs)
-    return batch.sampler_logprobs, logprobs
+        return batch.sampler_logprobs, policy(**options, **batch.inputs)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -82,10 +84,7 @@ def test_after_a_refresh_no_key_or_value_of_the_old_weights_survives(build_sampl
     prompts = [[token % 256 for token in range(begin, begin + 100)] for begin in (0, 40, 90)]
     before = rollout(sampler, prompts, 3, 12, BOXED_OPENING, (0, "predict"))
     torch.testing.assert_close(*both_logprobs(policy, before, sampler), rtol=0, atol=1e-4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.to_local().add_(0.1 * torch.randn(parameter.shape))
+    move(policy)
     own, moved = both_logprobs(policy, before, sampler)
     assert (own - moved).abs().mean() > 0.5  # what stale keys and values would be off by, about
     refresh(policy, sampler.replica)
@@ -98,10 +97,7 @@ def test_a_sampler_with_stale_keys_stops_the_run_before_the_update(build_sampler
     """The weights move and all of them go to the sampler, but for those that make keys and values."""
     sampler = build_sampler(folders["qwen3_tied"], max_mismatch=Config.max_mismatch)
     policy = build_policy(sampler.replica, sampler.config, ranks)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.to_local().add_(0.1 * torch.randn(parameter.shape))
+    move(policy)
     old = {name: x.clone() for name, x in sampler.replica.named_parameters() if "k_proj" in name or "v_proj" in name}
     refresh(policy, sampler.replica)
     if stale:
@@ -135,31 +131,23 @@ def test_a_phases_cache_is_gone_when_it_ends(sampler, monkeypatch):
 def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders):
     rng = random.Random(0)
     sequences = [[rng.randrange(256) for _ in range(length)] for length in (30, 2, 17, 40, 1, 5)]
-    model, expected = load_plain(folders["qwen3_tied"]), []
-    with torch.no_grad():
-        for row in sequences:
-            logprobs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-            expected.append([logprobs[t, token].item() for t, token in enumerate(row[1:])])
+    expected = naive_score(load_plain(folders["qwen3_tied"]), [(row[:1], row[1:]) for row in sequences])
     for budget in (1, 45, 1000):
         scores = sequence_logprobs(build_sampler(folders["qwen3_tied"], tokens_per_micro_batch=budget), sequences)
         assert list(map(len, scores)) == [29, 1, 16, 39, 0, 4]
-        for found, plain in zip(scores, expected, strict=True):
+        for found, (plain, _) in zip(scores, expected, strict=True):
             assert found == pytest.approx(plain, abs=1e-4)
 
 
 def test_greedy_tokens_are_those_of_the_ordinary_generate(sampler, folders):
     model = load_plain(folders["smollm3"]).eval()
     for prompt, group in zip(PROMPTS, sample(sampler, greedy=True, count=1), strict=True):
-        ids = torch.tensor([prompt])
-        plain = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
-        )
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        plain = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
         assert group[0].completion_ids == plain[0, len(prompt) :].tolist()
 
 
 # ---- what comes back
-
-
 @pytest.mark.parametrize("crowd", [{}, {"max_requests": 3}])
 def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_sampler, folders, monkeypatch, crowd):
     """Against the plain version, which gathers each request's keys at every step; responses grow over several pages."""
@@ -175,29 +163,20 @@ def test_reading_the_cache_by_block_table_changes_no_token_and_no_logprob(build_
     assert sample(sampler, max_tokens=70) == found and not steps
 
 
-def sampler_shape(sampler) -> tuple[int, int, int]:
-    """Query heads, key-value heads and their size, from the weights."""
-    attention = sampler.replica.model.layers[0].self_attn
-    dim = attention.head_dim
-    return attention.q_proj.out_features // dim, attention.k_proj.out_features // dim, dim
-
-
-@pytest.mark.parametrize(
-    "attention, dtype, use_cuda_graph, trouble, graph",
-    [
-        ("flash_attention_2", torch.bfloat16, True, "", True),
-        ("flash_varlen", torch.bfloat16, True, "", True),
-        ("flash_varlen", torch.bfloat16, True, "an old torch", False),
-        ("flash_varlen", torch.float32, True, "", False),  # SDPA, which asks the GPU for lengths
-        ("flash_attention_2", torch.bfloat16, False, "", False),
-        ("flash_varlen", torch.bfloat16, False, "", False),
-    ],
-)
+@pytest.mark.parametrize("attention, dtype, use_cuda_graph, trouble, graph", [
+    ("flash_attention_2", torch.bfloat16, True, "", True), ("flash_varlen", torch.bfloat16, True, "", True),
+    ("flash_varlen", torch.bfloat16, True, "an old torch", False),
+    ("flash_varlen", torch.float32, True, "", False),  # SDPA, which asks the GPU for lengths
+    ("flash_attention_2", torch.bfloat16, False, "", False), ("flash_varlen", torch.bfloat16, False, "", False),
+])  # fmt: skip
 def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     sampler, monkeypatch, attention, dtype, use_cuda_graph, trouble, graph
 ):
-    def table_reader(device, kind, heads, kv_heads, dim):
-        assert (device.type, kind, heads, kv_heads, dim) == ("cuda", dtype, *(sampler_shape(sampler)))
+    layer = sampler.replica.model.layers[0].self_attn
+    heads, kv_heads = (one.out_features // layer.head_dim for one in (layer.q_proj, layer.k_proj))
+
+    def table_reader(device, *shape):
+        assert (device.type, *shape) == ("cuda", dtype, heads, kv_heads, layer.head_dim)
         return None, trouble
 
     monkeypatch.setattr(model, "table_reader", table_reader)
@@ -208,21 +187,20 @@ def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     assert rollout_module.batching_settings(config, replica, PROMPTS, 12, 12, 0).cuda_graph_booleans == (False, graph)
 
 
-def test_each_prompt_gets_its_own_responses_in_order(sampler):
-    groups = sample(sampler, count=3)
-    assert [[response.prompt_ids for response in group] for group in groups] == [[prompt] * 3 for prompt in PROMPTS]
+@pytest.mark.parametrize("crowd", [{}, {"max_requests": 3}])
+def test_each_prompt_gets_its_own_responses_in_order_though_some_wait_their_turn(build_sampler, folders, crowd):
+    sampler, prompts = build_sampler(folders["smollm3"], **crowd), PROMPTS * 3
+    groups = sample(sampler, prompts=prompts)
+    assert [[response.prompt_ids for response in group] for group in groups] == [[prompt] * 3 for prompt in prompts]
     for response in (response for group in groups for response in group):
         assert 1 <= len(response.completion_ids) <= 12
         assert len(response.sampler_logprobs) == len(response.completion_ids)
         assert all(logprob <= 0 for logprob in response.sampler_logprobs)
         assert response.text == sampler.tokenizer.decode(response.completion_ids, skip_special_tokens=True)
-    assert len({tuple(ids) for group in tokens(groups) for ids in group}) > 6  # responses of a group differ
-
-
-def test_more_requests_than_run_at_once_wait_their_turn(build_sampler, folders):
-    sampler = build_sampler(folders["smollm3"], max_requests=3)
-    groups = sample(sampler, prompts=PROMPTS * 3, count=4)
-    assert [[response.prompt_ids for response in group] for group in groups] == [[p] * 4 for p in PROMPTS * 3]
+    assert len({tuple(ids) for group in tokens(groups) for ids in group}) > 18  # responses of a group differ
+    assert sample(sampler, prompts=[]) == []
+    with pytest.raises(ValueError, match="empty prompt"):
+        sample(sampler, prompts=[[1], []])
 
 
 def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
@@ -236,77 +214,43 @@ def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
         assert response.finish == "eos" or len(response.completion_ids) == 12
 
 
-def test_no_prompts_no_responses(sampler):
-    assert sample(sampler, prompts=[]) == []
-
-
 # ---- noise
-
-
-def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(sampler):
-    first = tokens(sample(sampler, seed=5))
-    assert tokens(sample(sampler, seed=5)) == first
-    assert tokens(sample(sampler, seed=6)) != first
-
-
-def test_slow_admission_changes_no_token(sampler):
-    first = tokens(sample(sampler))
-    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
-
-
-def test_torchs_own_generator_is_left_as_it_was(sampler):
+def test_slow_admission_changes_no_token_and_torchs_own_generator_is_left_as_it_was(sampler):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    sample(sampler)
+    first = tokens(sample(sampler))
     assert torch.equal(torch.rand(4), expected)
+    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
 
 
-def test_noise_depends_on_seed_step_and_phase(build_sampler, folders, ranks):
+def test_noise_depends_on_seed_step_and_phase_for_ever(build_sampler, folders):
     def draw(seed=0, noise=(0, "propose")):
-        one = build_sampler(folders["smollm3"], seed=seed)
-        return tokens(rollout(one, PROMPTS, 3, 12, BOXED_OPENING, noise))
+        return tokens(rollout(build_sampler(folders["smollm3"], seed=seed), PROMPTS, 3, 12, BOXED_OPENING, noise))
 
     first = draw()
     assert draw() == first
-    for other in (draw(seed=1), draw(noise=(1, "propose")), draw(noise=(0, "predict"))):
-        assert other != first
-
-
-def test_seeds_are_fixed_for_ever_and_fit_31_bits():
+    assert first not in (draw(seed=1), draw(noise=(1, "propose")), draw(noise=(0, "predict")))
     assert derive_seed(0, "probe") == derive_seed(0, "probe") != derive_seed("0", "probe")
     seeds = {derive_seed(0, step, "propose", rank, 2) for step in range(100) for rank in range(2)}
     assert len(seeds) == 200 and 0 <= min(seeds) and max(seeds) < 2**31
 
 
-def test_the_replica_may_change_between_two_phases(build_sampler, folders):
-    """Nothing of the old weights, such as cached keys of the same prompts, survives."""
-    sampler, other = build_sampler(folders["qwen3_tied"]), build_sampler(folders["qwen3_tied"])
-    sample(sampler)
-    with torch.no_grad():
-        for one in (sampler, other):
-            for parameter in one.replica.parameters():
-                parameter.mul_(-1.1)
-    assert sample(sampler) == sample(other)
-
-
 # ---- stop at the answer
-
-
 @pytest.fixture
 def tiny_base(build_sampler):
     """(config keys) -> a sampler on the shipped base, which was pretrained to answer in boxes."""
     return lambda **changes: build_sampler(ROOT / "assets/tiny_base", **changes)
 
 
-@pytest.mark.parametrize("greedy, count, prompts", [(True, 1, 8), (False, 1, 1)])
-def test_a_response_ends_with_the_token_that_closes_its_answer(tiny_base, wiki_prompts, greedy, count, prompts):
+@pytest.mark.parametrize("greedy, prompts, chat", [(True, 8, None), (True, 8, CHAT), (False, 1, None)])
+def test_a_response_ends_with_the_token_that_closes_its_answer(tiny_base, wiki_prompts, greedy, prompts, chat):
     """Greedy for many, and sampled for a lone one: a response that ends changes the noise of those beside it."""
     stopping, rambling = tiny_base(stop_at_answer=True), tiny_base(stop_at_answer=False)
     encoded = [encode(stopping.tokenizer, prompt) for prompt in wiki_prompts[:prompts]]
-    options = {"prompts": encoded, "count": count, "max_tokens": 20, "greedy": greedy}
-    stopped = [group[0] for group in sample(stopping, **options)]
-    whole = [group[0] for group in sample(rambling, **options)]
+    options = {"prompts": encoded, "count": 1, "max_tokens": 20, "greedy": greedy}
+    stopping.tokenizer.chat_template = rambling.tokenizer.chat_template = chat
+    stopped, whole = ([group[0] for group in sample(one, **options)] for one in (stopping, rambling))
     answered = [response for response in stopped if response.finish == "answer"]
     assert len(answered) > prompts / 2
     assert not any(response.finish == "answer" for response in whole)
@@ -314,9 +258,9 @@ def test_a_response_ends_with_the_token_that_closes_its_answer(tiny_base, wiki_p
         assert short.completion_ids == long.completion_ids[: len(short.completion_ids)]
         assert short.sampler_logprobs == pytest.approx(long.sampler_logprobs[: len(short.completion_ids)], abs=1e-5)
     for response in answered:
-        pieces = [stopping.piece(token) for token in response.completion_ids]
-        assert last_answer("".join(pieces), "boxed") is not None
-        assert last_answer("".join(pieces[:-1]), "boxed") is None
+        *before, last = [stopping.piece(token) for token in response.completion_ids]
+        assert last_answer("".join([*before, last]), "boxed") is not None
+        assert last_answer("".join(before), "boxed") is None
 
 
 def test_an_answer_that_the_prompt_opened_closes_with_its_brace(tiny_base, wiki_prompts):
@@ -342,66 +286,30 @@ def test_forked_responses_stop_each_at_its_own_answer(tiny_base, wiki_prompts):
 
 
 # ---- failures are loud
+def test_a_failing_request_raises_names_the_rank_and_leaves_nothing_to_the_next_phase(sampler):
+    first, forward, left = tokens(sample(sampler)), sampler.replica.forward, []
 
-
-def test_a_failing_request_raises_and_names_the_rank(sampler, monkeypatch):
-    def broken(*words, **keys):
-        raise ValueError("out of luck")
-
-    monkeypatch.setattr(sampler.replica, "forward", broken)
-    with pytest.raises(RuntimeError, match="rank 0: a generation request failed: .*out of luck"):
-        sample(sampler)
-
-
-def test_after_a_failure_the_next_phase_samples_as_if_nothing_had_been(sampler):
-    first = tokens(sample(sampler))
-    forward, calls = sampler.replica.forward, []
-
-    def breaks_later(*words, **keys):
-        calls.append(1)
-        if len(calls) == 4:
+    def breaks(*words, **keys):
+        left.pop()
+        if not left:
             raise ValueError("out of luck")
         return forward(*words, **keys)
 
-    sampler.replica.forward = breaks_later
-    with pytest.raises(RuntimeError, match="out of luck"):
-        sample(sampler)
-    sampler.replica.forward = forward
+    for calls in (1, 4):
+        left[:], sampler.replica.forward = range(calls), breaks
+        with pytest.raises(RuntimeError, match="rank 0: a generation request failed: .*out of luck"):
+            sample(sampler)
+        sampler.replica.forward = forward
     assert tokens(sample(sampler)) == first
 
 
-def test_an_empty_prompt_is_refused(sampler):
-    with pytest.raises(ValueError, match="empty prompt"):
-        sample(sampler, prompts=[[1], []])
-
-
-def test_a_model_without_an_end_is_refused(sampler, ranks):
-    """Nowhere, or only as an architecture's default beyond the vocabulary."""
-    tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None)
-    for eos in (None, 128001):
-        plain = SimpleNamespace(eos_token_id=eos)
-        embeddings = SimpleNamespace(num_embeddings=300)
-        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda e=embeddings: e)
-        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
-            make_sampler(replica, tokenizer, sampler.config, ranks)
-
-
 # ---- prompts as tokens
-
-
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-
-
-def test_without_a_chat_template_a_prompt_is_plain_text(sampler):
-    ids = encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{")
-    assert sampler.tokenizer.decode(ids) == r"Hide: é \boxed{" and len(ids) == 16  # bytes
-
-
-def test_with_a_chat_template_a_prompt_is_one_user_turn_and_the_prefix_opens_the_answer(sampler):
-    sampler.tokenizer.chat_template = CHAT
-    text = sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide: é", prefix=r" \boxed{"))
-    assert text == r"<user>Hide: é<assistant> \boxed{"
-    assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide")) == "<user>Hide<assistant>"
+@pytest.mark.parametrize("template, text", [(None, "Hide: é"), (CHAT, "<user>Hide: é<assistant>")])
+def test_a_prompt_is_plain_text_or_one_user_turn_and_the_prefix_opens_the_answer(sampler, template, text):
+    sampler.tokenizer.chat_template = template
+    for prefix in ("", r" \boxed{"):
+        ids = encode(sampler.tokenizer, "Hide: é", prefix)
+        assert sampler.tokenizer.decode(ids) == text + prefix and len(ids) == len((text + prefix).encode())
 
 
 def test_a_tokenizer_that_appends_its_end_token_does_not_end_prompts(sampler):
@@ -414,14 +322,11 @@ def test_a_tokenizer_that_appends_its_end_token_does_not_end_prompts(sampler):
     assert leading_ids(tokenizer) == [0] and encode(tokenizer, "Hide") == [0, 7, 8]
 
 
-@pytest.mark.parametrize(
-    "template, message",
-    [
-        ({"rag": CHAT, "tool_use": CHAT}, "templates rag, tool_use and none is called default"),
-        ("{{ messages[0].content }}{{ messages[0].content }}", "does not write a user turn as it stands, once"),
-        ("{{ raise_exception('no system turn') }}", "cannot be rendered"),
-    ],
-)
+@pytest.mark.parametrize("template, message", [
+    ({"rag": CHAT, "tool_use": CHAT}, "templates rag, tool_use and none is called default"),
+    ("{{ messages[0].content }}{{ messages[0].content }}", "does not write a user turn as it stands, once"),
+    ("{{ raise_exception('no system turn') }}", "cannot be rendered"),
+])  # fmt: skip
 def test_a_template_that_cannot_serve_is_refused_by_its_key(sampler, template, message):
     sampler.tokenizer.chat_template = template
     with pytest.raises(ConfigError, match="chat_template.*" + message):
@@ -436,13 +341,6 @@ def test_a_template_that_writes_the_time_is_rendered_once(sampler):
     assert sampler.tokenizer.decode(encode(sampler.tokenizer, "Hide", frame=("<09:00>", ""))) == "<09:00>Hide"
 
 
-def test_a_context_that_is_shorter_than_prompt_and_response_is_refused(build_sampler, folders):
-    sampler = build_sampler(folders["smollm3"])
-    sampler.replica.config.max_position_embeddings = 20
-    with pytest.raises(ConfigError, match="max_prompt_tokens=.* 20 positions"):
-        check_prompts(sampler)
-
-
 def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
     sampler = build_sampler(folders["smollm3"], mask_prompt="M {passage} m", predict_prompt="P {passage} p")
     decode = sampler.tokenizer.decode
@@ -451,40 +349,42 @@ def test_the_configs_prompts_hold_the_passage(build_sampler, folders):
     assert decode(predict_prompt(sampler, "a [mask]", thought=False)) == r"P a [mask] p \boxed{"
 
 
-def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused(build_sampler, folders):
-    """One token per byte: 10 of the longer template and 64 of the passage."""
+def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused_and_so_is_a_short_context(sampler):
+    """One token per byte: 10 of the longer template and 64 of the passage; then responses of 8 beside 74."""
     keys = {"mask_prompt": "M {passage} m", "predict_prompt": "P {passage} predict", "max_passage_tokens": 64}
-    check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=74, **keys))
+    sampler.config = replace(sampler.config, max_prompt_tokens=74, **keys)
+    sampler.replica.config.max_position_embeddings = 82
+    check_prompts(sampler)
+    sampler.replica.config.max_position_embeddings = 81
+    with pytest.raises(ConfigError, match="max_prompt_tokens=74.* 81 positions"):
+        check_prompts(sampler)
+    sampler.config.max_prompt_tokens = 73
     with pytest.raises(ConfigError, match="max_prompt_tokens=73: must be at least 74"):
-        check_prompts(build_sampler(folders["smollm3"], max_prompt_tokens=73, **keys))
+        check_prompts(sampler)
 
 
-def test_every_known_end_is_an_end(tmp_path, ranks, build_sampler):
+def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, ranks, build_sampler):
     """The tokenizer's, the checkpoint's and, where there is a chat template, its end of turn."""
+
+    def ends() -> set[int]:
+        return make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks).eos_ids
+
     sampler = build_sampler(save_model("smollm3", tmp_path))
-    assert sampler.eos_ids == {sampler.tokenizer.convert_tokens_to_ids(EOS)} == {256}
+    assert sampler.eos_ids == ends() == {sampler.tokenizer.convert_tokens_to_ids(EOS)} == {256}
     sampler.replica.generation_config.eos_token_id = [256, 9]
     sampler.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    again = make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks)
-    assert again.eos_ids == {256, 9}
+    assert ends() == {256, 9}
     sampler.tokenizer.chat_template = CHAT
-    again = make_sampler(sampler.replica, sampler.tokenizer, tiny_config(tmp_path), ranks)
-    assert again.eos_ids == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
-
-
-def test_stop_at_answer_holds_with_a_chat_template_and_false_switches_it_off(tiny_base, wiki_prompts):
-    sampler = tiny_base()
-    encoded = [encode(sampler.tokenizer, prompt) for prompt in wiki_prompts]
-    sampler.tokenizer.chat_template = CHAT
-    for stop in (True, False):
-        sampler.config.stop_at_answer = stop
-        groups = sample(sampler, prompts=encoded, count=1, max_tokens=20, greedy=True)
-        assert ("answer" in {group[0].finish for group in groups}) == stop
+    assert ends() == {256, 9, sampler.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    tokenizer, embeddings = SimpleNamespace(eos_token_id=None, chat_template=None), SimpleNamespace(num_embeddings=300)
+    for eos in (None, 128001):  # nowhere, or only as an architecture's default beyond the vocabulary
+        plain = SimpleNamespace(eos_token_id=eos)
+        replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda: embeddings)
+        with pytest.raises(ConfigError, match="names an end-of-sequence token"):
+            make_sampler(replica, tokenizer, sampler.config, ranks)
 
 
 # ---- what ranks send each other
-
-
 def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
     """Uneven counts and lengths; log-probs are float32, so nothing is rounded. No group: a rank that stopped."""
     third = torch.tensor(-1 / 3).item()

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import model
-from bench import costs
 from bench.memory import gpu_memory, shape_of
+from bench.plan import architecture
 from bench.step import NEVER, make_run, random_sampler
 from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
 from config import Config, read_config
@@ -28,8 +28,8 @@ PROMPT, COUNT, TOKENS = 48, 4, 32
 def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
     """The names of the checks that failed, the same on every rank; every rank calls it."""
     config = replace(config, learning_rate=1e-3, warmup_steps=0)  # an update that shows in bfloat16
-    cuda, failed, architecture = ranks.device.type == "cuda", [], costs.architecture(config.model)
-    shape, near = shape_of(architecture), 1e-4 if config.dtype == "float32" else 0.02
+    cuda, failed, hf_config = ranks.device.type == "cuda", [], architecture(config.model)
+    shape, near = shape_of(hf_config), 1e-4 if config.dtype == "float32" else 0.02
     prompts = torch.randint(shape.vocab, (8, PROMPT), generator=torch.Generator().manual_seed(config.seed)).tolist()
 
     @contextmanager
@@ -71,8 +71,8 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         assert every == [own] * ranks.world
         note(f"{(time.perf_counter() - begin) / ranks.world:.2f} s for each rank's 288 responses")
     with check("Liger") as note:  # before any other model: it changes modules for good
-        plain = random_sampler(replace(config, liger=False), architecture, ranks)
-        expected, sampler = sequence_logprobs(plain, prompts), random_sampler(config, architecture, ranks)
+        plain = random_sampler(replace(config, liger=False), hf_config, ranks)
+        expected, sampler = sequence_logprobs(plain, prompts), random_sampler(config, hf_config, ranks)
         note(close(expected, sequence_logprobs(sampler, prompts)) if cuda and config.liger else "off")
         del plain
     run, replica = make_run(sampler), sampler.replica

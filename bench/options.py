@@ -1,45 +1,20 @@
-"""What a step consists of, the words of the three commands, and the function that prints tables."""
+"""The words of the commands, the made-up work that they describe, and the function that prints tables."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import random
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
-from bench.costs import GPUS
-from config import Config, ConfigError
+from config import Config, ConfigError, read_config
 from methods import METHODS, tasks_per_passage
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One call of `rollout`: prompts, responses to each, and the longest response in tokens."""
-
-    name: str
-    prompts: int
-    count: int
-    cap: int
-
-
-def phases(config: Config) -> list[Phase]:
-    """The rollouts of a step if every mask is valid; none for a method that samples nothing.
-
-    >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
-    [('propose', 256), ('predict', 2048)]
-    """
-    method, tasks, steps = METHODS[config.method], config.passages_per_step, []
-    if method.generator:
-        steps.append(Phase("propose", tasks, config.masks_per_passage, config.max_mask_tokens))
-        tasks *= config.masks_per_passage
-    elif method.predict and not method.one_task:
-        tasks = sum(tasks_per_passage(config, config.method))
-    if method.predict:
-        steps.append(Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens))
-    return steps
 
 
 @dataclass
 class Options:
-    """The words of the commands that are no keys of the config. A 0 is replaced by `complete`."""
+    """The words of the commands that are no keys of the config. `read_words` replaces a 0 by the default."""
 
     # ---- made-up work: step and plan
     prompt: int = 0  # tokens of a prompt; 0: 400, or a third of max_prompt_tokens if that is less
@@ -74,8 +49,9 @@ WORDS = {
 }
 
 
-def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
-    """Words of the command line -> (options, the other words). Raises ConfigError for a value of the wrong type."""
+def read_words(words: list[str], command: str, default: str = "") -> tuple[Options, Config]:
+    """Words of a command line -> (its options, the config). default: the config file if the words name none. Raises
+    ConfigError with key and value for one that is impossible."""
     options, rest = Options(), []
     for word in words:
         key, equals, text = word.partition("=")
@@ -87,34 +63,71 @@ def split_words(words: list[str], command: str) -> tuple[Options, list[str]]:
             setattr(options, key, kind(text))
         except ValueError:
             raise ConfigError(f"{key}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
-    return options, rest
-
-
-def complete(options: Options, config: Config, command: str) -> Options:
-    """The options with every 0 replaced by its default. Raises ConfigError with key and value if one is impossible."""
-    caps, cap = [phase.cap for phase in phases(config)], options.cap
+    config = read_config([default, *rest] if default and (not rest or "=" in rest[0]) else rest)
     ranges = {"sigma": (0, math.inf), "prompt": (1, config.max_prompt_tokens)}
     ranges |= dict.fromkeys(("kept", "decode_share", "mfu"), (0.001, 1))
-    prompt, equal = options.prompt or min(400, config.max_prompt_tokens // 3), options.equal
+    caps, group = [phase.cap for phase in phases(config)], config.predictions_per_mask
     if command == "step":
         if not caps:
             raise ConfigError(f"method={config.method!r}: samples nothing; time a method that does")
-        cap = cap or min(1024, *caps)
-        equal = equal or cap // 2
-        ranges |= {"cap": (1, min(caps)), "mean_response": (1, cap), "equal": (1, cap)}
-    cap = cap or max(caps, default=config.max_prediction_tokens)
-    mean = options.mean_response or min(1024, 0.375 * cap)
-    options = replace(options, prompt=prompt, cap=cap, mean_response=mean, equal=equal)
+        options.cap = options.cap or min(1024, *caps)
+        options.equal = options.equal or options.cap // 2
+        ranges |= {"cap": (1, min(caps)), "mean_response": (1, options.cap), "equal": (1, options.cap)}
+    options.cap = options.cap or max(caps, default=config.max_prediction_tokens)
+    options.mean_response = options.mean_response or min(1024, 0.375 * options.cap)
+    options.prompt = options.prompt or min(400, config.max_prompt_tokens // 3)
     for key in WORDS[command]:
         value, (low, high) = getattr(options, key), ranges.get(key, (1, math.inf))
         if not isinstance(value, str) and not low <= value <= high:
             raise ConfigError(f"{key}={value}: must be at least {low}" + f", at most {high}" * (high < math.inf))
-    if options.gpu not in GPUS:
-        raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}")
-    numbers, group = options.rollouts.split(",") if options.rollouts else [], config.predictions_per_mask
-    if not all(number.isdecimal() and int(number) and int(number) % group == 0 for number in numbers):
-        raise ConfigError(f"rollouts={options.rollouts!r}: must be multiples of predictions_per_mask={group}")
-    return options
+    for number in options.rollouts.split(",") if options.rollouts else ():
+        if not number.isdecimal() or int(number) == 0 or int(number) % group:
+            raise ConfigError(f"rollouts={options.rollouts!r}: must be multiples of predictions_per_mask={group}")
+    return options, config
+
+
+class Phase(NamedTuple):
+    """One call of `rollout`: prompts, responses to each, and the longest response in tokens."""
+
+    name: str
+    prompts: int
+    count: int
+    cap: int
+
+
+def phases(config: Config) -> list[Phase]:
+    """The rollouts of a step if every mask is valid; none for a method that samples nothing.
+
+    >>> [(p.name, p.prompts * p.count) for p in phases(Config())]
+    [('propose', 256), ('predict', 2048)]
+    """
+    method, tasks, steps = METHODS[config.method], config.passages_per_step, []
+    if method.generator:
+        steps.append(Phase("propose", tasks, config.masks_per_passage, config.max_mask_tokens))
+        tasks *= config.masks_per_passage
+    elif method.predict and not method.one_task:
+        tasks = sum(tasks_per_passage(config, config.method))
+    if method.predict:
+        steps.append(Phase("predict", tasks, config.predictions_per_mask, config.max_prediction_tokens))
+    return steps
+
+
+def response_lengths(phase: Phase, options: Options, seed: int = 0) -> list[list[int]]:
+    """Tokens of each response to each prompt: lognormal with options.sigma (0: all equal), cut at the phase's and the
+    options' cap, scaled by bisection so that their mean is options.mean_response or, if that is less, the cap."""
+    cap = min(phase.cap, options.cap)
+    mean, rng = min(options.mean_response, cap), random.Random(seed)
+    draws = [rng.lognormvariate(0.0, options.sigma) for _ in range(phase.prompts * phase.count)]
+
+    def cut(scale: float) -> list[int]:
+        return [min(cap, max(1, round(scale * draw))) for draw in draws]
+
+    low, high = 0.0, cap / min(draws)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fmean(cut(middle)) < mean else (low, middle)
+    lengths = cut(high)
+    return [lengths[i : i + phase.count] for i in range(0, len(lengths), phase.count)]
 
 
 def text_table(rows: list[tuple], label: int, width: int) -> list[str]:

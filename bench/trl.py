@@ -11,9 +11,9 @@
     naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
 
 A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them, with the
-same weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process of its own,
-and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it. Without TRL, which is
-no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+same weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process of its own;
+the peers take turns, so that other load hits all alike, and CPU seconds suffer less from it. Without TRL, which is no
+requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ import gc
 import gzip
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from bench.options import Options, Phase, complete, split_words, text_table
-from bench.step import Work, make_run, one_step
-from config import Config, ConfigError, read_config
+from bench.options import Options, read_words, text_table
+from bench.step import make_run, one_step
+from config import Config, ConfigError, check
 from metrics import peak_memory_gb
 from model import load_replica, load_tokenizer
 from prompts import PREDICT_PROMPT, fill
@@ -44,6 +46,7 @@ from ranks import start_ranks
 from rollout import make_sampler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+Marks = list[tuple[float, float]]  # (seconds of the clock, of the CPU) before and after each step, a warm-up first
 
 
 def peer_prompts(config: Config, options: Options) -> list[str]:
@@ -75,8 +78,8 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def timed(step: Callable[[int], object], repeats: int) -> list[tuple[float, float]]:
-    """`now` before and after a warm-up step and each of `repeats` more."""
+def timed(step: Callable[[int], object], repeats: int) -> Marks:
+    """Calls step(0), the warm-up, and `repeats` more."""
     marks = []
     for number in range(repeats + 1):
         marks.append(now())
@@ -85,40 +88,36 @@ def timed(step: Callable[[int], object], repeats: int) -> list[tuple[float, floa
     return marks
 
 
-# ---- the peers
-
-
-def ours(config: Config, options: Options) -> list[tuple[float, float]]:
+def ours(config: Config, options: Options) -> Marks:
     """A step of train.py, on one rank."""
     ranks = start_ranks()
     run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks))
     prompts = [run.sampler.tokenizer(text).input_ids for text in peer_prompts(config, options)]
-    phase = Phase("predict", options.prompts, options.completions, options.tokens)
-    work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
-    marks = timed(lambda number: one_step(run, [work], number), options.repeats)
+    works = {"predict": (prompts, [[options.tokens] * options.completions] * options.prompts)}
+    marks = timed(partial(one_step, run, works), options.repeats)
     dist.destroy_process_group()
     gc.unfreeze()
     return marks
 
 
-def naive(config: Config, options: Options) -> list[tuple[float, float]]:
+def naive(config: Config, options: Options) -> Marks:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
-    tokenizer, model = load_tokenizer(config), plain_model(config)
+    tokenizer, model, count = load_tokenizer(config), plain_model(config), options.completions
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     padded = tokenizer(peer_prompts(config, options), padding=True, return_tensors="pt").to(model.device)
-    mask, longest, device = padded.attention_mask, padded.input_ids.shape[1], model.device
-    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": options.completions, "pad_token_id": 0}
+    mask, longest = padded.attention_mask, padded.input_ids.shape[1]
+    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": count, "pad_token_id": 0}
     sampling |= {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
-    rewards = (torch.arange(options.completions, device=device) % 2).float().repeat(len(mask), 1)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
+    rewards = (torch.arange(count, device=model.device) % 2).float().repeat(len(mask), 1)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).view(-1, 1)
     size = rows_per_batch(config, options, longest)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     def step(_) -> None:
         with torch.no_grad(), half:
             whole = model.generate(input_ids=padded.input_ids, attention_mask=mask, **sampling)
-        seen = torch.cat([mask.repeat_interleave(options.completions, 0), torch.ones_like(whole[:, longest:])], 1)
+        seen = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(whole[:, longest:])], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         for begin in range(0, len(whole), size):
             part = slice(begin, begin + size)
@@ -127,7 +126,7 @@ def naive(config: Config, options: Options) -> list[tuple[float, float]]:
             logprobs = logits[:, longest - 1 : -1].float().log_softmax(-1)
             chosen = logprobs.gather(-1, whole[part, longest:, None])[..., 0]
             ratio = torch.exp(chosen - chosen.detach())
-            (-(ratio * advantages[part, None]).sum() / (len(whole) * options.tokens)).backward()
+            (-(ratio * advantages[part]).sum() / (len(whole) * options.tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -135,7 +134,7 @@ def naive(config: Config, options: Options) -> list[tuple[float, float]]:
     return timed(step, options.repeats)
 
 
-def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> list[tuple[float, float]]:
+def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> Marks:
     """TRL's GRPOTrainer, set to our step: no KL term, no recomputation of old log-probs, one update per batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -174,8 +173,7 @@ def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool
             use_cpu=model.device.type == "cpu", shuffle_dataset=False, save_strategy="no", disable_tqdm=True, **extra,
         )  # fmt: skip
         dataset = Dataset.from_list([{"prompt": text} for text in prompts])
-        trainer = GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()])
-        trainer.train()
+        GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()]).train()
     if lengths != [options.tokens] * total * (options.repeats + 1):
         raise RuntimeError(f"TRL made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
     return marks
@@ -191,13 +189,10 @@ def fitted_settings(options: Options, longest: int) -> dict:
 PEERS = {
     "ours": ours,
     "trl": trl_step,
-    "trl_paged": lambda *words: trl_step(*words, paged=True),
+    "trl_paged": partial(trl_step, paged=True),
     "naive": naive,
-    "trl_fitted": lambda *words: trl_step(*words, paged=True, fitted=True),
+    "trl_fitted": partial(trl_step, paged=True, fitted=True),
 }
-
-
-# ---- taking turns
 
 
 def one_process(name: str, words: list[str]) -> dict:
@@ -216,11 +211,9 @@ def one_process(name: str, words: list[str]) -> dict:
 
 def compare_peers(words: list[str]) -> None:
     """The command. Raises ConfigError for a bad word."""
-    options, rest = split_words(words, "trl")
-    if not rest or "=" in rest[0]:
-        rest = ["configs/tiny.yaml", *rest]
-    config = read_config([*rest, f"max_prediction_tokens={options.tokens}", "kl=0"])
-    options = complete(options, config, "trl")
+    options, config = read_words(words, "trl", "configs/tiny.yaml")
+    config = replace(config, max_prediction_tokens=options.tokens, kl=0.0)
+    check(config)
     able = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]  # for a CPU only
     names = options.peers.split(",") if options.peers else able
     if not {*names, options.only or "ours"} <= set(able):
@@ -236,17 +229,18 @@ def compare_peers(words: list[str]) -> None:
         print(f"{name:10} {runs[name][-1]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(runs, indent=1) + "\n")
-    print("\n" + peer_table(runs, options))
+    print(f"\n{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step")
+    print("\n".join(peer_table(runs)))
 
 
-def peer_table(runs: dict[str, list[dict]], options: Options) -> str:
-    """Medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
+def peer_table(runs: dict[str, list[dict]]) -> list[str]:
+    """Lines: medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
     rows, first = [("", "step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")], None
     for name, results in runs.items():
-        seconds, cpu = ([statistics.median(one[key]) for one in results] for key in ("seconds", "cpu_seconds"))
-        middle, cpu, warm = map(statistics.median, (seconds, cpu, [one["warmup"] for one in results]))
-        first, memory = first or (middle, cpu), max(one["memory_gb"] for one in results)
-        cells = [middle, min(seconds), max(seconds), warm, middle / first[0], cpu, cpu / first[1], memory]
+        seconds = [median(one["seconds"]) for one in results]
+        step, cpu = median(seconds), median(median(one["cpu_seconds"]) for one in results)
+        first = first or (step, cpu)
+        warm, memory = median(one["warmup"] for one in results), max(one["memory_gb"] for one in results)
+        cells = (step, min(seconds), max(seconds), warm, step / first[0], cpu, cpu / first[1], memory)
         rows.append((name, *(f"{cell:.2f}" for cell in cells)))
-    title = f"{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"
-    return "\n".join([title, *text_table(rows, 10, 9)])
+    return text_table(rows, 10, 9)

@@ -1,7 +1,5 @@
 """Memory in bytes, calculated: `gradient_checkpointing: auto` decides by it at set-up, `bench plan` prints it."""
 
-from __future__ import annotations
-
 import copy
 import math
 import re
@@ -35,18 +33,12 @@ class Shape:
     experts_per_token: int = 0
     expert_width: int = 0  # `intermediate` of one expert
 
-    @property
-    def table(self) -> int:
-        """Parameters of one vocabulary table."""
-        return self.vocab * self.hidden
-
     def read(self, tokens: int) -> int:
-        """Parameters that a pass over so many tokens multiplies with: all except an untied embedding table, which is
-        only looked up, and idle experts. With even routing an expert is idle with probability (1 - k / E)^tokens: of
-        128 experts, 8 for a token, 64 tokens leave two."""
+        """Parameters in the matrix products of a pass over so many tokens: all except an untied embedding table and
+        idle experts. With even routing, 64 tokens leave 128 * (1 - 8 / 128)^64 = 2 of 128 experts idle."""
         idle = self.experts * (1 - self.experts_per_token / self.experts) ** tokens if self.experts else 0.0
         unused = self.layers * idle * 3 * self.hidden * self.expert_width
-        return self.parameters - (0 if self.tied else self.table) - round(unused)
+        return self.parameters - (0 if self.tied else self.vocab * self.hidden) - round(unused)
 
 
 def shape_of(hf_config) -> Shape:
@@ -62,8 +54,7 @@ def shape_of(hf_config) -> Shape:
         intermediate=c.intermediate_size, kv_heads=c.num_key_value_heads, vocab=c.vocab_size,
         head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads, tied=c.tie_word_embeddings, experts=experts,
         qk_norm=any(name.endswith("q_norm.weight") for name, _ in net.named_parameters()),
-        experts_per_token=c.num_experts_per_tok if experts else 0,
-        expert_width=c.moe_intermediate_size if experts else 0,
+        experts_per_token=getattr(c, "num_experts_per_tok", 0), expert_width=getattr(c, "moe_intermediate_size", 0),
     )  # fmt: skip
 
 
@@ -83,11 +74,9 @@ def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) ->
 
 
 def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int = 2, liger: bool = False) -> int:
-    """Peak activation memory of a micro-batch in the backward pass, without the LM head.
-
-    With checkpointing each layer keeps its input, and one layer at a time is computed again. Added are the gradients
-    that one layer passes back (three widths of the MLP and two hidden widths; per expert, both) and the last norm.
-    """
+    """Peak activation memory of a micro-batch in the backward pass, without the LM head. With checkpointing each layer
+    keeps its input, and one at a time is computed again. Added are the last norm and the gradients inside a layer:
+    three widths of the MLP and two hidden widths; per expert, both."""
     h, k = shape.hidden, shape.experts_per_token
     layer = layer_activation_bytes(shape, width, liger)
     kept = shape.layers * width * h + layer if checkpointing else shape.layers * layer
@@ -101,25 +90,23 @@ def value_bytes(config: Config) -> int:
 
 
 def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, float]]:
-    """Bytes on each GPU by part, `rollouts` without the sampler's cache and `training`. gpus: those of a node.
-
-    Training adds all parts up, though some are never live together. With offload, masters, gradients and Adam are in
-    host memory. config must have its gradient_checkpointing decided.
-    """
-    n, width, tokens = shape.parameters, value_bytes(config), config.tokens_per_micro_batch
+    """Bytes on each GPU by part, `rollouts` without the sampler's cache and `training`, whose parts are not all live at
+    once. gpus: those of a node. config must have its gradient_checkpointing decided."""
+    n, table, width = shape.parameters, shape.vocab * shape.hidden, value_bytes(config)
     rollouts = {"replica": width * n}
-    if not config.offload:
+    if not config.offload:  # else these and the gradients are in host memory
         rollouts |= {"float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
     if needs_reference(config):
         rollouts["second copy"] = 4 * n / gpus
     rollouts["CUDA context, NCCL (assumed)"] = 1e9
     training = rollouts | ({} if config.offload else {"gradients": 4 * n / gpus})
     # FSDP holds unsharded: tables and two layers, the gradients of tables and one layer, these gradients in float32
-    root = shape.table * (1 if shape.tied else 2) + shape.hidden
+    root = table * (1 if shape.tied else 2) + shape.hidden
     training["gathered weights"] = root * (2 * width + 4) + (n - root) // shape.layers * (3 * width + 4)
-    training["activations"] = activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger)
+    recompute, tokens = config.gradient_checkpointing, config.tokens_per_micro_batch
+    training["activations"] = activation_bytes(shape, tokens, recompute, width, config.liger)
     # ops.token_logprobs backward: two float32 logits and one of `width` per entry of a chunk; the head's gradient twice
-    training["log-prob head"] = head_chunk(config) * shape.vocab * (2 * 4 + width) + shape.table * (4 + width)
+    training["log-prob head"] = head_chunk(config) * shape.vocab * (2 * 4 + width) + table * (4 + width)
     return {"rollouts": rollouts, "training": training}
 
 
@@ -145,22 +132,16 @@ def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
 
 
 def memory_of(ranks: Ranks) -> float:
-    """Bytes of this rank's GPU; on a CPU its share of what is free."""
+    """Bytes of this rank's GPU; on a CPU its share of what is free, infinite where the system does not say."""
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
-    return free_memory() / (ranks.per_node or ranks.world)
-
-
-def free_memory() -> float:
-    """Bytes of host memory that are free; infinite where the system does not say."""
     source = Path("/proc/meminfo")
     free = re.search(r"MemAvailable: *(\d+) kB", source.read_text()) if source.exists() else None
-    return int(free[1]) * 1024 if free else math.inf
+    return int(free[1]) * 1024 / (ranks.per_node or ranks.world) if free else math.inf
 
 
 def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
-    """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has. config
-    must have its gradient_checkpointing decided."""
+    """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has."""
     if ranks.device.type != "cuda":  # any model will do then, also one whose shape is not known
         return []
     memory = memory_of(ranks)

@@ -1,35 +1,26 @@
-"""What a run costs before it is run: memory per GPU by part, cache room, ideal seconds, GPU hours.
+"""What a run costs, by arithmetic alone: memory per GPU (bench/memory.py), cache room, ideal seconds, GPU hours.
 
-    python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100 mean_response=1024
-
-Arithmetic only: no weights, no GPU, no network. No kernel can be faster than the ideal: every byte and FLOP at the full
-rate of the device. Memory by part is calculated in bench/memory.py. Decimal units (1 GB = 1e9 bytes).
+No kernel can be faster than the ideal: every byte and FLOP at the full rate of the device. 1 GB = 1e9 bytes.
 """
-
-from __future__ import annotations
 
 import heapq
 import timeit
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
-from bench.memory import Shape, activation_bytes, decided, free_memory, gpu_memory, shape_of, value_bytes
+from bench.memory import Shape, activation_bytes, decided, gpu_memory, memory_of, shape_of, value_bytes
 from bench.options import Options, phases, read_words, response_lengths, text_table
 from config import Config, ConfigError
 from methods import METHODS, answer_samples, tasks_per_passage
+from ranks import Ranks
 
-GB = 1e9
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """The data sheet of a card."""
-
+class Gpu(NamedTuple):  # the data sheet of a card
     name: str  # as torch.cuda.get_device_name() gives it
     flops: float  # FLOP/s: bfloat16 with float32 accumulation, dense
     bandwidth: float  # bytes/s of its memory
@@ -55,13 +46,11 @@ GPUS = {
 
 def measure_cpu(ranks: int) -> Gpu:
     """What each of `ranks` ranks has of this machine's CPU, measured in a second with all cores: float32 products of
-    matrices of 1,024 rows, copies of 256 MB; memory that is free, infinite where the system does not say."""
-    matrix, values = torch.ones(1024, 1024), torch.ones(64 * 2**20)
-    target = torch.empty_like(values)
-    multiplying = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=8))  # seconds
-    copying = min(timeit.repeat(lambda: target.copy_(values), number=1, repeat=8))
-    flops, bandwidth = 2 * 1024**3 / multiplying, 8 * values.numel() / copying
-    return Gpu("rank on this CPU", flops / ranks, bandwidth / ranks, free_memory() / ranks)
+    matrices of 1,024 rows, copies of 256 MB, and the memory that is free."""
+    matrix, (values, target) = torch.ones(1024, 1024), torch.ones(2, 64 * 2**20)
+    flops = 2 * 1024**3 / min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=8))
+    bandwidth = 8 * values.numel() / min(timeit.repeat(lambda: target.copy_(values), number=1, repeat=8))
+    return Gpu("rank on this CPU", flops / ranks, bandwidth / ranks, memory_of(Ranks(0, ranks, torch.device("cpu"))))
 
 
 def forward_flops(shape: Shape, tokens: int) -> float:
@@ -91,8 +80,8 @@ def cache_bytes(shape: Shape, width: int = 2) -> int:
 
 def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slots: int, width: int = 2) -> float:
     """Least time in which one GPU decodes responses of these lengths, `slots` at a time, each followed by the next. A
-    decode step gives every running response one token. It takes as long as its reads (all weights once; keys and values
-    of the running responses and their prompts) or its multiplications, whichever is longer."""
+    decode step gives every running response a token. It takes as long as its reads (weights once; keys and values of
+    these responses and their prompts) or its multiplications, whichever is longer."""
     waiting, running = deque(lengths), []  # running: a heap of (decode step at which it ends, length)
     now, context, seconds = 0, 0, 0.0
     while waiting or running:
@@ -105,23 +94,20 @@ def decode_seconds(shape: Shape, gpu: Gpu, prompt: int, lengths: list[int], slot
         from_memory = (width * shape.read(len(running)) + reads * cache_bytes(shape, width)) / gpu.bandwidth
         multiplying = (2 * shape.read(1) * len(running) + pair_flops(shape) * reads) / gpu.flops
         seconds += steps * max(from_memory, multiplying)
-        now += steps
-        context += len(running) * steps
+        now, context = now + steps, context + len(running) * steps
         while running and running[0][0] == now:
             context -= prompt + heapq.heappop(running)[1]
     return seconds
 
 
 def decode_limit(shape: Shape, config: Config, gpu: Gpu, gpus: int, room: int, prompt: int, groups: list) -> float:
-    """Least time of a phase: that of the slowest rank. groups: lengths per prompt; rank r samples groups[r::gpus].
-
-    As many responses run together as a cache of `room` tokens holds, but at most max_requests. A response has on
-    average its prompt and half its length in the cache; a long one runs longer, so lengths are weighted by length.
-    """
+    """Least time of a phase: that of the slowest rank. groups: lengths per prompt; rank r samples groups[r::gpus]. As
+    many responses run together as a cache of `room` tokens holds, but at most max_requests. A response has on average
+    its prompt and half its length in the cache; a long one runs longer, so lengths are weighted by length."""
     lengths = sum(groups, [])
     typical = prompt + sum(length**2 for length in lengths) / (2 * sum(lengths))
     slots = max(1, min(config.max_requests or REQUESTS, int(room / typical)))
-    shares = [sum(groups[rank::gpus], []) for rank in range(gpus)]
+    shares = (sum(groups[rank::gpus], []) for rank in range(gpus))
     return max(decode_seconds(shape, gpu, prompt, share, slots, value_bytes(config)) for share in shares)
 
 
@@ -136,33 +122,29 @@ def cache_room(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> int:
 
 
 # The models of our configs, from the config.json on their hub pages
-_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "tie_word_embeddings")  # fmt: skip
+_SIZES = ("model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+          "num_key_value_heads head_dim tie_word_embeddings").split()  # fmt: skip
 ARCHITECTURES = {
-    "HuggingFaceTB/SmolLM2-135M": ("llama", 576, 1536, 30, 9, 3, True),
-    "HuggingFaceTB/SmolLM3-3B-Base": ("smollm3", 2048, 11008, 36, 16, 4, True),
-    "Qwen/Qwen3-0.6B-Base": ("qwen3", 1024, 3072, 28, 16, 8, True),
-    "Qwen/Qwen3-4B-Base": ("qwen3", 2560, 9728, 36, 32, 8, True),
-    "Qwen/Qwen3-8B-Base": ("qwen3", 4096, 12288, 36, 32, 8, False),
-    "Qwen/Qwen3-30B-A3B-Base": ("qwen3_moe", 2048, 6144, 48, 32, 4, False),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", 49152, 576, 1536, 30, 9, 3, 64, True),
+    "HuggingFaceTB/SmolLM3-3B-Base": ("smollm3", 128256, 2048, 11008, 36, 16, 4, 128, True),
+    "Qwen/Qwen3-0.6B-Base": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
+    "Qwen/Qwen3-4B-Base": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
+    "Qwen/Qwen3-8B-Base": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
+    "Qwen/Qwen3-30B-A3B-Base": ("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, False),
 }
-_QWEN3 = {"vocab_size": 151936, "head_dim": 128}
 _EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
-_FAMILIES = {"llama": {"vocab_size": 49152, "max_position_embeddings": 8192}, "smollm3": {"vocab_size": 128256},
-             "qwen3": _QWEN3, "qwen3_moe": _QWEN3 | _EXPERTS}  # fmt: skip
 
 
 def architecture(name: str):
-    """The transformers config of a model: from its own config.json if that is on disk, else from ARCHITECTURES. Raises
-    ConfigError for a model in neither."""
-    folder = Path(name).expanduser()  # if it exists, the name is none of the hub's
-    cached = folder / "config.json" if folder.exists() else try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str | Path) and Path(cached).is_file():
-        return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=False)
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {', '.join(ARCHITECTURES)}")
+    """The transformers config of a model, from its config.json on disk or ARCHITECTURES; ConfigError without either."""
+    try:  # a folder, or a name of the hub in its cache
+        return AutoConfig.from_pretrained(Path(name).expanduser(), trust_remote_code=False, local_files_only=True)
+    except OSError:
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {known}") from None
     sizes = dict(zip(_SIZES, ARCHITECTURES[name], strict=True))
-    return AutoConfig.for_model(**_FAMILIES[sizes["model_type"]], **sizes)
+    return AutoConfig.for_model(**sizes, **(_EXPERTS if sizes["model_type"] == "qwen3_moe" else {}))
 
 
 def ideal_seconds(shape: Shape, config: Config, options: Options) -> dict:
@@ -171,13 +153,12 @@ def ideal_seconds(shape: Shape, config: Config, options: Options) -> dict:
     gpu, gpus, prompt, method = GPUS[options.gpu], options.gpus, options.prompt, METHODS[config.method]
     config, passages, whole = decided(shape, config, gpus, gpu.memory), config.passages_per_step, gpus * gpu.flops
     room, seconds, lengths, bundles = cache_room(shape, config, gpus, gpu), {}, [], []
-    for number, phase in enumerate(phases(config)):
-        groups = response_lengths(phase, options, number)
-        prefill = phase.prompts * forward_flops(shape, prompt) / whole
-        seconds["prefill"] = seconds.get("prefill", 0.0) + prefill
-        seconds[phase.name] = decode_limit(shape, config, gpu, gpus, room, prompt, groups)
+    for number, (name, *size) in enumerate(phases(config)):
+        groups = response_lengths(*size, options, number)
+        seconds["prefill"] = seconds.get("prefill", 0.0) + len(groups) * forward_flops(shape, prompt) / whole
+        seconds[name] = decode_limit(shape, config, gpu, gpus, room, prompt, groups)
         lengths += sum(groups, [])
-        if phase.name == "predict" or config.train_generator:
+        if name == "predict" or config.train_generator:
             bundles += [(prompt, group) for group in groups]
     if method.samples is answer_samples:  # a few words each
         bundles = [(prompt, [8])] * sum(tasks_per_passage(config, config.method))
@@ -186,17 +167,15 @@ def ideal_seconds(shape: Shape, config: Config, options: Options) -> dict:
     alone = [(prompt, [response]) for prompt, responses in bundles for response in responses] or bundles
     scoring = sum(forward_flops(shape, prompt + sum(response)) for prompt, response in alone)
     scored = scoring * options.kept if config.kl else 0.0
-    if method.reference:
-        scored += passages * forward_flops(shape, prompt)
-    if method.reference == "average":  # the policy scores every thought
-        scored += scoring
+    if method.reference:  # with `average` the policy scores every thought, too
+        scored += passages * forward_flops(shape, prompt) + scoring * (method.reference == "average")
     if scored:
         seconds["scoring"] = scored / whole
     bundles = bundles if config.share_prompts else alone
     flops, tokens = train_flops(shape, bundles), sum(prompt + sum(responses) for prompt, responses in bundles)
     rate = options.kept * config.updates_per_batch / whole
     seconds["update"] = rate * flops
-    recomputing = rate * (flops / 3 - 2 * shape.table * tokens)  # the head aside
+    recomputing = rate * (flops / 3 - 2 * shape.vocab * shape.hidden * tokens)  # the head aside
     if config.gradient_checkpointing:
         seconds["recomputing layers"] = recomputing
     # AdamW reads four and writes three float32 numbers a parameter; refresh reads one and writes the replica
@@ -207,8 +186,7 @@ def ideal_seconds(shape: Shape, config: Config, options: Options) -> dict:
 
 
 def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
-    """Whether it fits; if not, the key to change and, where one helps, its largest value that fits. Some of the parts
-    that are added up are never live together, so what fits here fits."""
+    """Whether it fits; if not, the key to change and, where one helps, its largest value that fits."""
     stored, config = config.gradient_checkpointing, decided(shape, config, gpus, gpu.memory)
     longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
     memory = gpu_memory(shape, config, gpus)
@@ -220,7 +198,7 @@ def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
             least = gpu_memory(shape, replace(config, offload=True, gradient_checkpointing=True), gpus)["training"]
             if not config.offload and "second copy" not in least and sum(least.values()) <= gpu.memory:
                 more = "set offload=true, " + more
-            return f"does not fit: {fixed / GB:.0f} GB in {moment} before any activation; {more}"
+            return f"does not fit: {fixed / 1e9:.0f} GB in {moment} before any activation; {more}"
     if fixed + memory["training"]["activations"] > gpu.memory:
         per_token = {on: activation_bytes(shape, 1, on, value_bytes(config), config.liger) for on in (False, True)}
         if stored is False and fixed + per_token[True] * longest <= gpu.memory:
@@ -233,74 +211,7 @@ def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
     room = cache_room(shape, config, gpus, gpu)
     if room < longest:
         return f"does not fit: cache room of {room:,} tokens, a request of {longest:,}. Raise cache_memory= or {more}"
-    return f"fits: {(gpu.memory - sum(memory['training'].values())) / GB:.0f} GB to spare in training"
-
-
-def memory_lines(shape: Shape, config: Config, options: Options) -> list[str]:
-    """The parts of GPU memory in training, with layers stored and recomputed; host memory; disk."""
-    gpu, gpus, n, width = GPUS[options.gpu], options.gpus, shape.parameters, value_bytes(config)
-    ways = [gpu_memory(shape, replace(config, gradient_checkpointing=on), gpus)["training"] for on in (False, True)]
-    parts = {f"  {name}": [way[name] for way in ways] for name in ways[0]}
-    parts["  all of it, in training"] = [sum(way.values()) for way in ways]
-    rows = [(name, *(f"{size / GB:.2f}" for size in sizes)) for name, sizes in parts.items()]
-    lines = text_table([("memory per GPU, GB", "stored", "recomputed"), *rows], 32, 12)
-    lines[-1] += f"   of {gpu.memory / GB:.0f}, if live all at once"
-    key = f"gradient_checkpointing={str(config.gradient_checkpointing).lower()}"
-    taken = "recomputed" if decided(shape, config, gpus, gpu.memory).gradient_checkpointing else "stored"
-    lines.append(f"{key}: activations of {config.tokens_per_micro_batch:,} tokens are {taken}")
-    # float32 masters, Adam's two moments, a moving average (rlp), the Hugging Face model
-    checkpoint = n * (12 + 4 * (METHODS[config.method].reference == "average") + width)
-    # with offload masters, gradients and Adam; what a checkpoint is written from
-    host = n * 16 * config.offload + (config.save_every > 0) * checkpoint
-    lines.append(f"host memory per node of {gpus} GPUs: {host / GB:.0f} GB in the run, "
-                 f"{gpus * width * n / GB:.0f} GB while the model is loaded")  # fmt: skip
-    if config.offload:
-        lines[-1] += f"; a micro-batch moves {12 * n / gpus / GB:.0f} GB per GPU there and back"
-    if config.save_every:
-        most = f"{config.keep_last + 1} of them at most" if config.keep_last else "none is deleted"
-        lines.append(f"disk: {checkpoint / GB:.0f} GB a checkpoint, {most}")
-    return lines
-
-
-def time_lines(shape: Shape, config: Config, options: Options) -> list[str]:
-    """Work of a step, its seconds by phase and those of the whole run."""
-    gpu, gpus, cpu, lines = GPUS[options.gpu], options.gpus, options.gpu == "cpu", []
-    ideal = ideal_seconds(shape, config, options)
-    if phases(config):
-        room, request = cache_room(shape, config, gpus, gpu), options.prompt + options.mean_response
-        size, most = room * cache_bytes(shape, value_bytes(config)) / GB, config.max_requests or REQUESTS
-        lines += [
-            f"sampler's cache per GPU: {size:.1f} GB, {room:,} tokens, {int(room / request):,} requests of "
-            f"{request:.0f} tokens; max_requests lets {most:,} run",
-            f"a step: {ideal['responses']:,} responses, mean {options.mean_response:.0f} tokens after prompts of "
-            f"{options.prompt}: {ideal['response_tokens']:,} response tokens",
-        ]
-    shares = dict.fromkeys(("propose", "predict", "optimizer, refresh"), options.decode_share)
-    times = {name: (s, s / shares.get(name, options.mfu)) for name, s in ideal["seconds"].items()}
-    whole = [sum(column) for column in zip(*times.values(), strict=True)]
-    times["step"] = whole
-    if "recomputing layers" not in times:
-        times["recomputing layers would add"] = ideal["recomputing"], ideal["recomputing"] / options.mfu
-    unit, each, source = "GPU hours", gpus / 3600, "the data sheet's rate"
-    if cpu:
-        unit, each, source = "minutes", 1 / 60, "a rate measured now"
-    rows = [(f"  {name}", *(f"{value:.2f}" for value in pair)) for name, pair in times.items()]
-    rows.append((f"  {unit}, {config.steps} steps", *(f"{total * config.steps * each:.0f}" for total in whole)))
-    lines += [
-        f"tokens trained in a step: {ideal['trained_tokens']:,}",
-        "",
-        *text_table([("seconds a step", "ideal", "estimate"), *rows], 32, 10),
-        "",
-        f"ideal: every byte and FLOP at {source}. "
-        f"estimate: {options.decode_share:.0%} of it in decoding, {options.mfu:.0%} elsewhere.",
-        "Not counted: start-up of the sampler, traffic between GPUs and with the host, probes, checkpoints, a warm-up "
-        "method" + (", the optimizer on the host." if config.offload else "."),
-    ]
-    if options.kept == 1 and phases(config):
-        lines.append("kept=1: every group is trained on. A run drops groups with equal rewards: lower it.")
-    if config.dtype == "float32" and not cpu:
-        lines.append("dtype=float32: the times are those of bfloat16 tensor cores; float32 takes several times longer.")
-    return lines
+    return f"fits: {(gpu.memory - sum(memory['training'].values())) / 1e9:.0f} GB to spare in training"
 
 
 def print_plan(words: list[str]) -> None:
@@ -310,12 +221,63 @@ def print_plan(words: list[str]) -> None:
         GPUS["cpu"], config = measure_cpu(options.gpus), replace(config, liger=False)
     if options.gpu not in GPUS:
         raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}")
-    shape = shape_of(architecture(config.model))
-    gpu, verdict = GPUS[options.gpu], advice(shape, config, options.gpus, GPUS[options.gpu])
-    print(f"{config.model}: {shape.parameters:,} parameters; {options.gpus} x {gpu.name}; method {config.method}")
+    gpu, gpus, shape = GPUS[options.gpu], options.gpus, shape_of(architecture(config.model))
+    n, width, method = shape.parameters, value_bytes(config), METHODS[config.method]
+    print(f"{config.model}: {n:,} parameters; {gpus} x {gpu.name}; method {config.method}")
     if shape.experts:
-        print(f"a token is multiplied with {shape.read(1):,} of them: {shape.experts_per_token} of {shape.experts} "
-              "experts a layer")  # fmt: skip
-    print("", *memory_lines(shape, config, options), f"  {verdict}", sep="\n")
-    if verdict.startswith("fits"):
-        print("", *time_lines(shape, config, options), sep="\n")
+        share = f"{shape.experts_per_token} of {shape.experts} experts a layer"
+        print(f"a token is multiplied with {shape.read(1):,} of them: {share}")
+
+    # ---- memory of a GPU in training, of the host, on disk
+    ways = [gpu_memory(shape, replace(config, gradient_checkpointing=on), gpus)["training"] for on in (False, True)]
+    rows = [(f"  {name}", *(f"{way[name] / 1e9:.2f}" for way in ways)) for name in ways[0]]
+    rows.append(("  all of it, in training", *(f"{sum(way.values()) / 1e9:.2f}" for way in ways)))
+    lines = text_table([("memory per GPU, GB", "stored", "recomputed"), *rows], 32, 12)
+    print("", *lines, sep="\n", end=f"   of {gpu.memory / 1e9:.0f}, if live all at once\n")
+    asked = str(config.gradient_checkpointing).lower()
+    taken = "recomputed" if decided(shape, config, gpus, gpu.memory).gradient_checkpointing else "stored"
+    print(f"gradient_checkpointing={asked}: activations of {config.tokens_per_micro_batch:,} tokens are {taken}")
+    # float32 masters, Adam's two moments, a moving average (rlp), the Hugging Face model
+    checkpoint = n * (12 + 4 * (method.reference == "average") + width)
+    # with offload masters, gradients and Adam; what a checkpoint is written from
+    host = n * 16 * config.offload + (config.save_every > 0) * checkpoint
+    moved = f"; a micro-batch moves {12 * n / gpus / 1e9:.0f} GB per GPU there and back" if config.offload else ""
+    print(f"host memory per node of {gpus} GPUs: {host / 1e9:.0f} GB in the run, {gpus * width * n / 1e9:.0f} GB while "
+          f"the model is loaded{moved}")  # fmt: skip
+    if config.save_every:
+        most = f"{config.keep_last + 1} of them at most" if config.keep_last else "none is deleted"
+        print(f"disk: {checkpoint / 1e9:.0f} GB a checkpoint, {most}")
+    verdict = advice(shape, config, gpus, gpu)
+    print(f"  {verdict}")
+    if not verdict.startswith("fits"):
+        return
+
+    # ---- work and seconds of a step, hours of a run
+    ideal = ideal_seconds(shape, config, options)
+    print()
+    if ideal["responses"]:
+        room, request = cache_room(shape, config, gpus, gpu), options.prompt + options.mean_response
+        print(f"sampler's cache per GPU: {room * cache_bytes(shape, width) / 1e9:.1f} GB, {room:,} tokens, "
+              f"{int(room / request):,} requests of {request:.0f} tokens; max_requests lets "
+              f"{config.max_requests or REQUESTS:,} run")  # fmt: skip
+        print(f"a step: {ideal['responses']:,} responses, mean {options.mean_response:.0f} tokens after prompts of "
+              f"{options.prompt}: {ideal['response_tokens']:,} response tokens")  # fmt: skip
+    print(f"tokens trained in a step: {ideal['trained_tokens']:,}\n")
+    shares = dict.fromkeys(("propose", "predict", "optimizer, refresh"), options.decode_share)
+    times = {name: (s, s / shares.get(name, options.mfu)) for name, s in ideal["seconds"].items()}
+    times["step"] = whole = [sum(column) for column in zip(*times.values(), strict=True)]
+    if "recomputing layers" not in times:
+        times["recomputing layers would add"] = ideal["recomputing"], ideal["recomputing"] / options.mfu
+    source = "a rate measured now" if options.gpu == "cpu" else "the data sheet's rate"
+    unit, each = ("minutes", 1 / 60) if options.gpu == "cpu" else ("GPU hours", gpus / 3600)
+    rows = [(f"  {name}", *(f"{value:.2f}" for value in pair)) for name, pair in times.items()]
+    rows.append((f"  {unit}, {config.steps} steps", *(f"{total * config.steps * each:.0f}" for total in whole)))
+    print(*text_table([("seconds a step", "ideal", "estimate"), *rows], 32, 10), sep="\n")
+    print(f"\nideal: every byte and FLOP at {source}. "
+          f"estimate: {options.decode_share:.0%} of it in decoding, {options.mfu:.0%} elsewhere.")  # fmt: skip
+    print("Not counted: start-up of the sampler, traffic between GPUs and with the host, probes, checkpoints, "
+          "a warm-up method" + (", the optimizer on the host." if config.offload else "."))  # fmt: skip
+    if options.kept == 1 and ideal["responses"]:
+        print("kept=1: every group is trained on. A run drops groups with equal rewards: lower it.")
+    if config.dtype == "float32" and options.gpu != "cpu":
+        print("dtype=float32: the times are those of bfloat16 tensor cores; float32 takes several times longer.")

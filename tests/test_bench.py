@@ -5,14 +5,13 @@ import gzip
 import json
 import random
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from reference import ROOT, TINY_BASE
 
 import model
 import rollout as sampling
-from bench import check
 from bench import step as timing
 from bench.__main__ import main
 from bench.memory import shape_of
@@ -98,30 +97,39 @@ def test_random_weights_are_seeded_and_not_the_checkpoints(tiny, ranks):
     assert abs(weights.std().item() - 0.05) < 0.005  # initializer_range; not what training made of it
 
 
-def test_figures_follow_from_lengths_and_seconds(tiny, ranks, monkeypatch):
-    seconds = iter([9.0, 2.0, 4.0, 3.0])  # a warm-up and three repeats
-    shape, gpu, trained = shape_of(architecture(tiny.model)), GPUS["h100"], [(20, [10])] * 20
+@pytest.fixture
+def clocked(monkeypatch):
+    """No step is run: its phases take 1, 2 and 5 times the seconds of a list, and its memory is given."""
 
-    def step(run, works, number):
-        now = next(seconds)
-        times = {"propose": now, "predict": 2 * now, "update": 5 * now, "step": 8 * now}
-        return {"seconds": times, "trained": trained, "memory": (1.5, 100, 0.5)}
+    def clock(*seconds):
+        left = iter(seconds)
 
-    monkeypatch.setattr(timing, "one_step", step)
-    works = {"propose": ([[1] * 20] * 2, [[10] * 2] * 2), "predict": ([[1] * 20] * 4, [[10] * 4] * 4)}
-    run = type("Run", (), {"config": tiny, "ranks": ranks})
-    row = timing.time_row(run, works, shape, gpu, repeats=3)
+        def step(run, works, number):
+            now = next(left)
+            times = {"propose": now, "predict": 2 * now, "update": 5 * now, "step": 8 * now}
+            return {"seconds": times, "trained": [(20, [10])] * 20, "memory": (1.5, 100, 0.5)}
+
+        monkeypatch.setattr(timing, "one_step", step)
+
+    return clock
+
+
+def test_figures_follow_from_lengths_and_seconds(tiny, ranks, clocked):
+    clocked(*[9.0, 2.0, 4.0, 3.0] * 2)  # for each row a warm-up and three repeats
+    options, config = read_words([*TINY, "prompt=20", "equal=10"], "step")
+    result = time_rows(config, options, ranks, GPUS["h100"])
+    row, shape = result["rows"]["equal"], shape_of(architecture(tiny.model))
     assert row["seconds"] == {"propose": 3.0, "predict": 6.0, "update": 15.0, "step": 24.0}
     assert row["warmup_seconds"]["step"] == 72.0 and len(row["repeats"]) == 3
     assert (row["responses"], row["response_tokens"], row["trained_tokens"]) == (20, 200, 600)
     assert row["response_tokens_per_second"] == 200 / 9 and row["training_tokens_per_second"] == 600 / 15
-    assert row["mfu"] == pytest.approx(train_flops(shape, trained) / 15 / gpu.flops)
-    least = [decode_limit(shape, tiny, gpu, 1, 100, 20, limits) for _, limits in works.values()]
+    assert row["mfu"] == pytest.approx(train_flops(shape, [(20, [10])] * 20) / 15 / GPUS["h100"].flops)
+    least = [decode_limit(shape, tiny, GPUS["h100"], 1, 100, 20, [[10] * n] * n) for n in (2, 4)]
     assert list(row["decode_limit_seconds"].values()) == least and row["decode_share"] == pytest.approx(sum(least) / 9)
     assert (row["cache_tokens"], row["cache_gb"], row["training_gb"]) == (100, 0.5, 1.5)
-    result = {"rows": {"one": row}, "gpu": asdict(gpu), "world": 1, "shape": asdict(shape), "attention": "x"}
-    text = timing.step_table(result | {"config": asdict(tiny), "options": {"prompt": 20, "repeats": 3}})
-    assert re.search(r"response tokens per second +22\n", text) and re.search(r"training tokens per second +40\n", text)
+    text = timing.step_table(result)
+    assert re.search(r"response tokens per second .* 22\n", text)
+    assert re.search(r"training tokens per second +40 +40\n", text)
 
 
 def test_a_run_in_miniature(tiny, ranks, monkeypatch):
@@ -134,7 +142,7 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
 
     monkeypatch.setattr(timing, "rollout", watched)
     options, config = read_words([*TINY, "repeats=2", "prompt=9", "mean_response=6"], "step")
-    result = time_rows(config, options, ranks)
+    result = time_rows(config, options, ranks, None)
     lognormal, equal = calls[:6], calls[6:]  # a warm-up and two repeats of two phases each
     assert lognormal == lognormal[:2] * 3 and equal == equal[:2] * 3  # the work of a row is the same in every step
     (proposing, _), (predicting, drawn) = lognormal[:2]
@@ -153,13 +161,14 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
     assert "478,080 parameters" in text and re.search(r"mfu +- +-\n", text)
 
 
-def test_a_step_against_its_rollouts(tiny, ranks):
+def test_a_step_against_its_rollouts(tiny, ranks, clocked):
     options, config = read_words([*TINY, "repeats=1", "prompt=9", "rollouts=4,12"], "step")
-    result = time_rows(config, options, ranks)
+    result = time_rows(config, options, ranks, None)
     assert {name: row["responses"] for name, row in result["rows"].items()} == {"4": 4, "12": 12}
-    assert len(timing.scaling_table(result["rows"]).split("\n")) == 4
-    rows = {str(n): {"seconds": {"step": 0.1 + 0.01 * n, "predict": 0.1, "update": 0.01 * n}} for n in (64, 128)}
-    assert timing.scaling_table(rows).endswith("0.100 s + 10.00 ms a rollout, at most 0% off")
+    clocked(9.0, 0.05, 9.0, 0.06)  # 8 x 50 ms for 4 rollouts, 8 x 60 ms for 12
+    text = timing.step_table(time_rows(config, options, ranks, None))
+    assert text.endswith("0.360 s + 10.00 ms a rollout, at most 0% off")
+    assert re.search(r"^12 +0.480 +0.120 +0.300 +40.00$", text, re.M)
 
 
 # ---- the first minutes on a new host
@@ -167,9 +176,9 @@ def test_a_step_against_its_rollouts(tiny, ranks):
 BREAKS = {
     "": lambda patch: None,
     "refresh": lambda patch: patch.setattr(model, "refresh", lambda policy, replica: None),
-    "greedy": lambda patch: patch.setattr(check, "generate", lambda *words: generate(*words[:-1], False)),
-    "gather": lambda patch: patch.setattr(check, "from_arrays", lambda arrays, prompts: []),
-    "checkpoint": lambda patch: patch.setattr(check, "load_checkpoint", lambda saver, path, facts: None),
+    "greedy": lambda patch: patch.setattr(timing, "generate", lambda *words: generate(*words[:-1], False)),
+    "gather": lambda patch: patch.setattr(timing, "from_arrays", lambda arrays, prompts: []),
+    "checkpoint": lambda patch: patch.setattr(timing, "load_checkpoint", lambda saver, path, facts: None),
 }
 
 
@@ -177,7 +186,7 @@ BREAKS = {
 def test_the_checks_pass_here_and_name_what_is_broken(tiny, ranks, monkeypatch, capfd, broken):
     BREAKS[broken](monkeypatch)
     lines, tiny = [], replace(tiny, tokens_per_micro_batch=1024)
-    assert check.check_host(tiny, ranks, lines.append) == ([broken] if broken else [])
+    assert timing.check_host(tiny, ranks, lines.append) == ([broken] if broken else [])
     names = "versions ranks gather Liger attention greedy log-probs update refresh checkpoint".split()
     assert [line.split()[:2] for line in lines] == [[name, "FAIL" if name == broken else "pass"] for name in names]
 

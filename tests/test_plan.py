@@ -14,7 +14,7 @@ import model
 from bench import memory, plan
 from bench.__main__ import main
 from bench.memory import Shape, activation_bytes, decided, gpu_memory, layer_activation_bytes, shape_of
-from bench.options import Options, Phase, phases, read_words, response_lengths
+from bench.options import Options, phases, read_words, response_lengths
 from bench.plan import ARCHITECTURES, GPUS, Gpu, advice, architecture, decode_limit, decode_seconds, train_flops
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer, make_samples, update
@@ -97,7 +97,7 @@ def test_an_unknown_model_and_an_unknown_mixture_of_experts_are_refused(folders)
 
 def test_lengths_have_their_mean_their_cap_and_their_seed():
     def lengths(mean, cap, sigma=0.6, seed=0):
-        groups = response_lengths(Phase("", 64, 8, cap), Options(cap=9999, mean_response=mean, sigma=sigma), seed)
+        groups = response_lengths(64, 8, cap, Options(cap=9999, mean_response=mean, sigma=sigma), seed)
         assert [len(group) for group in groups] == [8] * 64
         return sum(groups, [])
 
@@ -234,7 +234,7 @@ def test_memory_with_offload_by_hand():
     assert (parts["replica"], parts["float32 masters"], parts["gradients"], parts["Adam"]) == (200, 200, 200, 400)
     assert sum(parts.values()) - sum(left.values()) == 800 and left["replica"] == 200
     # the cache gets what masters and Adam leave
-    gpu = replace(SLOW_MEMORY, memory=1e9 + 10**6)
+    gpu = SLOW_MEMORY._replace(memory=1e9 + 10**6)
     assert plan.cache_room(TOY, config, 2, gpu) > plan.cache_room(TOY, plain, 2, gpu) > 0
 
 
@@ -270,10 +270,10 @@ def test_a_run_that_cannot_fit_warns_and_a_cpu_has_no_bound(monkeypatch, ranks):
 
 def test_cache_room_by_hand():
     config = Config(cache_memory=0.5, max_requests=4)
-    gpu = replace(SLOW_MEMORY, memory=1e9 + 2000)  # context 1e9, replica 200, masters 400, Adam 800: 600 are left
+    gpu = SLOW_MEMORY._replace(memory=1e9 + 2000)  # context 1e9, replica 200, masters 400, Adam 800: 600 are left
     # half of it, less logits of four requests: 4 x (4 x 10 + 2 x 2); a token takes 4, 4 to be read and 16 of indices
     assert plan.cache_room(TOY, config, 1, gpu) == (300 - 176) // 24
-    assert plan.cache_room(TOY, config, 1, replace(gpu, memory=1e9)) == 0
+    assert plan.cache_room(TOY, config, 1, gpu._replace(memory=1e9)) == 0
 
 
 # ---- the plan
@@ -281,8 +281,8 @@ def test_cache_room_by_hand():
 
 def test_responses_of_a_step():
     def counts(**changes):
-        config = Config(passages_per_step=2, masks_per_passage=4, predictions_per_mask=8, max_mask_tokens=9, **changes)
-        return [(phase.name, phase.prompts, phase.count, phase.cap) for phase in phases(config)]
+        sizes = dict(passages_per_step=2, masks_per_passage=4, predictions_per_mask=8, max_mask_tokens=9)
+        return phases(Config(**sizes, **changes))
 
     assert counts() == [("propose", 2, 4, 9), ("predict", 8, 8, 4096)]
     assert counts(method="random_span") == counts(method="random_token") == [("predict", 9, 8, 4096)]

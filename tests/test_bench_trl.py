@@ -51,7 +51,6 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
     monkeypatch.setattr(peers, "set_up", lambda *_: (model, *others))
     naive(tiny, SMALL, marks)
     assert len(marks) == 4 and marks == sorted(marks)  # before and after the warm-up and one step
-    assert all(begin[1] < end[1] for begin, end in zip(marks[::2], marks[1::2], strict=True))
     assert len(shapes) == 2 and all(prompt[0] == 3 and whole == (12, prompt[1] + 5) for prompt, whole in shapes)
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
 
@@ -67,14 +66,12 @@ def test_our_step_runs_in_a_process_of_its_own(tiny):
     assert row["warmup"] > 0 and len(row["seconds"]) == len(row["cpu_seconds"]) == 1 and row["memory_gb"] > 0
 
 
-@pytest.mark.parametrize("visible, given", [(None, "0"), ("2,3", "2"), ("", "")])
+@pytest.mark.parametrize("visible, given", [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"),
+                                            ({"CUDA_VISIBLE_DEVICES": ""}, "")])  # fmt: skip
 def test_a_peer_sees_one_gpu_or_none(monkeypatch, visible, given):
-    """TRL's trainer would spread over all that it sees, and refuses to."""
     monkeypatch.setattr(peers.subprocess, "run", lambda _, env, **__: SimpleNamespace(
         returncode=0, stdout=json.dumps(env["CUDA_VISIBLE_DEVICES"])))  # fmt: skip
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(peers.os, "environ", visible)
     assert one_process("trl", []) == given
 
 

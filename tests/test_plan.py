@@ -52,7 +52,6 @@ def test_a_mixture_of_experts_by_hand(known):
     # half of the experts for each token: two tokens leave a quarter idle, many none
     toy = replace(TOY, layers=3, hidden=5, experts=8, experts_per_token=4, expert_width=2, parameters=100_000)
     assert [100_000 - toy.read(n) for n in (1, 2, 99)] == [3 * 4 * 30, 3 * 2 * 30, 0]
-    assert TOY.read(1) == TOY.read(99) == 100
     # of two responses of 3 and 1 tokens the first step reads the experts of two tokens, the others those of one
     toy = replace(toy, kv_heads=0)  # no cache: only weights are read
     assert decode_seconds(toy, SLOW_MEMORY, 1, [3, 1], slots=2) == 2 * (toy.read(2) + 2 * toy.read(1))
@@ -78,9 +77,7 @@ def test_a_config_json_at_hand_comes_before_the_table_and_the_unknown_is_refused
 
 def test_lengths_have_their_mean_their_cap_and_their_seed():
     def lengths(mean, cap, sigma=0.6, seed=0):
-        groups = response_lengths(64, 8, cap, Options(cap=9999, mean_response=mean, sigma=sigma), seed)
-        assert [len(group) for group in groups] == [8] * 64
-        return sum(groups, [])
+        return sum(response_lengths(64, 8, cap, Options(cap=9999, mean_response=mean, sigma=sigma), seed), [])
 
     drawn = lengths(384, 1024)
     assert fmean(drawn) == pytest.approx(384, abs=0.5) and max(drawn) == 1024 and min(drawn) >= 1
@@ -185,24 +182,16 @@ def test_memory_by_hand():
     # 1,024 tokens at a time: two float32 logits and one in bfloat16; the table's gradient in float32 and bfloat16
     assert training["log-prob head"] == 1024 * 10 * 10 + 20 * 6
     assert training["gathered weights"] == 22 * 8 + (100 - 20 - 2) * 10
-
-
-def test_memory_with_offload_by_hand():
-    """100 parameters in bfloat16, two GPUs."""
-    config, plain = (Config(offload=on, tokens_per_micro_batch=4096) for on in (True, False))
-    parts, left = (gpu_memory(TOY, one, 2)["training"] for one in (plain, config))
+    # 100 parameters in bfloat16 on two GPUs, without and with offload
+    parts, left = (gpu_memory(TOY, Config(offload=on, tokens_per_micro_batch=4096), 2)["training"] for on in (0, 1))
     assert (parts["replica"], parts["float32 masters"], parts["gradients"], parts["Adam"]) == (200, 200, 200, 400)
     assert sum(parts.values()) - sum(left.values()) == 800 and left["replica"] == 200
-    # the cache gets what masters and Adam leave
-    gpu = SLOW_MEMORY._replace(memory=1e9 + 10**6)
-    assert plan.cache_room(TOY, config, 2, gpu) > plan.cache_room(TOY, plain, 2, gpu) > 0
 
 
 def test_auto_stores_activations_where_they_fit_nine_tenths_of_the_memory():
     auto, *fixed = (Config(gradient_checkpointing=value) for value in ("auto", True, False))
     need = sum(gpu_memory(TOY, fixed[1], 2)["training"].values())
     assert [decided(TOY, auto, 2, need / 0.9 + more) for more in (-1, 1)] == fixed
-    assert all(decided(TOY, config, 2, 1.0) is config for config in fixed)
 
 
 def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_by_its_free_memory(folders, ranks, monkeypatch):
@@ -233,6 +222,7 @@ def test_cache_room_by_hand():
     gpu = SLOW_MEMORY._replace(memory=1e9 + 2000)  # context 1e9, replica 200, masters 400, Adam 800: 600 are left
     # half of it, less logits of four requests: 4 x (4 x 10 + 2 x 2); a token takes 4, 4 to be read and 16 of indices
     assert plan.cache_room(TOY, config, 1, gpu) == (300 - 176) // 24
+    assert plan.cache_room(TOY, replace(config, offload=True), 1, gpu) == (900 - 176) // 24  # no masters, no Adam
     assert plan.cache_room(TOY, config, 1, gpu._replace(memory=1e9)) == 0
 
 

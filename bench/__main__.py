@@ -11,17 +11,15 @@ python -m bench trl [configs/tiny.yaml] [key=value ...]                   the sa
 import os
 import sys
 
-from bench.check import print_checks
 from bench.plan import print_plan
-from bench.step import time_config
+from bench.step import print_checks, time_config
 from bench.trl import compare_peers
 from config import ConfigError
 
 
 def main(words: list[str]) -> None:
     """Runs one command. Raises ConfigError for a bad word."""
-    commands = {"plan": print_plan, "trl": compare_peers, "check": print_checks}
-    command = commands.get(words[0])
+    command = {"plan": print_plan, "trl": compare_peers, "check": print_checks}.get(words[0])
     command(words[1:]) if command else time_config(words)
 
 

@@ -1,9 +1,4 @@
-"""Memory by calculation from the architecture: `gradient_checkpointing: auto` decides by it, `bench plan` prints it.
-
-Bytes; 1 GB = 1e9 bytes. train.py asks once, at set-up.
-"""
-
-from __future__ import annotations
+"""Memory in bytes, calculated: `gradient_checkpointing: auto` decides by it at set-up, `bench plan` prints it."""
 
 import copy
 import math
@@ -15,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import Config, ConfigError
+from methods import needs_reference
 from model import head_chunk
 from ranks import Ranks, gather
 
@@ -31,59 +27,34 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
-    tied: bool
-    """One table serves as embedding and head."""
-    qk_norm: bool = False
-    """Queries and keys are normalised per head (Qwen3)."""
-    experts: int = 0
-    """Of each layer's MLP; 0: dense. Then `intermediate` is not used."""
+    tied: bool  # one table serves as embedding and head
+    qk_norm: bool = False  # queries and keys are normalised per head (Qwen3)
+    experts: int = 0  # of each layer's MLP; 0: dense. Then `intermediate` is not used
     experts_per_token: int = 0
-    expert_width: int = 0
-    """`intermediate` of one expert."""
-
-    @property
-    def table(self) -> int:
-        """Parameters of one vocabulary table."""
-        return self.vocab * self.hidden
-
-    @property
-    def multiplied(self) -> int:
-        """Parameters in one token's matrix products: all except an untied embedding table, which is only looked up, and
-        its unused experts."""
-        return self.read(1)
+    expert_width: int = 0  # `intermediate` of one expert
 
     def read(self, tokens: int) -> int:
-        """Parameters that a step of so many tokens needs. With even routing an expert is idle with probability
-        (1 - k / E)^tokens: of 128 experts, 8 for a token, 64 tokens leave two."""
+        """Parameters in the matrix products of a pass over so many tokens: all except an untied embedding table and
+        idle experts. With even routing, 64 tokens leave 128 * (1 - 8 / 128)^64 = 2 of 128 experts idle."""
         idle = self.experts * (1 - self.experts_per_token / self.experts) ** tokens if self.experts else 0.0
         unused = self.layers * idle * 3 * self.hidden * self.expert_width
-        return self.parameters - (0 if self.tied else self.table) - round(unused)
-
-    @property
-    def layer(self) -> int:
-        """Parameters of one layer."""
-        return (self.parameters - self.table * (1 if self.tied else 2) - self.hidden) // self.layers
+        return self.parameters - (0 if self.tied else self.vocab * self.hidden) - round(unused)
 
 
 def shape_of(hf_config) -> Shape:
-    """The numbers of an architecture; parameters are counted on the meta device, where they take no memory."""
-    experts = getattr(hf_config, "num_experts", 0)
-    kind = hf_config.model_type
-    if experts and (kind != "qwen3_moe" or hf_config.mlp_only_layers or hf_config.decoder_sparse_step > 1):
-        raise ConfigError(f"model: {kind} mixes experts in a way of its own; of these models only Qwen3's are known")
+    """The numbers of a transformers config; parameters are counted on the meta device, where they take no memory.
+    Raises ConfigError for a mixture of experts other than Qwen3's."""
+    c, experts, heads = hf_config, getattr(hf_config, "num_experts", 0), hf_config.num_attention_heads
+    if experts and (c.model_type != "qwen3_moe" or c.mlp_only_layers or c.decoder_sparse_step > 1):
+        raise ConfigError(f"model: {c.model_type} mixes experts in a way of its own; of these only Qwen3's are known")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config), attn_implementation="sdpa", trust_remote_code=False
-        )
-    heads = hf_config.num_attention_heads
+        net = AutoModelForCausalLM.from_config(copy.deepcopy(c), attn_implementation="sdpa", trust_remote_code=False)
     return Shape(
-        parameters=model.num_parameters(), layers=hf_config.num_hidden_layers, hidden=hf_config.hidden_size,
-        intermediate=hf_config.intermediate_size, heads=heads, kv_heads=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads, vocab=hf_config.vocab_size,
-        tied=hf_config.tie_word_embeddings,
-        qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
-        experts=experts, experts_per_token=hf_config.num_experts_per_tok if experts else 0,
-        expert_width=hf_config.moe_intermediate_size if experts else 0,
+        parameters=net.num_parameters(), layers=c.num_hidden_layers, hidden=c.hidden_size, heads=heads,
+        intermediate=c.intermediate_size, kv_heads=c.num_key_value_heads, vocab=c.vocab_size,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads, tied=c.tie_word_embeddings, experts=experts,
+        qk_norm=any(name.endswith("q_norm.weight") for name, _ in net.named_parameters()),
+        experts_per_token=getattr(c, "num_experts_per_tok", 0), expert_width=getattr(c, "moe_intermediate_size", 0),
     )  # fmt: skip
 
 
@@ -103,29 +74,14 @@ def layer_activation_bytes(shape: Shape, width: int = 2, liger: bool = False) ->
 
 
 def activation_bytes(shape: Shape, tokens: int, checkpointing: bool, width: int = 2, liger: bool = False) -> int:
-    """Peak activation memory of a micro-batch in the backward pass, without the LM head.
-
-    With checkpointing each layer keeps its input, and one layer at a time is computed again. Added are the gradients
-    that one layer passes back (three widths of the MLP and two hidden widths; per expert, both) and the last norm.
-    """
+    """Peak activation memory of a micro-batch in the backward pass, without the LM head. With checkpointing each layer
+    keeps its input, and one at a time is computed again. Added are the last norm and the gradients inside a layer:
+    three widths of the MLP and two hidden widths; per expert, both."""
     h, k = shape.hidden, shape.experts_per_token
     layer = layer_activation_bytes(shape, width, liger)
     kept = shape.layers * width * h + layer if checkpointing else shape.layers * layer
     inner = k * (3 * shape.expert_width + 2 * h) if shape.experts else 3 * shape.intermediate
     return tokens * (kept + width * (inner + 2 * h) + h * (4 + 3 * width))
-
-
-def head_bytes(shape: Shape, width: int = 2, chunk: int = 1024) -> int:
-    """Peak of ops.token_logprobs, in its backward pass: two float32 logits and one in `width` per entry of a chunk, and
-    the head's gradient in float32 and in `width`."""
-    return chunk * shape.vocab * (2 * 4 + width) + shape.table * (4 + width)
-
-
-def gathered_bytes(shape: Shape, width: int = 2) -> int:
-    """What FSDP holds unsharded at once: tables and two layers, the gradients of tables and one layer, and the float32
-    copies of these gradients that the reduction reads."""
-    root = shape.table * (1 if shape.tied else 2) + shape.hidden
-    return root * (2 * width + 4) + shape.layer * (3 * width + 4)
 
 
 def value_bytes(config: Config) -> int:
@@ -134,36 +90,34 @@ def value_bytes(config: Config) -> int:
 
 
 def gpu_memory(shape: Shape, config: Config, gpus: int) -> dict[str, dict[str, float]]:
-    """Bytes on each GPU by part, `rollouts` without the sampler's cache and `training`. gpus: those of a node.
-
-    Training adds all parts up, and some of them are never live together. With offload, masters, gradients and Adam are
-    in host memory. config must have its gradient_checkpointing decided.
-    """
-    n, width, tokens = shape.parameters, value_bytes(config), config.tokens_per_micro_batch
+    """Bytes on each GPU by part, `rollouts` without the sampler's cache and `training`, whose parts are not all live at
+    once. gpus: those of a node. config must have its gradient_checkpointing decided."""
+    n, table, width = shape.parameters, shape.vocab * shape.hidden, value_bytes(config)
     rollouts = {"replica": width * n}
-    if not config.offload:
+    if not config.offload:  # else these and the gradients are in host memory
         rollouts |= {"float32 masters": 4 * n / gpus, "Adam": 8 * n / gpus}
-    from methods import needs_reference  # here: methods.py imports this file
-
     if needs_reference(config):
         rollouts["second copy"] = 4 * n / gpus
     rollouts["CUDA context, NCCL (assumed)"] = 1e9
     training = rollouts | ({} if config.offload else {"gradients": 4 * n / gpus})
-    training |= {
-        "gathered weights": gathered_bytes(shape, width),
-        "activations": activation_bytes(shape, tokens, config.gradient_checkpointing, width, config.liger),
-        "log-prob head": head_bytes(shape, width, head_chunk(config)),
-    }
+    # FSDP holds unsharded: tables and two layers, the gradients of tables and one layer, these gradients in float32
+    root = table * (1 if shape.tied else 2) + shape.hidden
+    training["gathered weights"] = root * (2 * width + 4) + (n - root) // shape.layers * (3 * width + 4)
+    recompute, tokens = config.gradient_checkpointing, config.tokens_per_micro_batch
+    training["activations"] = activation_bytes(shape, tokens, recompute, width, config.liger)
+    # ops.token_logprobs backward: two float32 logits and one of `width` per entry of a chunk; the head's gradient twice
+    training["log-prob head"] = head_chunk(config) * shape.vocab * (2 * 4 + width) + table * (4 + width)
     return {"rollouts": rollouts, "training": training}
 
 
-def must_recompute(shape: Shape, config: Config, gpus: int, memory: float) -> bool:
-    """config.gradient_checkpointing, where `auto` recomputes only if stored activations would not fit nine tenths of
-    `memory` bytes; the last tenth is for the allocator's fragments."""
+def decided(shape: Shape, config: Config, gpus: int, memory: float) -> Config:
+    """The config with gradient_checkpointing=auto decided: layers are recomputed only if stored activations would not
+    fit nine tenths of `memory` bytes. The last tenth is for the allocator's fragments."""
     if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing
-    stored = gpu_memory(shape, replace(config, gradient_checkpointing=False), gpus)
-    return sum(stored["training"].values()) > 0.9 * memory
+        return config
+    stored = replace(config, gradient_checkpointing=False)
+    need = sum(gpu_memory(shape, stored, gpus)["training"].values())
+    return stored if need <= 0.9 * memory else replace(config, gradient_checkpointing=True)
 
 
 def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
@@ -171,30 +125,23 @@ def decide_checkpointing(hf_config, config: Config, ranks: Ranks) -> Config:
     calls it before the model is wrapped."""
     if config.gradient_checkpointing != "auto":
         return config
-    smallest, cuda = min(gather([memory_of(ranks)])), ranks.device.type == "cuda"
-    asked = replace(config, liger=config.liger and cuda)
-    per_node = ranks.per_node or ranks.world
-    recompute = smallest < math.inf and must_recompute(shape_of(hf_config), asked, per_node, smallest)
-    return replace(config, gradient_checkpointing=recompute)
+    smallest = min(gather([memory_of(ranks)]))
+    asked = replace(config, liger=config.liger and ranks.device.type == "cuda")
+    known = decided(shape_of(hf_config), asked, ranks.per_node or ranks.world, smallest)
+    return replace(config, gradient_checkpointing=known.gradient_checkpointing)
 
 
 def memory_of(ranks: Ranks) -> float:
     """Bytes of this rank's GPU; on a CPU its share of what is free, infinite where the system does not say."""
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
-    return free_memory() / (ranks.per_node or ranks.world)
-
-
-def free_memory() -> float:
-    """Bytes of host memory that are free; infinite where the system does not say."""
-    told = Path("/proc/meminfo")
-    free = re.search(r"MemAvailable: *(\d+) kB", told.read_text()) if told.exists() else None
-    return int(free[1]) * 1024 if free else math.inf
+    source = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable: *(\d+) kB", source.read_text()) if source.exists() else None
+    return int(free[1]) * 1024 / (ranks.per_node or ranks.world) if free else math.inf
 
 
 def memory_warnings(hf_config, config: Config, ranks: Ranks) -> list[str]:
-    """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has. config
-    must have its gradient_checkpointing decided."""
+    """A line for rollouts and for training if by calculation they need more memory than this rank's GPU has."""
     if ranks.device.type != "cuda":  # any model will do then, also one whose shape is not known
         return []
     memory = memory_of(ranks)

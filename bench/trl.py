@@ -3,122 +3,94 @@
     python3 -m venv .venv-trl && .venv-trl/bin/pip install -r requirements.txt trl==1.16.0
     .venv-trl/bin/python -m bench trl [configs/tiny.yaml] [key=value ...]
 
-    ours        rollout, rewards, update, refresh, as in train.py
-    trl         GRPOTrainer with Hugging Face generate, which is its default
-    trl_paged   GRPOTrainer with use_transformers_continuous_batching and that setting's defaults; with bfloat16 it
-                keeps bfloat16 weights from its first rollout on, so that its update differs
-    trl_fitted  the same with a cache and a batch that suit this step (CPU only)
-    naive       generate on left-padded prompts, one padded forward with all logits, plain policy gradient
-
-A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on all of them, with the
-same weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process of its own,
-and the peers take turns, so that other load hits all alike; CPU seconds are less sensitive to it. Without TRL, which is
-no requirement, `peers=ours,naive` still runs. On a GPU: model=FOLDER of weights.
+A step is `prompts` x `completions` responses of exactly `tokens` tokens and one optimizer step on them, with the same
+weights, rewards (half of each group is right) and micro-batches for all. Each measurement is a process; peers take
+turns, so that other load hits all alike. `peers=ours,naive` runs without TRL. On a GPU: model=FOLDER of weights.
 """
 
-from __future__ import annotations
-
-import gc
 import gzip
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from bench.options import Options, Phase, complete, split_words, text_table
-from bench.step import Work, make_run, one_step
-from config import Config, ConfigError, read_config
+from bench.options import Options, read_words, text_table
+from bench.step import make_run, one_step
+from config import Config, ConfigError, check
 from metrics import peak_memory_gb
 from model import load_replica, load_tokenizer
 from prompts import PREDICT_PROMPT, fill
 from ranks import start_ranks
 from rollout import make_sampler
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 def peer_prompts(config: Config, options: Options) -> list[str]:
     """Prediction prompts on articles of the mini-wiki."""
-    with gzip.open(REPOSITORY / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(Path(__file__).parent.parent / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
         articles = [json.loads(next(lines))["text"] for _ in range(options.prompts * options.articles)]
     template = config.predict_prompt or PREDICT_PROMPT
     return [fill(template, " ".join(articles[n :: options.prompts])) for n in range(options.prompts)]
 
 
-def rows_per_batch(config: Config, options: Options, longest: int) -> int:
-    """Padded rows in a micro-batch: as many as its tokens allow and as divide the responses of a step."""
+def set_up(config: Config, options: Options) -> tuple:
+    """What the other trainers begin with: (model in float32, to compute in config.dtype under autocast; tokenizer;
+    prompts; tokens of the longest; padded rows in a micro-batch, as many as its tokens allow and as divide a step)."""
+    tokenizer, prompts = load_tokenizer(config), peer_prompts(config, options)
+    tokenizer.padding_side = "left"
+    longest = max(map(len, tokenizer(prompts).input_ids))
     total, room = options.prompts * options.completions, config.tokens_per_micro_batch // (longest + options.tokens)
-    return max(rows for rows in range(1, total + 1) if total % rows == 0 and rows <= max(1, room))
-
-
-def plain_model(config: Config):
-    """The weights as other trainers hold them: float32, computing in config.dtype under autocast."""
+    rows = max(rows for rows in range(1, total + 1) if total % rows == 0 and rows <= max(1, room))
     model = AutoModelForCausalLM.from_pretrained(
         config.model, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, prompts, longest, rows
 
 
-def now() -> tuple[float, float]:
-    """Seconds of the clock and of the CPU, after all that the GPU still has to do."""
+def mark(marks: list[tuple[float, float]]) -> None:
+    """Adds seconds of the clock and of the CPU, after all that the GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
+    marks.append((time.perf_counter(), time.process_time()))
 
 
-def timed(step: Callable[[int], object], repeats: int) -> list[tuple[float, float]]:
-    """`now` before and after a warm-up step and each of `repeats` more."""
-    marks = []
-    for number in range(repeats + 1):
-        marks.append(now())
-        step(number)
-        marks.append(now())
-    return marks
-
-
-# ---- the peers
-
-
-def ours(config: Config, options: Options) -> list[tuple[float, float]]:
+def ours(config: Config, options: Options, marks: list) -> None:
     """A step of train.py, on one rank."""
     ranks = start_ranks()
     run = make_run(make_sampler(load_replica(config, ranks), load_tokenizer(config), config, ranks))
     prompts = [run.sampler.tokenizer(text).input_ids for text in peer_prompts(config, options)]
-    phase = Phase("predict", options.prompts, options.completions, options.tokens)
-    work = Work(phase, prompts, [[options.tokens] * options.completions for _ in prompts])
-    marks = timed(lambda number: one_step(run, [work], number), options.repeats)
+    works = {"predict": (prompts, [[options.tokens] * options.completions] * options.prompts)}
+    for number in range(options.repeats + 1):
+        mark(marks)
+        one_step(run, works, number)
+        mark(marks)
     dist.destroy_process_group()
-    gc.unfreeze()
-    return marks
 
 
-def naive(config: Config, options: Options) -> list[tuple[float, float]]:
+def naive(config: Config, options: Options, marks: list) -> None:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
-    tokenizer, model = load_tokenizer(config), plain_model(config)
+    (model, tokenizer, prompts, longest, size), count = set_up(config, options), options.completions
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-    padded = tokenizer(peer_prompts(config, options), padding=True, return_tensors="pt").to(model.device)
-    mask, longest, device = padded.attention_mask, padded.input_ids.shape[1], model.device
-    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": options.completions, "pad_token_id": 0}
+    tokenizer.pad_token = tokenizer.eos_token
+    padded = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": count, "pad_token_id": 0}
     sampling |= {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
-    rewards = (torch.arange(options.completions, device=device) % 2).float().repeat(len(mask), 1)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).flatten()
-    size = rows_per_batch(config, options, longest)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-    def step(_) -> None:
+    rewards = (torch.arange(count, device=model.device) % 2).float().repeat(len(prompts), 1)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).view(-1, 1)
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    for _ in range(options.repeats + 1):
+        mark(marks)
         with torch.no_grad(), half:
-            whole = model.generate(input_ids=padded.input_ids, attention_mask=mask, **sampling)
-        seen = torch.cat([mask.repeat_interleave(options.completions, 0), torch.ones_like(whole[:, longest:])], 1)
+            whole = model.generate(input_ids=padded.input_ids, attention_mask=padded.attention_mask, **sampling)
+        seen = torch.cat([padded.attention_mask.repeat_interleave(count, 0), torch.ones_like(whole[:, longest:])], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         for begin in range(0, len(whole), size):
             part = slice(begin, begin + size)
@@ -127,86 +99,66 @@ def naive(config: Config, options: Options) -> list[tuple[float, float]]:
             logprobs = logits[:, longest - 1 : -1].float().log_softmax(-1)
             chosen = logprobs.gather(-1, whole[part, longest:, None])[..., 0]
             ratio = torch.exp(chosen - chosen.detach())
-            (-(ratio * advantages[part, None]).sum() / (len(whole) * options.tokens)).backward()
+            (-(ratio * advantages[part]).sum() / (len(whole) * options.tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        mark(marks)
 
-    return timed(step, options.repeats)
 
-
-def trl_step(config: Config, options: Options, paged: bool = False, fitted: bool = False) -> list[tuple[float, float]]:
+def trl_step(config: Config, options: Options, marks: list, paged=False, fitted=False) -> None:
     """TRL's GRPOTrainer, set to our step: no KL term, no recomputation of old log-probs, one update per batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    tokenizer, prompts, marks, lengths = load_tokenizer(config), peer_prompts(config, options), [], []
+    model, tokenizer, prompts, longest, rows = set_up(config, options)
     # TRL has no other way to equal lengths: the id of this end-of-sequence is beyond the model's vocabulary
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
-    tokenizer.padding_side = "left"
-    longest = max(len(tokenizer(text).input_ids) for text in prompts)
-    model = plain_model(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    total, rows = options.prompts * options.completions, rows_per_batch(config, options, longest)
+    total, lengths = options.prompts * options.completions, []
     extra = {"use_transformers_continuous_batching": True} if paged else {}
-    extra |= {"transformers_continuous_batching_config": fitted_settings(options, longest)} if fitted else {}
+    if fitted:  # a cache for 32 requests at once, the fastest of 4 to 256 on a CPU; the default takes half the memory
+        pages = -(-(longest + options.tokens) // 32) + 1  # of one request
+        cache = {"page_size": 32, "num_blocks": 32 * pages + 8, "max_requests_per_batch": 32}
+        extra["transformers_continuous_batching_config"] = cache | {"max_batch_tokens": 32 * longest}
 
     def reward(completion_ids, **_) -> list[float]:
         lengths.extend(map(len, completion_ids))
         return [float(number % 2) for number in range(len(completion_ids))]
 
     class Timer(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            marks.append(now())
+        on_step_begin = on_step_end = lambda *_, **__: mark(marks)
 
-        on_step_end = on_step_begin
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = GRPOConfig(
-            output_dir=folder, max_steps=options.repeats + 1, per_device_train_batch_size=rows,
-            gradient_accumulation_steps=total // rows, num_generations=options.completions,
-            max_completion_length=options.tokens, temperature=config.temperature, top_p=1.0, top_k=0, beta=0.0,
-            num_iterations=1, epsilon=config.clip_low, epsilon_high=config.clip_high, weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, lr_scheduler_type="constant",
-            gradient_checkpointing=config.gradient_checkpointing, bf16=config.dtype == "bfloat16", report_to="none",
-            use_cpu=model.device.type == "cpu", shuffle_dataset=False, save_strategy="no", disable_tqdm=True, **extra,
-        )  # fmt: skip
-        dataset = Dataset.from_list([{"prompt": text} for text in prompts])
-        trainer = GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()])
-        trainer.train()
+    arguments = GRPOConfig(
+        output_dir="runs/bench/trl", max_steps=options.repeats + 1, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=total // rows, num_generations=options.completions,
+        max_completion_length=options.tokens, temperature=config.temperature, top_p=1.0, top_k=0, beta=0.0,
+        num_iterations=1, epsilon=config.clip_low, epsilon_high=config.clip_high, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, learning_rate=config.learning_rate, lr_scheduler_type="constant",
+        gradient_checkpointing=config.gradient_checkpointing, bf16=config.dtype == "bfloat16", report_to="none",
+        use_cpu=model.device.type == "cpu", shuffle_dataset=False, save_strategy="no", disable_tqdm=True, **extra,
+    )  # fmt: skip
+    dataset = Dataset.from_list([{"prompt": text} for text in prompts])
+    GRPOTrainer(model, reward, arguments, dataset, processing_class=tokenizer, callbacks=[Timer()]).train()
     if lengths != [options.tokens] * total * (options.repeats + 1):
         raise RuntimeError(f"TRL made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
-    return marks
-
-
-def fitted_settings(options: Options, longest: int) -> dict:
-    """A cache for 32 requests at once, the fastest of 4 to 256 on a CPU; the defaults take half of the memory."""
-    pages = -(-(longest + options.tokens) // 32) + 1  # of one request
-    settings = {"page_size": 32, "num_blocks": 32 * pages + 8, "max_requests_per_batch": 32}
-    return settings | {"max_batch_tokens": 32 * longest}
 
 
 PEERS = {
     "ours": ours,
-    "trl": trl_step,
-    "trl_paged": lambda *words: trl_step(*words, paged=True),
+    "trl": trl_step,  # generates by Hugging Face generate, its default
+    "trl_paged": partial(trl_step, paged=True),  # with bfloat16 its weights stay bfloat16 after a rollout
     "naive": naive,
-    "trl_fitted": lambda *words: trl_step(*words, paged=True, fitted=True),
+    "trl_fitted": partial(trl_step, paged=True, fitted=True),  # for a CPU only
 }
-
-
-# ---- taking turns
 
 
 def one_process(name: str, words: list[str]) -> dict:
     """The figures of one peer from a process of its own."""
-    # TRL would spread over every GPU that it sees, and refuses to
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    variables |= {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": path}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one: TRL would use all, and refuses to
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     command = [sys.executable, "-m", "bench", "trl", *words, f"only={name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
@@ -216,17 +168,16 @@ def one_process(name: str, words: list[str]) -> dict:
 
 def compare_peers(words: list[str]) -> None:
     """The command. Raises ConfigError for a bad word."""
-    options, rest = split_words(words, "trl")
-    if not rest or "=" in rest[0]:
-        rest = ["configs/tiny.yaml", *rest]
-    config = read_config([*rest, f"max_prediction_tokens={options.tokens}", "kl=0"])
-    options = complete(options, config, "trl")
-    able = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]  # for a CPU only
+    options, config = read_words(words, "trl", "configs/tiny.yaml")
+    config = replace(config, max_prediction_tokens=options.tokens, kl=0.0)
+    check(config)
+    able = [name for name in PEERS if name != "trl_fitted" or not torch.cuda.is_available()]
     names = options.peers.split(",") if options.peers else able
     if not {*names, options.only or "ours"} <= set(able):
         raise ConfigError(f"peers={options.peers!r}: must be some of {','.join(able)}")
     if options.only:
-        marks = PEERS[options.only](config, options)
+        marks = []
+        PEERS[options.only](config, options, marks)
         wall, cpu = ([end[n] - begin[n] for begin, end in zip(marks[::2], marks[1::2], strict=True)] for n in (0, 1))
         row = {"warmup": wall[0], "seconds": wall[1:], "cpu_seconds": cpu[1:], "memory_gb": peak_memory_gb()}
         return print(json.dumps(row))
@@ -236,17 +187,18 @@ def compare_peers(words: list[str]) -> None:
         print(f"{name:10} {runs[name][-1]}", flush=True)
     if options.out:
         Path(options.out).write_text(json.dumps(runs, indent=1) + "\n")
-    print("\n" + peer_table(runs, options))
+    title = f"\n{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"
+    print(title, *peer_table(runs), sep="\n")
 
 
-def peer_table(runs: dict[str, list[dict]], options: Options) -> str:
-    """Medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
+def peer_table(runs: dict[str, list[dict]]) -> list[str]:
+    """Lines: medians of the processes' medians, the range of seconds, and the ratios to the first peer's figures."""
     rows, first = [("", "step, s", "lowest", "highest", "warm-up", "times", "CPU s", "times", "GB")], None
     for name, results in runs.items():
-        seconds, cpu = ([statistics.median(one[key]) for one in results] for key in ("seconds", "cpu_seconds"))
-        middle, cpu, warm = map(statistics.median, (seconds, cpu, [one["warmup"] for one in results]))
-        first, memory = first or (middle, cpu), max(one["memory_gb"] for one in results)
-        cells = [middle, min(seconds), max(seconds), warm, middle / first[0], cpu, cpu / first[1], memory]
+        seconds = [median(one["seconds"]) for one in results]
+        step, cpu = median(seconds), median(median(one["cpu_seconds"]) for one in results)
+        first = first or (step, cpu)
+        warm, memory = median(one["warmup"] for one in results), max(one["memory_gb"] for one in results)
+        cells = (step, min(seconds), max(seconds), warm, step / first[0], cpu, cpu / first[1], memory)
         rows.append((name, *(f"{cell:.2f}" for cell in cells)))
-    title = f"{options.prompts} x {options.completions} responses of {options.tokens} tokens, one optimizer step"
-    return "\n".join([title, *text_table(rows, 10, 9)])
+    return text_table(rows, 10, 9)

@@ -8,15 +8,14 @@ from statistics import fmean
 import pytest
 import torch
 from reference import REWARDS, ROOT, TINY_BASE, CaptureGradients, load_plain, make_groups, tiny_config, whole
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig, SmolLM3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
-from bench import costs, memory
+from bench import memory, plan
 from bench.__main__ import main
-from bench.costs import ARCHITECTURES, GPUS, Bundle, Gpu, architecture, decode_seconds, response_lengths, train_flops
-from bench.memory import Shape, activation_bytes, gpu_memory, layer_activation_bytes, must_recompute, shape_of
-from bench.options import Options, complete, phases
-from bench.plan import advice, host_bytes, ideal_seconds
+from bench.memory import Shape, activation_bytes, decided, gpu_memory, layer_activation_bytes, shape_of
+from bench.options import Options, phases, read_words, response_lengths
+from bench.plan import ARCHITECTURES, GPUS, Gpu, advice, architecture, decode_limit, decode_seconds, train_flops
 from config import Config, ConfigError, read_config
 from grpo import make_optimizer, make_samples, update
 from ops import VARLEN, pack
@@ -32,9 +31,6 @@ def known() -> dict[str, Shape]:
     return {name: shape_of(architecture(name)) for name in ARCHITECTURES}
 
 
-# ---- parameters
-
-
 def test_the_models_of_our_configs_have_their_known_parameters(known):
     counts = {name.split("/")[1]: shape.parameters for name, shape in known.items()}
     assert counts == {"SmolLM3-3B-Base": 3_075_098_624, "Qwen3-0.6B-Base": 596_049_920,
@@ -42,34 +38,23 @@ def test_the_models_of_our_configs_have_their_known_parameters(known):
                       "Qwen3-30B-A3B-Base": 30_532_122_624, "SmolLM2-135M": 134_515_008}  # fmt: skip
     configs = [path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith(("tiny", "ladder"))]
     assert {read_config([str(path)]).model for path in configs} == set(known)
-
-
-def test_a_count_by_hand(known):
-    small = known["HuggingFaceTB/SmolLM3-3B-Base"]
-    attention = 2048 * 2048 * 2 + 2048 * 512 * 2  # q and output; k and v of four heads of 128
-    layer = attention + 3 * 2048 * 11008 + 2 * 2048
-    assert small.layer == layer == 78_123_008
-    assert small.parameters == small.multiplied == 128256 * 2048 + 36 * layer + 2048
-    assert costs.cache_bytes(small) == 72 * 1024  # 2 x 36 layers x 4 heads x 128 x 2 bytes
-    large = known["Qwen/Qwen3-8B-Base"]
-    assert large.qk_norm and not large.tied
-    assert large.multiplied == large.parameters - 151936 * 4096  # rows of the embedding are looked up
+    small, large = known["HuggingFaceTB/SmolLM3-3B-Base"], known["Qwen/Qwen3-8B-Base"]
+    assert plan.cache_bytes(small) == 72 * 1024  # 2 x 36 layers x 4 heads x 128 x 2 bytes
+    assert large.qk_norm and not large.tied and small.read(1) == small.parameters
+    assert large.read(1) == large.parameters - 151936 * 4096  # rows of the embedding are looked up
 
 
 def test_a_mixture_of_experts_by_hand(known):
     """48 layers of 128 experts, of which a token meets 8."""
     mixed = known["Qwen/Qwen3-30B-A3B-Base"]
-    attention = 2048 * 4096 * 2 + 2048 * 512 * 2 + 2 * 128  # q and output of 32 heads; k and v of four; their norms
     expert = 3 * 2048 * 768
-    assert mixed.layer == attention + 2 * 2048 + 128 * 2048 + 128 * expert
-    assert mixed.multiplied == mixed.parameters - 151936 * 2048 - 48 * 120 * expert == 3_041_867_776
+    assert mixed.read(1) == mixed.parameters - 151936 * 2048 - 48 * 120 * expert == 3_041_867_776
     # half of the experts for each token: two tokens leave a quarter idle, many none
-    toy = replace(TOY, layers=3, hidden=5, experts=8, experts_per_token=4, expert_width=2)
-    assert [100_000 - replace(toy, parameters=100_000).read(n) for n in (1, 2, 99)] == [3 * 4 * 30, 3 * 2 * 30, 0]
-    assert TOY.read(1) == TOY.read(99) == 100
+    toy = replace(TOY, layers=3, hidden=5, experts=8, experts_per_token=4, expert_width=2, parameters=100_000)
+    assert [100_000 - toy.read(n) for n in (1, 2, 99)] == [3 * 4 * 30, 3 * 2 * 30, 0]
     # of two responses of 3 and 1 tokens the first step reads the experts of two tokens, the others those of one
-    toy, weights_only = replace(toy, parameters=100_000, kv_heads=0), replace(SLOW_MEMORY, flops=1e30)
-    assert decode_seconds(toy, weights_only, 1, [3, 1], slots=2) == 2 * (toy.read(2) + 2 * toy.read(1))
+    toy = replace(toy, kv_heads=0)  # no cache: only weights are read
+    assert decode_seconds(toy, SLOW_MEMORY, 1, [3, 1], slots=2) == 2 * (toy.read(2) + 2 * toy.read(1))
     # what is kept of a token, and what moves in the backward pass, for each of the four experts that it is sent to
     dense = replace(toy, experts=0, intermediate=0)
     each = 2 * (2 * 5 + 4 * 2 + 1) + 4 + 32
@@ -78,59 +63,36 @@ def test_a_mixture_of_experts_by_hand(known):
     assert moving[0] - moving[1] == 2 * 4 * (3 * 2 + 2 * 5)
 
 
-def test_a_config_json_at_hand_comes_before_the_table(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, str(TINY_BASE), {"model_type": "no such thing"})
-    shape = shape_of(architecture(str(TINY_BASE)))
-    plain = load_plain(TINY_BASE)
-    assert shape.parameters == sum(parameter.numel() for parameter in plain.parameters()) == 478_080
-    assert shape == Shape(478_080, 4, 96, 256, 4, 2, 24, 747, tied=True, qk_norm=False)
-
-
-def test_an_unknown_model_and_an_unknown_mixture_of_experts_are_refused(folders):
-    with pytest.raises(ConfigError, match="model='no/body': no config.json at hand"):
-        architecture("no/body")
+def test_a_config_json_at_hand_comes_before_the_table_and_the_unknown_is_refused(folders, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, str(TINY_BASE), ("no such thing",))
+    assert shape_of(architecture(str(TINY_BASE))) == Shape(478_080, 4, 96, 256, 4, 2, 24, 747, tied=True)
     mixed = architecture(str(folders["qwen3_moe"]))
-    plain = load_plain(folders["qwen3_moe"])
-    assert shape_of(mixed).parameters == sum(parameter.numel() for parameter in plain.parameters())
+    assert shape_of(mixed).parameters == load_plain(folders["qwen3_moe"]).num_parameters()
     mixed.mlp_only_layers = [1]
     with pytest.raises(ConfigError, match="qwen3_moe mixes experts in a way of its own"):
         shape_of(mixed)
-
-
-# ---- lengths
+    with pytest.raises(ConfigError, match="model='no/body': no config.json at hand"):
+        architecture("no/body")
 
 
 def test_lengths_have_their_mean_their_cap_and_their_seed():
-    lengths = response_lengths(512, 384, 1024)
-    assert fmean(lengths) == pytest.approx(384, abs=0.5) and max(lengths) == 1024 and min(lengths) >= 1
-    assert lengths == response_lengths(512, 384, 1024) != response_lengths(512, 384, 1024, seed=1)
-    assert set(response_lengths(20, 512, 1024, sigma=0.0)) == {512}
-    assert set(response_lengths(20, 14, 14)) == {14} and set(response_lengths(20, 1, 14)) == {1}
-    with pytest.raises(ConfigError, match="mean_response=15"):
-        response_lengths(20, 15, 14)
+    def lengths(mean, cap, sigma=0.6, seed=0):
+        return sum(response_lengths(64, 8, cap, Options(cap=9999, mean_response=mean, sigma=sigma), seed), [])
 
-
-# ---- FLOPs and bytes
+    drawn = lengths(384, 1024)
+    assert fmean(drawn) == pytest.approx(384, abs=0.5) and max(drawn) == 1024 and min(drawn) >= 1
+    assert drawn == lengths(384, 1024) != lengths(384, 1024, seed=1)
+    assert set(lengths(512, 1024, sigma=0.0)) == {512}
+    assert set(lengths(99, 14)) == {14} and set(lengths(1, 14)) == {1}
 
 
 def test_flops_by_hand():
     # forward of 10 tokens: 2 x 100 x 10 for the weights; 50 pairs x 4 FLOPs x 1 layer x 1 head x 1 dimension
-    assert costs.forward_flops(TOY, [10]) == 2000 + 200
-    assert train_flops(TOY, [Bundle(4, [6]), Bundle(10, [])]) == 2 * (6 * 100 * 10 + 6 * 1 * 1 * 1 * 100)
-    assert train_flops(replace(TOY, tied=False), [Bundle(4, [6])]) == 6 * (100 - 20) * 10 + 600
+    assert plan.forward_flops(TOY, 10) == 2000 + 200
+    assert train_flops(TOY, [(4, [6]), (10, [])]) == 2 * (6 * 100 * 10 + 6 * 1 * 1 * 1 * 100)
+    assert train_flops(replace(TOY, tied=False), [(4, [6])]) == 6 * (100 - 20) * 10 + 600
     # a prompt of 4 for two responses of 6: 16 tokens; the prompt's pairs once, each response's 6 queries on 4 + 3 keys
-    assert train_flops(TOY, [Bundle(4, [6, 6])]) == 6 * 100 * 16 + 12 * (4 * 4 / 2 + 2 * 6 * 7)
-    assert costs.mfu(TOY, [Bundle(4, [6])] * 2, seconds=5.0, gpus=2, gpu=SLOW_CORES) == 13200 / 10
-
-
-def test_decoding_by_hand():
-    # weights 200 bytes, a cached token 4. Both run: 200 + (3 + 3) x 4; then one, whose context is 4: 200 + 4 x 4
-    assert decode_seconds(TOY, SLOW_MEMORY, 3, [2, 1], slots=2) == 224 + 216
-    # one after the other: contexts 3, 4, then 3
-    assert decode_seconds(TOY, SLOW_MEMORY, 3, [2, 1], slots=1) == 212 + 216 + 212
-    # multiplying: 2 x 100 a response, 4 a pair
-    assert decode_seconds(TOY, SLOW_CORES, 3, [2, 1], slots=2) == (400 + 24) + (200 + 16)
-    assert decode_seconds(TOY, SLOW_MEMORY, 3, [], slots=2) == 0
+    assert train_flops(TOY, [(4, [6, 6])]) == 6 * 100 * 16 + 12 * (4 * 4 / 2 + 2 * 6 * 7)
 
 
 def test_decoding_equals_a_loop_over_every_step():
@@ -141,46 +103,39 @@ def test_decoding_equals_a_loop_over_every_step():
         while waiting or running:
             while waiting and len(running) < slots:
                 running.append([7, waiting.pop(0)])  # context, tokens to go
-            seconds += 200 + 4 * sum(context for context, _ in running)
+            seconds += 200 + 4 * sum(context for context, _ in running)  # weights; a cached token has 4 bytes
             running = [[context + 1, left - 1] for context, left in running if left > 1]
         assert decode_seconds(TOY, SLOW_MEMORY, 7, lengths, slots) == pytest.approx(seconds, rel=1e-12)
+    # multiplying: 2 x 100 a response, 4 a pair; both run, then one, whose context is 4
+    assert decode_seconds(TOY, SLOW_CORES, 3, [2, 1], slots=2) == (400 + 4 * 6) + (200 + 4 * 4)
+    assert decode_seconds(TOY, SLOW_MEMORY, 3, [], slots=2) == 0
 
 
-def test_the_slowest_rank_decides():
-    # rank 0 has the groups [2] and [2], rank 1 has [5]
-    groups = [[2], [5], [2]]
-    alone = decode_seconds(TOY, SLOW_MEMORY, 3, [5], slots=8)
-    assert costs.decode_limit(TOY, SLOW_MEMORY, 3, groups, gpus=2, slots=8) == alone
-    assert costs.decode_limit(TOY, SLOW_MEMORY, 3, groups, gpus=1, slots=8) > alone
+def test_the_slowest_rank_decides_and_as_many_run_as_the_cache_holds():
+    def limit(groups, room, gpus=1, at_once=100):
+        return decode_limit(TOY, Config(max_requests=at_once), SLOW_MEMORY, gpus, room, 2, groups)
 
-
-def test_how_many_fit_a_cache():
-    # lengths 1 and 3: a running response has 2 + (1 + 9) / (2 x 4) = 3.25 tokens on average
-    assert costs.slots_for(13, 2, [1, 3], at_once=100) == 4
-    assert costs.slots_for(12, 2, [1, 3], at_once=100) == 3
-    assert costs.slots_for(1000, 2, [1, 3], at_once=5) == 5 and costs.slots_for(0, 2, [1, 3], at_once=5) == 1
-
-
-# ---- memory
+    assert limit([[2], [5], [2]], 999, gpus=2) == decode_seconds(TOY, SLOW_MEMORY, 2, [5], 1)  # the other: [2] and [2]
+    many = [1, 3] * 4  # a running response has 2 + (1 + 9) / (2 x 4) = 3.25 tokens on average
+    by_slots = [decode_seconds(TOY, SLOW_MEMORY, 2, many, slots) for slots in (4, 3, 2, 1)]
+    assert [limit([many], 13), limit([many], 12), limit([many], 999, at_once=2), limit([many], 0)] == by_slots
+    assert len(set(by_slots)) == 4
 
 
 def test_masters_gradients_and_adam_take_what_is_calculated(ranks):
     config = tiny_config(TINY_BASE, max_mismatch=0.0)  # the responses are made up
     replica = model.load_replica(config, ranks)
     policy = model.build_policy(replica, config, ranks)
-    shape = shape_of(replica.config)
-    groups = make_groups(load_plain(TINY_BASE), REWARDS)
-    captured = CaptureGradients(policy)
-    update(policy, captured, make_samples(groups, config), config, ranks, 0)
+    samples, captured = make_samples(make_groups(load_plain(TINY_BASE), REWARDS), config), CaptureGradients(policy)
     optimizer = make_optimizer(policy, config)
-    update(policy, optimizer, make_samples(groups, config), config, ranks, 0)
-    parts = gpu_memory(shape, config, gpus=1)["training"]
-    assert parts["replica"] == sum(parameter.nbytes for parameter in replica.parameters())
-    assert parts["float32 masters"] == sum(whole(parameter).nbytes for parameter in policy.parameters())
-    adam = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert parts["Adam"] == sum(whole(moment).nbytes for moment in adam)
-    assert parts["gradients"] == sum(one.nbytes for one in captured.gradients.values())
-    halves = gpu_memory(shape, replace(config, kl=0.1), gpus=2)["rollouts"]
+    for stepper in (captured, optimizer):
+        update(policy, stepper, samples, config, ranks, 0)
+    adam = [whole(state[key]) for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = {"replica": replica.parameters(), "float32 masters": map(whole, policy.parameters()), "Adam": adam,
+               "gradients": captured.gradients.values()}  # fmt: skip
+    parts = gpu_memory(shape_of(replica.config), config, gpus=1)["training"]
+    assert {name: sum(tensor.nbytes for tensor in group) for name, group in tensors.items()}.items() <= parts.items()
+    halves = gpu_memory(shape_of(replica.config), replace(config, kl=0.1), gpus=2)["rollouts"]
     assert halves["float32 masters"] == halves["second copy"] == halves["Adam"] / 2 == 2 * 478_080
     assert "second copy" not in parts
 
@@ -206,10 +161,10 @@ def saved_bytes(hf_config, dtype, tokens: int) -> int:
 def test_a_layers_activations_are_those_that_autograd_keeps(family, dtype):
     sizes = dict(vocab_size=50, hidden_size=96, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     sizes |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=None)
-    experts = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
-    own = {"smollm3": (SmolLM3Config, {}), "qwen3": (Qwen3Config, {"head_dim": 32})}
-    own = (own | {"qwen3_moe": (Qwen3MoeConfig, {"head_dim": 32, **experts})})[family]
-    few, more = (own[0](**sizes, **own[1], num_hidden_layers=layers) for layers in (1, 3))
+    sizes |= {} if family == "smollm3" else {"head_dim": 32}
+    if family == "qwen3_moe":
+        sizes |= dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, norm_topk_prob=True)
+    few, more = (AutoConfig.for_model(family, **sizes, num_hidden_layers=layers) for layers in (1, 3))
     measured = (saved_bytes(more, dtype, 64) - saved_bytes(few, dtype, 64)) / 2 / 64
     shape = shape_of(few)
     copy = shape.heads * shape.head_dim * dtype.itemsize  # the CPU's attention returns a transposed copy
@@ -218,36 +173,25 @@ def test_a_layers_activations_are_those_that_autograd_keeps(family, dtype):
 
 
 def test_memory_by_hand():
-    assert layer_activation_bytes(TOY) == 2 * (2 * (6 + 2) + 4) + (2 * 4 + 4) + 2 * 3 * 4
     assert layer_activation_bytes(TOY, liger=True) == 2 * (2 * (2 + 2) + 4) + (2 * 4 + 4) + 2 * 3 * 3
     moving = 2 * (3 * 3 + 2 * 2) + 2 * (4 + 6)
-    layer, two = layer_activation_bytes(TOY), replace(TOY, layers=2)
+    layer, two = 2 * (2 * (6 + 2) + 4) + (2 * 4 + 4) + 2 * 3 * 4, replace(TOY, layers=2)
     assert activation_bytes(two, 10, checkpointing=False) == 10 * (2 * layer + moving)
     assert activation_bytes(two, 10, checkpointing=True) == 10 * (2 * 2 * 2 + layer + moving)
-    assert memory.head_bytes(TOY, chunk=5) == 5 * 10 * 10 + 20 * 6  # two float32, one bfloat16; the table's gradient
-    layer = 100 - 20 - 2
-    assert memory.gathered_bytes(TOY) == 22 * 8 + layer * 10
-
-
-def test_memory_with_offload_by_hand():
-    """100 parameters in bfloat16, two GPUs."""
-    config, plain = (Config(offload=on, tokens_per_micro_batch=4096) for on in (True, False))
-    parts, left = (gpu_memory(TOY, one, 2)["training"] for one in (plain, config))
+    training = gpu_memory(TOY, Config(tokens_per_micro_batch=4096), 1)["training"]
+    # 1,024 tokens at a time: two float32 logits and one in bfloat16; the table's gradient in float32 and bfloat16
+    assert training["log-prob head"] == 1024 * 10 * 10 + 20 * 6
+    assert training["gathered weights"] == 22 * 8 + (100 - 20 - 2) * 10
+    # 100 parameters in bfloat16 on two GPUs, without and with offload
+    parts, left = (gpu_memory(TOY, Config(offload=on, tokens_per_micro_batch=4096), 2)["training"] for on in (0, 1))
     assert (parts["replica"], parts["float32 masters"], parts["gradients"], parts["Adam"]) == (200, 200, 200, 400)
     assert sum(parts.values()) - sum(left.values()) == 800 and left["replica"] == 200
-    # in host memory 16 bytes a parameter, and 14 from which a checkpoint is written
-    assert [host_bytes(TOY, one) for one in (config, replace(config, save_every=0), plain)] == [3000, 1600, 1400]
-    # the cache gets what masters and Adam leave
-    gpu = replace(SLOW_MEMORY, memory=1e9 + 10**6)
-    assert costs.cache_room(TOY, config, 2, gpu) > costs.cache_room(TOY, plain, 2, gpu) > 0
 
 
 def test_auto_stores_activations_where_they_fit_nine_tenths_of_the_memory():
-    auto = Config(gradient_checkpointing="auto")
-    need = sum(gpu_memory(TOY, replace(auto, gradient_checkpointing=False), 2)["training"].values())
-    assert not must_recompute(TOY, auto, 2, need / 0.9 + 1) and must_recompute(TOY, auto, 2, need / 0.9 - 1)
-    for fixed in (True, False):
-        assert must_recompute(TOY, replace(auto, gradient_checkpointing=fixed), 2, 1.0) is fixed
+    auto, *fixed = (Config(gradient_checkpointing=value) for value in ("auto", True, False))
+    need = sum(gpu_memory(TOY, fixed[1], 2)["training"].values())
+    assert [decided(TOY, auto, 2, need / 0.9 + more) for more in (-1, 1)] == fixed
 
 
 def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_by_its_free_memory(folders, ranks, monkeypatch):
@@ -255,16 +199,16 @@ def test_auto_is_decided_before_the_model_is_wrapped_and_on_a_cpu_by_its_free_me
     replica = model.load_replica(config, ranks)
     with pytest.raises(AssertionError, match="decide_checkpointing comes first"):
         model.build_policy(replica, config, ranks)
-    assert memory.decide_checkpointing(replica.config, config, ranks) == replace(config, gradient_checkpointing=False)
-    assert memory.memory_of(ranks) > 1e8
+    decide = memory.decide_checkpointing
+    stored, recomputed = (replace(config, gradient_checkpointing=on) for on in (False, True))
+    assert decide(replica.config, config, ranks) == stored and memory.memory_of(ranks) > 1e8
     monkeypatch.setattr(memory, "memory_of", lambda ranks: 1e6)
-    assert memory.decide_checkpointing(replica.config, config, ranks).gradient_checkpointing is True
-    told = replace(config, gradient_checkpointing=True)
-    assert memory.decide_checkpointing(replica.config, told, ranks) is told
+    assert decide(replica.config, config, ranks) == recomputed
+    assert all(decide(replica.config, told, ranks) is told for told in (stored, recomputed))
 
 
 def test_a_run_that_cannot_fit_warns_and_a_cpu_has_no_bound(monkeypatch, ranks):
-    config, hf_config = replace(Config(), gradient_checkpointing=True), architecture("HuggingFaceTB/SmolLM3-3B-Base")
+    config, hf_config = Config(gradient_checkpointing=True), architecture("HuggingFaceTB/SmolLM3-3B-Base")
     assert memory.memory_warnings(hf_config, config, ranks) == []
     ranks = replace(ranks, device=torch.device("cuda"))
     monkeypatch.setattr(memory, "memory_of", lambda ranks: 24e9)
@@ -275,19 +219,17 @@ def test_a_run_that_cannot_fit_warns_and_a_cpu_has_no_bound(monkeypatch, ranks):
 
 def test_cache_room_by_hand():
     config = Config(cache_memory=0.5, max_requests=4)
-    gpu = replace(SLOW_MEMORY, memory=1e9 + 2000)  # context 1e9, replica 200, masters 400, Adam 800: 600 are left
+    gpu = SLOW_MEMORY._replace(memory=1e9 + 2000)  # context 1e9, replica 200, masters 400, Adam 800: 600 are left
     # half of it, less logits of four requests: 4 x (4 x 10 + 2 x 2); a token takes 4, 4 to be read and 16 of indices
-    assert costs.cache_room(TOY, config, 1, gpu) == (300 - 176) // 24
-    assert costs.cache_room(TOY, config, 1, replace(gpu, memory=1e9)) == 0
-
-
-# ---- the plan
+    assert plan.cache_room(TOY, config, 1, gpu) == (300 - 176) // 24
+    assert plan.cache_room(TOY, replace(config, offload=True), 1, gpu) == (900 - 176) // 24  # no masters, no Adam
+    assert plan.cache_room(TOY, config, 1, gpu._replace(memory=1e9)) == 0
 
 
 def test_responses_of_a_step():
     def counts(**changes):
         config = Config(passages_per_step=2, masks_per_passage=4, predictions_per_mask=8, max_mask_tokens=9, **changes)
-        return [(phase.name, phase.prompts, phase.count, phase.cap) for phase in phases(config)]
+        return phases(config)
 
     assert counts() == [("propose", 2, 4, 9), ("predict", 8, 8, 4096)]
     assert counts(method="random_span") == counts(method="random_token") == [("predict", 9, 8, 4096)]
@@ -295,65 +237,60 @@ def test_responses_of_a_step():
     assert counts(method="sft") == counts(method="cpt") == []
 
 
-def plan_of(shape, *words, **options) -> dict:
-    config = read_config(list(words))
-    options = complete(Options(**options), config, "plan")
-    return ideal_seconds(shape, config, GPUS[options.gpu], options)
+def ideal(*words) -> dict:
+    """The plan of a step of twelve responses of 2 tokens to prompts of 3."""
+    work = "passages_per_step=2 masks_per_passage=2 predictions_per_mask=2 gpus=1 prompt=3 mean_response=2 sigma=0"
+    options, config = read_words([*work.split(), *words], "plan")
+    return plan.ideal_seconds(TOY, config, options)
 
 
 def test_ideal_seconds_by_hand():
-    words = ["passages_per_step=2", "masks_per_passage=2", "predictions_per_mask=2"]
-    plan = plan_of(TOY, *words, gpus=1, prompt=3, mean_response=2, sigma=0.0)
-    assert (plan["responses"], plan["response_tokens"], plan["trained_tokens"]) == (12, 24, 60)
-    h100 = GPUS["h100"]
-    # twelve sequences of 5 tokens
-    assert plan["seconds"]["update"] == pytest.approx(12 * (6 * 100 * 5 + 6 * 25) / h100.flops)
-    assert plan["seconds"]["prefill"] == pytest.approx((2 + 4) * (2 * 100 * 3 + 4 * 4.5) / h100.flops)
-    # four at once: 200 + 4 x 3 x 4 bytes, then contexts of 4
-    assert plan["seconds"]["propose"] == pytest.approx((248 + 264) / h100.bandwidth)
-    assert plan["seconds"]["predict"] == pytest.approx((200 + 8 * 12 + 200 + 8 * 16) / h100.bandwidth)
-    assert plan["seconds"]["optimizer, refresh"] == pytest.approx(100 * (28 + 4 + 2) / h100.bandwidth)
-    # the layers' forward again, without the head of 20 parameters
-    assert plan["seconds"]["recomputing layers"] == plan["recomputing"]
-    assert plan["recomputing"] == pytest.approx(12 * (2 * 80 * 5 + 2 * 25) / h100.flops)
-    stored = plan_of(TOY, *words, "gradient_checkpointing=auto", gpus=1, prompt=3, mean_response=2, sigma=0.0)
-    assert stored["seconds"] | {"recomputing layers": stored["recomputing"]} == plan["seconds"]
-    fewer = plan_of(TOY, *words, "train_generator=false", gpus=1, prompt=3, mean_response=2, sigma=0.0, kept=0.5)
-    assert fewer["trained_tokens"] == 20 and fewer["seconds"]["update"] == pytest.approx(plan["seconds"]["update"] / 3)
+    step, h100 = ideal(), GPUS["h100"]
+    assert (step["responses"], step["response_tokens"], step["trained_tokens"]) == (12, 24, 60)
+    seconds = {
+        "prefill": (2 + 4) * (2 * 100 * 3 + 4 * 4.5) / h100.flops,
+        "propose": (248 + 264) / h100.bandwidth,  # four at once: 200 + 4 x 3 x 4 bytes, then contexts of 4
+        "predict": (200 + 8 * 12 + 200 + 8 * 16) / h100.bandwidth,
+        "update": 12 * (6 * 100 * 5 + 6 * 25) / h100.flops,  # twelve sequences of 5 tokens
+        "recomputing layers": 12 * (2 * 80 * 5 + 2 * 25) / h100.flops,  # without the head of 20 parameters
+        "optimizer, refresh": 100 * (28 + 4 + 2) / h100.bandwidth,
+    }
+    assert step["seconds"] == pytest.approx(seconds) and step["recomputing"] == step["seconds"]["recomputing layers"]
+    stored = ideal("gradient_checkpointing=auto")
+    assert stored["seconds"] | {"recomputing layers": stored["recomputing"]} == step["seconds"]
+    fewer = ideal("train_generator=false", "kept=0.5")
+    assert fewer["trained_tokens"] == 20 and fewer["seconds"]["update"] == pytest.approx(seconds["update"] / 3)
 
 
 def test_scoring_is_counted_where_a_second_copy_scores():
-    options, words = dict(gpus=1, prompt=3, mean_response=2, sigma=0.0), ["passages_per_step=2"]
-    words += ["masks_per_passage=2", "predictions_per_mask=2"]
-    penalty = plan_of(TOY, *words, "kl=0.1", **options)["seconds"]
+    penalty, thoughts, given = ideal("kl=0.1")["seconds"], ideal("method=rlp")["seconds"], ideal("method=cpt")
     assert penalty["scoring"] == pytest.approx(penalty["update"] / 3)
-    thoughts = plan_of(TOY, *words, "method=rlp", **options)["seconds"]
     baseline = 2 * (2 * 100 * 3 + 4 * 4.5) / GPUS["h100"].flops
     assert thoughts["scoring"] == pytest.approx(thoughts["update"] / 3 + baseline)
-    given = plan_of(TOY, *words, "method=cpt", **options)
     assert given["responses"] == 0 and given["trained_tokens"] == 6
     assert set(given["seconds"]) == {"update", "recomputing layers", "optimizer, refresh"}
 
 
 @pytest.mark.parametrize("words, gpu, gpus, key", [
-    (["configs/smollm3.yaml"], "h100", 8, None),
-    (["configs/qwen3-8b.yaml"], "h100", 1, "gpus="),
-    (["configs/smollm3.yaml", "gradient_checkpointing=false", "tokens_per_micro_batch=32768"], "h100", 8,
-     "gradient_checkpointing=true"),
-    (["configs/smollm3.yaml", "tokens_per_micro_batch=200000"], "h100", 8, "tokens_per_micro_batch="),
-    (["configs/smollm3.yaml", "cache_memory=0.005"], "h100", 8, "cache_memory="),
-    (["configs/qwen3-0.6b-24gb.yaml"], "rtx4090", 1, None),
-    (["configs/qwen3-0.6b-24gb.yaml", "gradient_checkpointing=auto"], "rtx4090", 1, None),
-    (["configs/qwen3-30b-a3b.yaml"], "h200", 8, None),
-    (["configs/qwen3-30b-a3b.yaml"], "h100", 8, "tokens_per_micro_batch="),
-    (["configs/qwen3-30b-a3b.yaml", "max_prompt_tokens=4096"], "h100", 8, "max_prediction_tokens="),
-    (["configs/qwen3-30b-a3b.yaml", "offload=false"], "h200", 2, "set offload=true"),
+    ("smollm3.yaml", "h100", 8, None),
+    ("qwen3-8b.yaml", "h100", 1, "gpus="),
+    ("smollm3.yaml gradient_checkpointing=false tokens_per_micro_batch=32768", "h100", 8, "checkpointing=true"),
+    ("smollm3.yaml tokens_per_micro_batch=200000", "h100", 8, "tokens_per_micro_batch="),
+    ("smollm3.yaml cache_memory=0.005", "h100", 8, "cache_memory="),
+    ("qwen3-0.6b-24gb.yaml", "rtx4090", 1, None),
+    ("qwen3-4b.yaml", "h100", 8, None),
+    ("qwen3-30b-a3b.yaml", "h200", 8, None),
+    ("qwen3-30b-a3b.yaml", "h100", 8, "tokens_per_micro_batch="),
+    ("qwen3-30b-a3b.yaml max_prompt_tokens=4096", "h100", 8, "max_prediction_tokens="),
+    ("qwen3-30b-a3b.yaml offload=false", "h200", 2, "set offload=true"),
 ])  # fmt: skip
 def test_a_plan_says_whether_it_fits_and_what_to_change(known, monkeypatch, words, gpu, gpus, key):
-    monkeypatch.chdir(ROOT)
-    config = read_config(words)
+    monkeypatch.chdir(ROOT / "configs")
+    config = read_config(words.split())
     verdict = advice(known[config.model], config, gpus, GPUS[gpu])
     assert verdict.startswith("fits") if key is None else verdict.startswith("does not fit") and key in verdict
+    if key is None and config.gradient_checkpointing == "auto":  # then layers are stored, as these configs say
+        assert not decided(known[config.model], config, gpus, GPUS[gpu].memory).gradient_checkpointing
     named = re.search(r"set (tokens_per_micro_batch=\d+)", verdict)
     assert bool(named) == (key == "tokens_per_micro_batch=")
     for more in (0, 256) if named else ():  # what it says is true, and a little more is too much
@@ -386,6 +323,8 @@ def test_the_plan_with_offload(planned):
     assert rows["replica"] == "61.06" and rows["all of it, in training"] == "92.67" and "Adam" not in rows
     assert "host memory per node of 8 GPUs: 916 GB in the run, 489 GB while" in text
     assert "disk: 427 GB a checkpoint, 3 of them at most" in text
+    unsaved = planned("configs/qwen3-30b-a3b.yaml", "gpu=h200", "save_every=0")
+    assert "GPUs: 489 GB in the run, 489 GB while" in unsaved and "disk:" not in unsaved
 
 
 @pytest.mark.parametrize("gpu, taken", [("rtx3090", "recomputed"), ("h100", "stored")])
@@ -398,31 +337,15 @@ def test_the_plan_says_what_auto_takes_and_what_either_way_costs(planned, gpu, t
     assert ("recomputing layers would add" in auto) == (taken == "stored") and "recomputing layers" in auto
 
 
-def test_where_a_sequence_fits_beside_stored_layers_the_configs_store_them(known, monkeypatch):
-    """Of the others no micro-batch that is stored holds the longest sequence, or it would go to the host each time."""
-    monkeypatch.chdir(ROOT)
-    for name, gpu, gpus in (("smollm3", "h100", 8), ("qwen3-4b", "h100", 8), ("qwen3-0.6b-24gb", "rtx4090", 1)):
-        config = read_config([f"configs/{name}.yaml"])
-        assert config.gradient_checkpointing == "auto"
-        assert not must_recompute(known[config.model], config, gpus, GPUS[gpu].memory)
-    large = read_config(["configs/qwen3-8b.yaml", "gradient_checkpointing=auto", "tokens_per_micro_batch=5632"])
-    assert must_recompute(known[large.model], large, 8, GPUS["h100"].memory)
-
-
-def test_a_plan_for_a_cpu_goes_by_its_measured_rates_and_says_minutes(monkeypatch, capsys):
+def test_a_plan_for_a_cpu_goes_by_its_measured_rates_and_says_minutes(planned, monkeypatch):
+    one, share = plan.measure_cpu(1), plan.measure_cpu(100)
+    assert one.flops > max(1e8, 5 * share.flops) and one.bandwidth > max(1e8, 5 * share.bandwidth)
+    assert one.memory > 50 * share.memory
     monkeypatch.setitem(GPUS, "cpu", None)  # put back at the end
-    words = [str(ROOT / "configs/smollm2-135m.yaml"), "gpu=cpu", "gpus=2", "steps=120"]
     minutes = []
     for rate in (1e11, 5e10):
-        monkeypatch.setattr(costs, "measure_cpu", lambda ranks, rate=rate: Gpu("rank", rate, rate / 10, 20e9 / ranks))
-        main(["plan", *words])
-        text = capsys.readouterr().out
+        monkeypatch.setattr(plan, "measure_cpu", lambda ranks, rate=rate: Gpu("rank", rate, rate / 10, 20e9 / ranks))
+        text = planned("configs/smollm2-135m.yaml", "gpu=cpu", "gpus=2", "steps=120")
         assert "of 10, if live all at once" in text and "GPU hours" not in text and "bfloat16" not in text
         minutes.append(int(re.search(r"minutes, 120 steps +(\d+)", text)[1]))
     assert minutes[1] == pytest.approx(2 * minutes[0], abs=1) and minutes[0] > 0
-
-
-def test_a_cpu_is_measured_for_its_ranks():
-    one, half = costs.measure_cpu(1), costs.measure_cpu(100)
-    assert one.flops > 1e8 and one.bandwidth > 1e8
-    assert half.flops < one.flops / 5 and half.bandwidth < one.bandwidth / 5 and half.memory < one.memory / 50

@@ -1,6 +1,7 @@
-r"""The judge of answers, for rlvr and for the benchmarks alike; letters and BBEH's texts: letters.py.
+r"""The judge of answers, for rlvr and for the benchmarks: maths, the letter of an option, BBEH's texts.
 
-Every function gets what stands in the box (prompts.last_answer). A maths answer is decided in this order:
+Every function but last_number gets what stands in the box (prompts.last_answer). A maths answer is decided in this
+order:
 
     a gold of words     as text, blind to case: `\text{east}` is East, and not seat
     two plain numbers   exactly, as fractions, without currency, unit or words: 18 dollars is 18, `12 or 13` is not 12
@@ -12,24 +13,23 @@ places or more equals a fraction that rounds to it. Needs no torch.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter  # noqa: F401 (the whole judge)
 from benchmarks.verify import equal_in_child
 from prompts import last_answer
 from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
 
 MAX_ANSWER_CHARS = 2000
-"""Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
+"""Longer answers are wrong without a check. The longest gold answers of the common sets have about 150 characters."""
 MAX_NUMBER_CHARS = 200  # powers in a longer text could take long to multiply out
 
 SYMBOLS = {
-    "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
     "π": r"\pi ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "º": "°",
-    "’": "'",
 }  # fmt: skip
 SMALL_DIGITS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
@@ -76,19 +76,19 @@ NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 
 
 class Number(NamedTuple):
-    """A plain number as it was read: value, decimal places as written (-1: not a decimal), base ("": none), percent."""
+    """A plain number as it was read."""
 
     value: Fraction
-    places: int
-    base: str
+    places: int  # decimal places as written; -1: not a decimal
+    base: str  # "": none
     percent: bool
 
 
 def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
     r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
 
-    pairs: (gold, answer), both what stands inside the box. `seconds` is wall time per distinct pair, in the child.
-    Raises RuntimeError when the child cannot be started.
+    pairs: (gold, answer). `seconds` is wall time per distinct pair, in the child. Raises RuntimeError when the child
+    cannot be started.
 
     >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
     [1.0, 1.0, 1.0, 1.0, 1.0]
@@ -125,10 +125,8 @@ def _check(gold: str, answer: str, seconds: float) -> float:
 
 
 def _spell(text: str) -> str:
-    r"""Unicode's signs as LaTeX has them, and nothing around the whole: markdown, dollars, quotes, boxes, final stops.
-
-    `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`
-    """
+    r"""Unicode's signs as LaTeX has them; nothing around the whole (markdown, dollars, quotes, boxes, final stops).
+    `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`"""
     text = SMALL_DIGITS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
@@ -239,3 +237,82 @@ def _algebra(text: str, variables: bool) -> str:
     # in braces, letters at the end do not pass for a unit
     end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
     return re.sub(end, r"{\1}", text) if variables else text
+
+
+# ------------------------------------------------------------- letters, BBEH's texts, the last number of a text
+PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?")
+NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:/\d+|\.\d+)?|\.\d+)")
+ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
+LETTER = re.compile(
+    r"(?i:(?:the )?(?:correct |right |final )?(?:answer|option|choice)(?: is)?:? ?)*"
+    r"[(\[【]? ?([A-Za-z])"
+    r"(?: ?[)\].:、;】]+ ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)| is (?=(?:the )?(?:correct|right|answer))|$)(.*)"
+)
+# in the words behind the letter: an alternative at once, a letter alone, or another letter set off as the first is
+ANOTHER = (
+    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$"
+    r"|(?:.*(?:[,;/&]|\b(?:and|or)) ?)?[(\[]?[{0}][)\].:](?!\w)|.* [(\[]?[{0}][)\]]"
+)
+
+
+def option_letter(box: str, letters: str) -> str | None:
+    r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
+
+    Words may follow the letter behind a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
+    only" is E. Not read: words without a letter; "A dog", whose A may be the article; "A. 3, B. 4".
+
+    >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
+    ['C', 'C', 'C', 'C', 'C']
+    >>> [option_letter(box, "ABCD") for box in ("nitrogen", "A dog", "A, C", "A) and B)", "AC", "E", "")]
+    [None, None, None, None, None, None, None]
+    """
+    box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", re.sub(r"\\(?:left|right)(?![a-z])", "", box))
+    text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
+    found = LETTER.fullmatch(text)
+    letter = found[1].upper() if found else ""
+    return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter
+
+
+def guessed_letter(id_: str, letters: str) -> str:
+    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options."""
+    return letters[int(hashlib.sha256(f"guess {id_}".encode()).hexdigest(), 16) % len(letters)]
+
+
+def fuzzy_match(answer: str, target: str) -> bool:
+    r"""BBEH's published rules (google-deepmind/bbeh, evaluate.py), in our words, applied to what stands in the box.
+
+    Only the answer's first line counts, without case, bold marks, a final full stop and the space after a comma. It
+    equals the target as text, as a number, without apostrophes, or but for square brackets around one of them, round
+    brackets around a single character, or a question mark at the answer's end. Differences: the answer comes from the
+    box ("The answer is:" is cut off inside it); LaTeX text wrappers and white space inside $ or ** go wherever they
+    stand; numbers are decimal, without Python's inf, nan and 1_000; an empty answer is wrong, where theirs equals [].
+
+    >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
+    (True, True, True)
+    >>> fuzzy_match("friday", "[friday]"), fuzzy_match("(A) Sam", "(A)"), fuzzy_match("1,000", "1000")
+    (True, False, False)
+    """
+    answer = ANSWER_PHRASE.split(answer.strip())[-1].strip().removesuffix(".")
+    if len(answer) > 1 and answer[0] == answer[-1] == "$":
+        answer = answer[1:-1]
+    answer, target = (text.strip().lower().replace(", ", ",") for text in (undo_latex(answer), target))
+    answer = answer.replace("**", "").split("\n")[0].removesuffix(".").strip()
+    if not answer or answer == target:
+        return answer != ""
+    for bracketed, other in ((answer, target), (target, answer)):
+        if len(bracketed) == 3 and bracketed[0] == "(" and bracketed[2] == ")":
+            return bracketed[1] == other
+    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
+        return True
+    same = answer.replace("'", "") == target.replace("'", "")
+    return same or answer in (f"[{target}]", f"{target}?") or target == f"[{answer}]"
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without the commas of its thousands: integer, decimal or fraction.
+
+    >>> last_number("So 3 boxes cost $1,234.50."), last_number("It is 10-7 = 3/4"), last_number("None.")
+    ('1234.50', '3/4', None)
+    """
+    found = NUMBER_IN_TEXT.findall(text)
+    return found[-1].replace(",", "").replace("−", "-") if found else None

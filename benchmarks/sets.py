@@ -1,14 +1,11 @@
 r"""The benchmarks of the paper: where their items come from, how they are asked, how a response is judged.
 
-A benchmark is a row of BENCHMARKS; another one of the same three kinds (maths, a letter, a text by BBEH's rules) is
-another row. A new kind needs its prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
+A benchmark of the three kinds (maths, a letter, a text by BBEH's rules) is a row of BENCHMARKS. A new kind needs its
+prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
 
 Items come from the hub or from a local copy: jsonl, a JSON array, {"examples": [...]}, parquet, each also in a folder
 (a hub download; BBEH's repository, one task.json per task). Every record is an item or a counted skip; a file that is
-broken or lacks a field is an error. Judged is the last balanced \boxed{}. Both fallbacks, which the caller must ask
-for, lift a base model's score (guessing by a tenth on ten options). AIME's 000 to 999 are numbers: 073 is 73.
-
-`python -m benchmarks show NAME [FILE_OR_FOLDER]` shows counts, fingerprint, the first prompt and its answer.
+broken or lacks a field is an error. The last balanced \boxed{} is judged. AIME's 000 to 999 are numbers: 073 is 73.
 """
 
 from __future__ import annotations
@@ -22,9 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.judge import MAX_ANSWER_CHARS, check_answers
-from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
-from benchmarks.letters import last_number as number_in
+from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
+from benchmarks.judge import last_number as number_in
 from config import Config, ConfigError
 from data import CAUSES, SURROGATE, DataError, Skip, file_records, hub_records, local_files
 from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, last_answer
@@ -35,7 +31,7 @@ Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is, and which fields of its records count (of several names, the first that has a value)."""
+    """Where a benchmark is, and the fields of its records (of several names, the first that has a value)."""
 
     hub: str
     subset: str  # the hub dataset's configuration; empty if it has but one
@@ -44,7 +40,7 @@ class Benchmark:
     question: Names
     answer: Names
     options: str = ""
-    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much
+    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 for a set that is too small for one
 
 
 LETTERS = ("answer_letter", "answer")
@@ -66,11 +62,9 @@ PROMPTS = {"maths": QUESTION_PROMPT, "choice": CHOICE_PROMPT, "bbeh": PUZZLE_PRO
 ID_FIELDS = ("id", "question_id", "uuid", "unique_id", "idx")
 TASK_FIELD = "task"  # BBEH on the hub; in its repository the folder has the task's name
 SKIPS = {
-    "no_question": "no text in the question",
-    "no_answer": "no answer that can be checked",
-    "no_options": "not 2 to 26 options",
-    "bad_utf8": CAUSES["bad_utf8"],
-}
+    "no_question": "no text in the question", "no_answer": "no answer that can be checked",
+    "no_options": "not 2 to 26 options", "bad_utf8": CAUSES["bad_utf8"],
+}  # fmt: skip
 OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 
 
@@ -96,17 +90,14 @@ class Verdict:
 def load_items(
     name: str, path: str = "", limit: int = 0, log: Callable[[str], None] = print
 ) -> tuple[list[Item], dict[str, int], str]:
-    """The items of a benchmark, how many records became what, and a fingerprint of what is asked.
+    """(items, counts, fingerprint) of a benchmark.
 
     path: a local copy, file or folder; empty for the hub. limit: that many items, evenly spread, always the same ones;
     0 for all. Counts are of the whole set: `records` = `items` + each cause of a skip. The fingerprint (16 hex digits
-    of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name or a
-    negative limit, DataError (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
+    of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name, DataError
+    (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
     """
-    row = benchmark(name)
-    if limit < 0:
-        raise ConfigError(f"limit={limit}: must be 0 (all items) or more")
-    counts, problems = Counter[str](), list[str]()
+    row, counts, problems = benchmark(name), Counter(records=0), list[str]()
 
     def skip(cause: str, where: str, detail: str = "") -> None:
         counts[cause] += 1
@@ -114,13 +105,12 @@ def load_items(
             problems.append(f"{where}: skipped, {SKIPS[cause]}" + (f" ({detail})" if detail else ""))
             log(f"{name}: {problems[-1]}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
 
-    items, numbers, numbered = [], [], Counter()
+    items, numbers, records = [], [], Counter[str]()
     for where, task, record in _records(path, row, log):
-        counts["records"] += 1
-        numbered[task] += 1
+        records[task] += 1
         prefix = f"{task}/" if task else ""
         if item := read_item(record, row, where, skip):
-            numbers.append(f"{prefix}{numbered[task]}")
+            numbers.append(f"{prefix}{records[task]}")
             item.id = prefix + item.id if item.id else numbers[-1]
             items.append(item)
     if not items:
@@ -129,7 +119,7 @@ def load_items(
         log(f"{name}: ids repeat in {path or row.hub}; items are numbered instead")
         for item, number in zip(items, numbers, strict=True):
             item.id = number
-    counts["items"] = len(items)
+    counts.update(records=records.total(), items=len(items))
     if 0 < limit < len(items):
         items = [items[number * len(items) // limit] for number in range(limit)]
     text = json.dumps([[item.id, item.question, item.gold] for item in items])
@@ -149,11 +139,9 @@ def prompt_template(name: str) -> str:
 
 
 def read_item(record: dict, row: Benchmark, where: str, skip: Skip) -> Item | None:
-    r"""One record -> an item, its id empty if it has none; or None after a call of skip(cause, where, detail).
-
-    `{"question": "Which gas?", "options": ["argon", "neon"], "answer": "B"}` has the question
-    `"Which gas?\nOptions are:\nA. argon\nB. neon"`. Raises DataError when a field is missing.
-    """
+    r"""One record -> an item, its id empty if it has none; or None after a call of skip(cause, where, detail). Raises
+    DataError when a field is missing. `{"question": "Which gas?", "options": ["argon", "neon"], "answer": "B"}` asks
+    `"Which gas?\nOptions are:\nA. argon\nB. neon"`."""
     (_, question), (name, answer) = _field(record, row.question, where), _field(record, row.answer, where)
     if not isinstance(question, str) or not question.strip():
         return skip("no_question", where)
@@ -207,9 +195,6 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
     return options
 
 
-# ---------------------------------------------------------------------------------------------- where records come from
-
-
 def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
     """(where, task, record) of the hub, or of a local copy: files by name, records as they stand."""
     if not path:
@@ -242,17 +227,14 @@ def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[P
     return named or readable
 
 
-# ---------------------------------------------------------------------------------------------- judging
-
-
 def judge(
     name: str, items: list[Item], texts: list[str], last_number: bool = False, guess: bool = False
 ) -> list[Verdict]:
     """The verdict on each response; items and texts aligned, an item once per sample.
 
     last_number: in maths, without a box, the last number of the text counts. guess: for choices, without a letter of
-    the options, one that depends on the item's id alone. Takes up to 5 s for an answer that keeps sympy busy
-    (verify.py).
+    the options, one that depends on the item's id alone. Both lift a base model's score, the guess by a tenth on ten
+    options. An answer that keeps sympy busy takes up to 5 s (verify.py).
     """
     kind = benchmark(name).kind
     answers: list[tuple[str | None, str]] = []

@@ -20,16 +20,15 @@ import pytest
 from reference import ROOT
 
 from benchmarks import __main__ as commands
-from benchmarks import judge, letters, verify
-from benchmarks.judge import check_answers, read_number
-from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
+from benchmarks import judge, verify
+from benchmarks.judge import check_answers, fuzzy_match, guessed_letter, option_letter, read_number
 
 TABLE = Path(__file__).with_name("judged.jsonl")
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
 TOWER = "9^{9^{9^{9^{9}}}}"
 
 
-@pytest.mark.parametrize("module", [judge, letters, commands], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [judge, commands], ids=lambda module: module.__name__)
 def test_examples_in_the_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted >= 1 and results.failed == 0

@@ -13,10 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 WIDTH, HEIGHT = 360, 196
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 350, 8, 162
-"""Borders of the plot; assets/report.html has the same numbers."""
-POINTS = 200
-"""A line with more points is drawn as this many means of neighbours."""
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 350, 8, 162  # assets/report.html has the same numbers
 COLOURS = 6
 
 
@@ -31,7 +28,7 @@ class Series:
 
 @dataclass
 class Axes:
-    """The ranges of both axes and the SVG elements drawn between them."""
+    """The ranges of both axes, and the SVG elements between them. x and y: the position of a value in the SVG."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -40,14 +37,12 @@ class Axes:
     svg: list[str] = field(default_factory=list)
 
     def x(self, value: float) -> float:
-        """Position of a value in the SVG."""
         low, high = self.x_range
         return PLOT_LEFT + (PLOT_RIGHT - PLOT_LEFT) * ((value - low) / (high - low) if high > low else 0.5)
 
     def y(self, value: float) -> float:
-        """Position of a value in the SVG; NaN for one that cannot be drawn."""
         if not math.isfinite(value) or (self.log and value <= 0):
-            return math.nan
+            return math.nan  # cannot be drawn
         low, high = self.y_range
         share = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
         return PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * share
@@ -61,15 +56,16 @@ class Axes:
         elif y_marks is None:
             y_marks = [(value, number(value)) for value in ticks(y0, y1, 4)]
         x_marks = [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]
-        grid = [f'<line class="axis" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>']
+        wide = f'x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}"'
+        grid = [f'<line class="axis" {wide} y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>']
         for y, text in ((self.y(value), text) for value, text in y_marks):
-            grid.append(f'<line class="rule" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            grid.append(f'<line class="rule" {wide} y1="{y:.1f}" y2="{y:.1f}"/>')
             grid.append(f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
         for value in x_marks:
             place = f'x="{min(self.x(value), WIDTH - 14):.1f}" y="{PLOT_BOTTOM + 14}"'
             grid.append(f'<text {place} text-anchor="middle">{number(value)}</text>')
-        place, name = f'x="{PLOT_RIGHT}" y="{HEIGHT - 4}"', escape(self.x_name)
-        grid.append(f'<text class="name" {place} text-anchor="end">{name}</text>')
+        place = f'x="{PLOT_RIGHT}" y="{HEIGHT - 4}"'
+        grid.append(f'<text class="name" {place} text-anchor="end">{escape(self.x_name)}</text>')
         domain = f"{x0:g} {x1:g} {y0:g} {y1:g} {int(self.log)}"  # the page's script shows values under the pointer
         attributes = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-domain="{domain}"'
         return f'<svg class="{kind}" {attributes}>{"".join(grid + self.svg)}</svg>'
@@ -85,11 +81,9 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def thin(points: list[tuple], most: int = POINTS) -> list[tuple]:
+def thin(points: list[tuple], most: int = 200) -> list[tuple]:
     """At most `most` points, each the mean of equally many neighbours. Non-finite points do not enter a mean."""
-    size = -(-len(points) // most)
-    if size <= 1:
-        return points
+    size = max(1, -(-len(points) // most))
     chunks = [points[begin : begin + size] for begin in range(0, len(points), size)]
     finite = [[point for point in chunk if all(map(math.isfinite, point))] or chunk[:1] for chunk in chunks]
     return [tuple(map(fmean, zip(*chunk, strict=True))) for chunk in finite]
@@ -132,15 +126,16 @@ def line_chart(series: list[Series], label: str, fixed: tuple | None = None, log
     series = [Series(line.name, thin(line.points), thin(line.band)) for line in series]
     values = [y for line in series for point in line.points + line.band for y in point[1:]]
     axes = Axes((min(steps), max(steps)), fixed or axis_range(values, log), log=log)
+    lines = []
     for colour, line in enumerate(series):
-        band = [point for point in line.band if math.isfinite(axes.y(point[1]) + axes.y(point[2]))]
+        band = [(axes.x(x), axes.y(low), axes.y(high)) for x, low, high in line.band]
+        band = [place for place in band if all(map(math.isfinite, place))]
         if len(band) > 1:
-            edge = [(axes.x(x), axes.y(high)) for x, _, high in band]
-            edge += [(axes.x(x), axes.y(low)) for x, low, _ in reversed(band)]
+            edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             axes.svg.append(f'<path class="band c{colour % COLOURS}" d="{path_data(edge)}Z"/>')
-    for colour, line in enumerate(series):
         points = path_data([(axes.x(x), axes.y(y)) for x, y in line.points])
-        axes.svg.append(f'<path class="line c{colour % COLOURS}" data-name="{escape(line.name)}" d="{points}"/>')
+        lines.append(f'<path class="line c{colour % COLOURS}" data-name="{escape(line.name)}" d="{points}"/>')
+    axes.svg += lines  # above all bands
     return axes.draw(label, "hover")
 
 
@@ -155,13 +150,13 @@ def stacked_chart(shares: list[Series], label: str) -> str:
         heights = [y if math.isfinite(y) else 0.0 for _, y in share.points] * (2 if alone else 1)
         above = [low + y for low, y in zip(below, heights, strict=True)]
         edge = [*zip(xs, map(axes.y, above), strict=True)] + [*zip(xs, map(axes.y, below), strict=True)][::-1]
-        title = f"<title>{escape(share.name)}</title>"
-        axes.svg.append(f'<path class="area c{colour % COLOURS}" d="{path_data(edge)}Z">{title}</path>')
+        area = f'<path class="area c{colour % COLOURS}" d="{path_data(edge)}Z">'
+        axes.svg.append(f"{area}<title>{escape(share.name)}</title></path>")
         below = above
     return axes.draw(label)
 
 
-def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int = 0) -> str:
+def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int) -> str:
     """columns: (step, counts). Cell n shows how large a share of its column count n is."""
     columns = thin([(step, *counts) for step, counts in columns], 60)
     rows, end = len(columns[0]) - 1, columns[-1][0] + 0.5

@@ -1,14 +1,13 @@
-"""What a report shows: from the rows of runs to titled charts.
-
-One chart per metric with all runs in it. Metrics that are absent, or 0 throughout, are left out and named. To show
-another metric with a title of its own, add a line to SECTIONS; without, it stands under "More numbers". Needs no torch.
-"""
+"""The charts of a report: one per metric with all runs in it. Metrics that are absent, or 0 throughout, are left out
+and named. A metric without a line in SECTIONS stands under "More numbers". Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -57,32 +56,28 @@ SECTIONS = {
         ("grad_norm", "Norm of the gradient", "before clipping"),
         ("mismatch_abs", "Trainer against sampler", "mean difference of log-probs; must stay flat", None, True),
         ("mismatch_kl", "Trainer against sampler, KL", "nats a token; must stay flat", None, True),
-        ("clip_fraction", "Clipped tokens", "share"),
-        ("lr", "Learning rate", "of the step"),
-        ("trained_tokens", "Tokens trained on", "per step"),
-        ("time/step", "Seconds a step", "without the save"),
+        ("clip_fraction", "Clipped tokens", "share"), ("lr", "Learning rate", "of the step"),
+        ("trained_tokens", "Tokens trained on", "per step"), ("time/step", "Seconds a step", "without the save"),
         ("time/*", "Seconds: ", "in this phase of the step"),
         ("tokens_per_second", "Tokens sampled a second", "over the whole step"),
         ("peak_memory_gb", "Largest memory of rank 0", "GB; on a GPU of the update"),
     ],
     "More numbers": [("*", "", "as logged")],  # what no line above names: a metric of your own
 }  # fmt: skip
-ELSEWHERE = "step method gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless flops"
-ELSEWHERE = tuple(ELSEWHERE.split())
+ELSEWHERE = "step method gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless flops".split()
 """Keys, or their beginnings, that are no curve or are drawn in another form."""
 
 
 @dataclass
 class RunData:
-    """What is read from one run directory."""
+    """One run directory. entries: evenly spaced passages of samples.jsonl, each with the rows of its masks. repeated:
+    rows of one passage at several steps, of probes.jsonl, else of the passage that recurs most in samples.jsonl."""
 
     folder: Path
     config: dict
     rows: list[dict]
     entries: list[list[dict]] = field(default_factory=list)
-    """Evenly spaced passages of samples.jsonl, each with the rows of its masks."""
     repeated: list[dict] = field(default_factory=list)
-    """Rows of one passage at several steps: probes.jsonl, else the passage that recurs most in samples.jsonl."""
 
     def values(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric; rewards and lengths only of steps at which the role has responses."""
@@ -98,18 +93,17 @@ class Family:
     name: str
     runs: list[RunData]
 
+    @property
     def rows(self) -> list[dict]:
         return [row for run in self.runs for row in run.rows]
 
     def series(self, key: str) -> Series:
         """The mean over the runs at each step; with several runs also the lowest and the highest value."""
-        steps: dict[float, list[float]] = {}
-        for step, value in sorted(pair for run in self.runs for pair in run.values(key)):
-            steps.setdefault(step, []).append(value)
-        finite = {step: [y for y in values if math.isfinite(y)] or [math.nan] for step, values in steps.items()}
-        band = [(step, min(values), max(values)) for step, values in finite.items()]
-        points = [(step, fmean(values)) for step, values in finite.items()]
-        return Series(self.name, points, band if len(self.runs) > 1 else [])
+        pairs = [pair for run in self.runs for pair in run.values(key)]
+        groups = groupby(sorted(pairs, key=itemgetter(0)), itemgetter(0))
+        steps = {step: [y for _, y in some if math.isfinite(y)] or [math.nan] for step, some in groups}
+        band = [(step, min(values), max(values)) for step, values in steps.items() if len(self.runs) > 1]
+        return Series(self.name, [(step, fmean(values)) for step, values in steps.items()], band)
 
 
 def figure(title: str, about: str, svg: str, legend: list[tuple[int, str]] = (), warning: str = "") -> str:
@@ -120,23 +114,20 @@ def figure(title: str, about: str, svg: str, legend: list[tuple[int, str]] = (),
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
-def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
-    """The charts of a section, and the keys that are left out."""
-    figures, left_out = [], []
-    present = sorted({key for family in families for row in family.rows() for key in row})
-    present = [key for key in present if not key.startswith(ELSEWHERE)]
-    done = {key for key, *_ in SECTIONS[section]}
-    if section == "More numbers":
-        others = [pattern for name in SECTIONS if name != section for pattern, *_ in SECTIONS[name]]
-        starts = tuple(pattern.removesuffix("*") for pattern in others if "*" in pattern)
-        done = {key for key in present if key in others or key.startswith(starts)}
-    for pattern, title, *rest in SECTIONS[section]:
-        prefix = pattern.removesuffix("*")
-        keys = [key for key in present if key.startswith(prefix) and key not in done] if "*" in pattern else [pattern]
-        done.update(keys)
+def curves(families: list[Family]) -> tuple[dict[str, list[str]], list[str]]:
+    """The charts of each section, and the keys that are left out."""
+    figures, left_out = {section: [] for section in SECTIONS}, []
+    present = sorted({key for family in families for row in family.rows for key in row})
+    lines = [(section, *line) for section, lines in SECTIONS.items() for line in lines]
+    drawn = {key for _, key, *_ in lines}
+    for section, pattern, title, about, *options in lines:
+        prefix, keys = pattern.removesuffix("*"), [pattern]
+        if "*" in pattern:
+            keys = [key for key in present if key.startswith(prefix) and key not in drawn]
+            keys = [key for key in keys if not key.startswith(tuple(ELSEWHERE))]
+            drawn.update(keys)
         for key in keys:
-            name = title + key.removeprefix(prefix)
-            series = [family.series(key) for family in families]
+            name, series = title + key.removeprefix(prefix), [family.series(key) for family in families]
             values = [y for family in families for run in family.runs for _, y in run.values(key)]
             if not any(values):
                 left_out.append(key)
@@ -144,41 +135,37 @@ def curves(section: str, families: list[Family]) -> tuple[list[str], list[str]]:
             bad = sum(not math.isfinite(y) for y in values)
             lasts = [[y for _, y in line.points if math.isfinite(y)][-1:] for line in series]
             legend = [(colour, number(last[0])) for colour, last in enumerate(lasts) if last]
-            svg = line_chart(series, f"{name}: {rest[0]}", *rest[1:])
-            figures.append(figure(name, rest[0], svg, legend, f"{bad} not finite, left out" if bad else ""))
+            svg = line_chart(series, f"{name}: {about}", *options)
+            figures[section].append(figure(name, about, svg, legend, f"{bad} not finite, left out" if bad else ""))
     return figures, left_out
-
-
-def suffix(family: Family, families: list[Family]) -> str:
-    """Names the family in a chart that shows only one of several."""
-    return f": {family.name}" if len(families) > 1 else ""
 
 
 def stacks(families: list[Family], prefix: str, title: str, about: str) -> list[str]:
     """One chart of stacked shares per family, of all metrics with this prefix."""
     figures = []
     for family in families[:COLOURS]:
-        keys = sorted({key for row in family.rows() for key in row if key.startswith(prefix)})
-        steps = sorted({row["step"] for row in family.rows() if "gen/valid_rate" in row})
-        if steps and any(row.get(key) for row in family.rows() for key in keys):
+        keys = sorted({key for row in family.rows for key in row if key.startswith(prefix)})
+        steps = sorted({row["step"] for row in family.rows if "gen/valid_rate" in row})
+        if steps and any(row.get(key) for row in family.rows for key in keys):
             lines = {key.removeprefix(prefix): dict(family.series(key).points) for key in keys}
             shares = [Series(name, [(step, line.get(step, 0.0)) for step in steps]) for name, line in lines.items()]
-            svg = stacked_chart(shares, title)
-            figures.append(figure(title, about + suffix(family, families), svg, list(enumerate(lines))))
+            which = f": {family.name}" if len(families) > 1 else ""
+            figures.append(figure(title, about + which, stacked_chart(shares, title), list(enumerate(lines))))
     return figures
 
 
 def histograms(families: list[Family]) -> list[str]:
-    """How many predictions of a mask were right, over the steps."""
+    """How many predictions of a mask were right, over the steps; one chart per family."""
     figures = []
     for colour, family in enumerate(families[:COLOURS]):
         columns: dict[int, list] = {}
-        for row in family.rows():
+        for row in family.rows:
             if any(row.get("pred/accuracy_histogram") or []):
                 columns.setdefault(row["step"], []).append(row["pred/accuracy_histogram"])
         if columns:
             merged = [(step, [sum(cells) for cells in zip(*columns[step], strict=True)]) for step in sorted(columns)]
-            about = "right answers to a mask; the stronger, the more masks" + suffix(family, families)
+            about = "right answers to a mask; the stronger, the more masks"
+            about += f": {family.name}" if len(families) > 1 else ""
             figures.append(figure("How hard the masks are", about, heat_chart(merged, about, colour)))
     return figures
 

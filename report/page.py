@@ -2,7 +2,7 @@
 
     python -m report RUN [RUN ...]      several runs in one page; those that differ only in their seed become a band
 
-Text of models and corpora is data in the page and never markup. Unfinished runs and runs without samples work too.
+Text of models and corpora is never markup. Unfinished runs and runs without samples work too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ import yaml
 
 from prompts import last_answer
 from report.charts import number
-from report.figures import SECTIONS, Family, RunData, curves, histograms, reward_chart, stacks
+from report.figures import Family, RunData, curves, histograms, reward_chart, stacks
 
-TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 SEED_KEYS = {"seed", "run_dir", "resume", "wandb", "save_every", "keep_last", "samples_per_step", "probe_every"}
 """Config keys in which the runs of one band may differ: only the seed changes what a run computes."""
-SAMPLE_BYTES = 1_200_000
-"""Room for rollouts in the page, all runs together."""
+SAMPLE_BYTES = 1_200_000  # of rollouts in the page, all runs together
 ENTRIES, TEXT_CHARS, STEPS_SHOWN, ANSWERS_SHOWN = 80, 1200, 5, 4
 
 
@@ -72,9 +70,9 @@ def group_by_seed(runs: list[RunData]) -> list[Family]:
     configs = [group[0].config for group in groups.values()]
     differ = [key for key in configs[0] if key not in SEED_KEYS and len({str(c.get(key)) for c in configs}) > 1]
     families = []
-    for group in groups.values():
+    for group, config in zip(groups.values(), configs, strict=True):
         group.sort(key=lambda run: str(run.config.get("seed")))
-        settings = [f"{key}={group[0].config.get(key)}".removeprefix("method=") for key in differ if group[0].config]
+        settings = [f"{key}={config.get(key)}".removeprefix("method=") for key in differ if config]
         name = ", ".join(settings) or group[0].folder.resolve().name
         seeds = ", ".join(str(run.config.get("seed", "?")) for run in group)
         families.append(Family(f"{name} (seed{'s' * (len(group) > 1)} {seeds})", group))
@@ -112,8 +110,8 @@ def finite(value: float | None) -> float | None:
 
 
 def count_predictions(task: dict) -> list[dict]:
-    """The task's distinct predictions, most frequent first, with short keys for the page. Rows of older runs have no
-    "correct": there a reward of 1 is a right answer."""
+    """The task's distinct predictions, most frequent first, with short keys for the page. In rows without "correct", of
+    older runs, a reward of 1 is a right answer."""
     counts = Counter(
         (one["text"].strip(), one.get("correct", int(one["reward"] == 1)), finite(one["reward"]), one["finish"])
         for one in task["predictions"]
@@ -132,20 +130,20 @@ def browser_entry(tasks: list[dict]) -> dict:
         item = {"w": shorten(mask["words"]), "i": mask["invalid"], "l": mask["label"], "p": count_predictions(task)}
         item |= {} if mask["invalid"] else {"k": mask_spans(task), "x": mask["target"]}
         if proposal:
-            shown = {"r": finite(proposal["reward"]), "f": proposal["finish"]}
-            item["g"] = split_response(proposal["text"], "mask") | shown
+            item["g"] = split_response(proposal["text"], "mask")
+            item["g"] |= {"r": finite(proposal["reward"]), "f": proposal["finish"]}
         masks.append(item)
     return {"s": tasks[0]["step"], "t": passage["title"], "u": passage["url"], "x": passage["text"], "m": masks}
 
 
-def rollouts_json(runs: list[RunData], room: int = SAMPLE_BYTES) -> str:
-    """The runs' entries, safe inside a <script>. Every second entry is left out until they fit into `room` bytes."""
+def rollouts_json(runs: list[RunData]) -> str:
+    """The runs' entries, safe inside a <script>. Every second entry is left out until they fit into SAMPLE_BYTES."""
     data = [{"n": run.folder.resolve().name, "e": [browser_entry(tasks) for tasks in run.entries]} for run in runs]
     while True:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         for char in "<\u2028\u2029":
             text = text.replace(char, f"\\u{ord(char):04x}")
-        if len(text.encode("utf-8", "replace")) <= room or not any(item["e"] for item in data):
+        if len(text.encode("utf-8", "replace")) <= SAMPLE_BYTES or not any(item["e"] for item in data):
             return text
         for item in data:
             item["e"] = item["e"][::2] if len(item["e"]) > 1 else []
@@ -162,12 +160,12 @@ def title_link(passage: dict) -> str:
 def step_card(step: int, tasks: list[dict]) -> str:
     """The responses at one step: the generator's masks, counted, and the answers to each mask with their thoughts."""
 
-    def line(kind: str, count: int, text: str, rest: str = "") -> str:
+    def line(kind: str, count: int, text: str, rest: str) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    masks = Counter((task["mask"]["words"] or "nothing", task["mask"]["invalid"]) for task in tasks if task["proposal"])
-    lines = []
+    lines, proposed = [], [task["mask"] for task in tasks if task["proposal"]]
+    masks = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in proposed)
     for (words, invalid), count in masks.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
@@ -182,7 +180,7 @@ def step_card(step: int, tasks: list[dict]) -> str:
 
 
 def passage_by_step(run: RunData) -> str:
-    """The responses to one passage at successive steps: how the answers and the thoughts change."""
+    """The responses to one passage at successive steps."""
     if not run.repeated:
         return "<p>This run has no probes.jsonl, and no passage occurs at two steps of its samples.jsonl.</p>"
     blocks: dict[str, list[dict]] = {}
@@ -202,7 +200,7 @@ def passage_by_step(run: RunData) -> str:
 
 
 def overview(families: list[Family]) -> str:
-    """How far the runs are, and the first and last values of the main metrics."""
+    """A table: steps, and the first and last values of the main metrics."""
     keys = {
         "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
         "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
@@ -223,19 +221,16 @@ def overview(families: list[Family]) -> str:
 def build_page(runs: list[RunData]) -> str:
     """The whole page as HTML."""
     families = group_by_seed(runs)
+    figures, absent = curves(families)
     about = "share of the valid masks, by the corpus's labels, else by form"
     kinds = stacks(families, "gen/share_", "Kinds of words masked", about)
-    causes = stacks(families, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses")
-    special = {"What is masked": kinds + causes, "Rewards": histograms(families) + reward_chart(families)}
-    body, absent = "", []
-    for section in SECTIONS:
-        figures, left_out = curves(section, families)
-        figures = special.get(section, []) + figures
-        absent += left_out
-        body += f"<h2>{section}</h2><div class='grid'>{''.join(figures)}</div>" if figures else ""
+    kinds += stacks(families, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses")
+    figures["What is masked"] = kinds + figures["What is masked"]
+    figures["Rewards"] = histograms(families) + reward_chart(families) + figures["Rewards"]
+    body = "".join(f"<h2>{name}</h2><div class='grid'>{''.join(some)}</div>" for name, some in figures.items() if some)
     body += f"<h2>One passage, step by step</h2>{passage_by_step(next((run for run in runs if run.repeated), runs[0]))}"
     notes = f"Not shown, because these runs do not have them or they are 0 throughout: {', '.join(absent)}."
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = (Path(__file__).parent.parent / "assets" / "report.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     contents = {
         "TITLE": escape(", ".join(run.folder.resolve().name for run in runs[:4]) + " ..." * (len(runs) > 4)),
@@ -253,10 +248,9 @@ def build_page(runs: list[RunData]) -> str:
 def write_report(folders: list[Path]) -> Path:
     """Writes report.html into the first of the run directories. Raises ValueError if one has no metrics."""
     text = build_page([read_run(Path(folder)) for folder in folders])
-    target = Path(folders[0]) / "report.html"
-    temporary = target.with_name("report.html.part")
+    temporary = Path(folders[0]) / "report.html.part"
     temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(target)
+    return temporary.replace(temporary.with_suffix(""))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -66,8 +67,8 @@ class Settings:
     guess: bool = False
     """Choices without a letter: draw one. Lifts base models, by about 10 points on ten options."""
     chunk: int = 512
-    """Responses of a chunk, the unit of work and of resuming. Smaller ones spread better over ranks, larger ones wait
-    less often for a longest response. Another size draws other samples."""
+    """Responses of a chunk. Smaller ones spread better over ranks and lose less to a kill, larger ones wait less often
+    for a longest response. Another size draws other samples."""
 
 
 MINIMUM = {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}
@@ -110,9 +111,6 @@ def checkpoint_folder(word: str) -> tuple[str, str]:
     return str(place), run + step.name
 
 
-# --------------------------------------------------------------------------------------------- chunks, and the command
-
-
 def chunk_items(exam: Exam, number: int, size: int) -> list[Item]:
     """The items of a chunk: as many as make `size` responses, at least one; none beyond the last chunk."""
     count = max(1, size // exam.samples)
@@ -129,8 +127,7 @@ def read_chunks(exam: Exam, settings: Settings) -> Iterator[dict]:
     """All records of a benchmark. Raises RuntimeError for a file whose records are not those of its items."""
     for number, path in enumerate(chunk_files(exam, settings)):
         expected = [item.id for item in chunk_items(exam, number, settings.chunk) for _ in range(exam.samples)]
-        with path.open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = read_rows(path)
         if [record["id"] for record in records] != expected:
             raise RuntimeError(f"{path}: {len(records)} records, not the {len(expected)} of its items; delete it")
         yield from records
@@ -138,11 +135,10 @@ def read_chunks(exam: Exam, settings: Settings) -> Iterator[dict]:
 
 def claim(path: Path) -> bool:
     """Whether this rank is the first to take the chunk of `path`: only one rank can create the file beside it."""
-    try:
+    with suppress(FileExistsError):
         path.with_suffix(".claimed").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+        return True
+    return False
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
@@ -200,21 +196,18 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         say(f"{out}: done in {time.perf_counter() - begin:.0f} s, largest memory of rank 0 {peak_memory_gb():.2f} GB")
 
 
-# ----------------------------------------------------------------------------------------------------------- the folder
-
-
 def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] | str:
     """Rank 0: writes eval-settings.json. Returns the chunks to make, as (benchmark, number), or an error message.
 
     Benchmarks may join later; whatever else changes the records may not change.
     """
     path = Path(settings.out) / "eval-settings.json"
+    facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
     try:
-        weights = fingerprint(settings)
+        facts["weights"] = fingerprint(settings)
     except (OSError, ValueError) as error:
         return f"checkpoint {settings.checkpoint!r}: cannot be read ({_line(error)})"
-    facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
-    facts |= {"weights": weights} | {key: getattr(settings.engine, key) for key in MODEL_KEYS}
+    facts |= {key: getattr(settings.engine, key) for key in MODEL_KEYS}
     facts["tasks"] = {exam.name: exam_facts(exam) | {"path": settings.tasks[exam.name]} for exam in exams}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -271,8 +264,9 @@ def conclude(settings: Settings, exams: list[Exam]) -> str:
         results[exam.name] = summarise(read_chunks(exam, settings)) | {"seconds": sum(seconds.values())}
         results[exam.name] |= exam_facts(exam) | {"counts": exam.counts}
     results = {name: results[name] for name in BENCHMARKS if name in results}
-    means, kept = paper_means(results), {key: value for key, value in facts.items() if key != "tasks"}
-    whole = {"checkpoint": settings.checkpoint, "tasks": results, "means": means, "settings": kept}
+    means = paper_means(results)
+    del facts["tasks"]
+    whole = {"checkpoint": settings.checkpoint, "tasks": results, "means": means, "settings": facts}
     whole["environment"] = environment().splitlines()
     write_whole(target, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return table(results, means)

@@ -1,7 +1,6 @@
 r"""The judge of answers, for rlvr and for the benchmarks: maths, the letter of an option, BBEH's texts.
 
-Every function but last_number gets what stands in the box (prompts.last_answer). A maths answer is decided in this
-order:
+All functions but last_number get the content of the box (prompts.last_answer). Steps for a maths answer:
 
     a gold of words     as text, blind to case: `\text{east}` is East, and not seat
     two plain numbers   exactly, as fractions, without currency, unit or words: 18 dollars is 18, `12 or 13` is not 12
@@ -85,10 +84,8 @@ class Number(NamedTuple):
 
 
 def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
-    r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
-
-    pairs: (gold, answer). `seconds` is wall time per distinct pair, in the child. Raises RuntimeError when the child
-    cannot be started.
+    r"""For each (gold, answer): 1.0 if they are equal, else 0.0; the answer None is always 0.0. `seconds`: wall time
+    per distinct pair in the child. Raises RuntimeError when the child cannot be started.
 
     >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
     [1.0, 1.0, 1.0, 1.0, 1.0]
@@ -158,7 +155,7 @@ def _ascii(char: str) -> str:
 def read_number(text: str, is_gold: bool = False) -> Number | None:
     r"""The plain number that a text is, whatever currency, unit, name or words stand beside it; else None.
 
-    is_gold: no words before it, and no bare letters behind, which are variables there: \frac{1}{m} t, 2 m.
+    is_gold: no words before it, and no letters behind, which are variables there: \frac{1}{m} t, 2 m.
 
     >>> read_number("18 cm^2").value, read_number(r"x = \frac{3}{4}").value, read_number(r"\approx 2.5e-3 J").value
     (Fraction(18, 1), Fraction(3, 4), Fraction(1, 400))
@@ -190,19 +187,13 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None
-    value = _value(found)
-    percent = "%" in after or "percent" in names
-    places = len(found["top"].partition(".")[2]) if re.fullmatch(r"[\d.]+", found[0].lstrip("+- ")) else -1
-    return None if value is None else Number(value * scale, places, found["base"] or "", percent)
-
-
-def _value(found: re.Match) -> Fraction | None:
     parts = [found["top"], found["bottom"] or "1"] if found["top"] else [part for part in found.groups()[2:6] if part]
     top, bottom = map(_product, parts)
-    if not top or not bottom:
-        return Fraction(0) if bottom and not found["whole"] else None
-    value = top / bottom + int(found["whole"] or 0)
-    return -value if found["sign"] == "-" else value
+    if not bottom or (found["whole"] and not top):
+        return None
+    value = (top / bottom + int(found["whole"] or 0)) * scale * (-1 if found["sign"] == "-" else 1)
+    places = len(found["top"].partition(".")[2]) if re.fullmatch(r"[\d.]+", found[0].lstrip("+- ")) else -1
+    return Number(value, places, found["base"] or "", "%" in after or "percent" in names)
 
 
 def _product(text: str) -> Fraction:
@@ -258,8 +249,8 @@ ANOTHER = (
 def option_letter(box: str, letters: str) -> str | None:
     r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
 
-    Words may follow the letter behind a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
-    only" is E. Not read: words without a letter; "A dog", whose A may be the article; "A. 3, B. 4".
+    Words may follow the letter after a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
+    only" is E. Not read: words without a letter; "A dog", where A may be the article; "A. 3, B. 4".
 
     >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
     ['C', 'C', 'C', 'C', 'C']
@@ -283,9 +274,8 @@ def fuzzy_match(answer: str, target: str) -> bool:
 
     Only the answer's first line counts, without case, bold marks, a final full stop and the space after a comma. It
     equals the target as text, as a number, without apostrophes, or but for square brackets around one of them, round
-    brackets around a single character, or a question mark at the answer's end. Differences: the answer comes from the
-    box ("The answer is:" is cut off inside it); LaTeX text wrappers and white space inside $ or ** go wherever they
-    stand; numbers are decimal, without Python's inf, nan and 1_000; an empty answer is wrong, where theirs equals [].
+    brackets around a single character, or a question mark at the answer's end. Differences from the source: it reads
+    no box; here LaTeX's text wrappers go, Python's inf, nan and 1_000 are no numbers, and an empty answer is wrong.
 
     >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
     (True, True, True)

@@ -80,16 +80,14 @@ class Item:
 
 @dataclass
 class Verdict:
-    """What was judged, where it was found, and whether it is right."""
+    """A judged response."""
 
     answer: str | None
-    how: str  # box, last_number, guess or none
-    score: float
+    how: str  # where the answer was found: box, last_number, guess or none
+    score: float  # 1.0 if right
 
 
-def load_items(
-    name: str, path: str = "", limit: int = 0, log: Callable[[str], None] = print
-) -> tuple[list[Item], dict[str, int], str]:
+def load_items(name: str, path: str = "", limit: int = 0, log: Callable = print) -> tuple[list[Item], dict, str]:
     """(items, counts, fingerprint) of a benchmark.
 
     path: a local copy, file or folder; empty for the hub. limit: that many items, evenly spread, always the same ones;
@@ -97,7 +95,9 @@ def load_items(
     of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name, DataError
     (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
     """
-    row, counts, problems = benchmark(name), Counter(records=0), list[str]()
+    if name not in BENCHMARKS:
+        raise ConfigError(f"task={name!r}: unknown benchmark; known: {', '.join(BENCHMARKS)}")
+    row, counts, problems = BENCHMARKS[name], Counter(records=0), list[str]()
 
     def skip(cause: str, where: str, detail: str = "") -> None:
         counts[cause] += 1
@@ -126,16 +126,9 @@ def load_items(
     return items, dict(counts), hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def benchmark(name: str) -> Benchmark:
-    """The row of the table. Raises ConfigError, which lists the known names."""
-    if name not in BENCHMARKS:
-        raise ConfigError(f"task={name!r}: unknown benchmark; known: {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
-
-
 def prompt_template(name: str) -> str:
-    """The prompt of a benchmark, with one {passage} for the question. Raises ConfigError."""
-    return PROMPTS[benchmark(name).kind]
+    """The prompt of a benchmark, with one {passage} for the question."""
+    return PROMPTS[BENCHMARKS[name].kind]
 
 
 def read_item(record: dict, row: Benchmark, where: str, skip: Skip) -> Item | None:
@@ -177,17 +170,15 @@ def _field(record: dict, names: Names, where: str) -> tuple[str, object]:
 
 
 def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
-    """The options' texts, empty if there are none; cuts them off the question where they stand in it."""
+    """The texts of the options, empty if there are none; cuts them off the question if they stand in it."""
     inside = OPTIONS_INSIDE.split(item.question, maxsplit=1)
     if len(inside) == 2 and row.options not in record:
-        item.question, text = inside
-        options, rest = [], [text.removeprefix("A. ")]
-        for letter in string.ascii_uppercase[1:]:  # an option may have several lines, so look for the next letter only
-            option, *rest = re.split(rf"\n{letter}\. ", rest[0], maxsplit=1)
-            options.append(option.strip())
-            if not rest:
-                return options
-        return [*options, rest[0].strip()]
+        item.question, options = inside[0], [inside[1].removeprefix("A. ")]
+        for letter in string.ascii_uppercase[1:]:  # an option may have several lines: look for the next letter only
+            if f"\n{letter}. " not in options[-1]:
+                break
+            options[-1:] = options[-1].split(f"\n{letter}. ", 1)
+        return [option.strip() for option in options]
     _, options = _field(record, row.options, where)
     options = [str(option).strip() for option in options] if isinstance(options, list) else []
     while options and options[-1] == "N/A":  # fillers, which MMLU-Pro's own evaluation drops too
@@ -236,7 +227,7 @@ def judge(
     the options, one that depends on the item's id alone. Both lift a base model's score, the guess by a tenth on ten
     options. An answer that keeps sympy busy takes up to 5 s (verify.py).
     """
-    kind = benchmark(name).kind
+    kind = BENCHMARKS[name].kind
     answers: list[tuple[str | None, str]] = []
     for item, text in zip(items, texts, strict=True):
         answer, how = (last_answer(text, "boxed") or "").strip(), "box"

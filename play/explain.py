@@ -11,20 +11,19 @@ import tempfile
 import textwrap
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
 
 from bench.memory import decide_checkpointing
 from config import Config, ConfigError
 from data import build_index, load_corpus
-from grpo import Group, Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
+from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import Run, Task
 from model import build_policy, build_reference, load_replica, load_tokenizer
 from prompts import last_answer
 from ranks import Ranks
 from rollout import Rollout, Sampler, check_prompts, make_sampler, mask_prompt
-from train import Step, step
+from train import step
 
 TERMINAL_WIDTH = 100
 
@@ -49,12 +48,6 @@ def describe_answer(text: str) -> str:
     return "no answer" if answer is None else plain(answer) or "(empty)"
 
 
-def hand_advantages(rewards: list[float], divide_by_std: bool = True) -> tuple[float, float, list[float]]:
-    """(mean, standard deviation with n - 1, advantages) in plain arithmetic."""
-    mean, std = sum(rewards) / len(rewards), stdev(rewards)
-    return mean, std, [(reward - mean) / (std + 1e-6 if divide_by_std else 1) for reward in rewards]
-
-
 @torch.no_grad()
 def hand_logprobs(replica, response: Rollout, temperature: float) -> list[float]:
     """Log-prob of each completion token from the model's ordinary logits, with one sequence and no packing."""
@@ -69,33 +62,8 @@ def hand_logprobs(replica, response: Rollout, temperature: float) -> list[float]
 @torch.no_grad()
 def trainer_logprobs(policy, sample: Sample, sampler: Sampler) -> torch.Tensor:
     """Log-prob of each completion token as the update computes it."""
-    batch = pack_samples([[sample]], sampler.ranks.device)
-    options = {"predicts": batch.predicts, "targets": batch.targets, "temperature": sampler.config.temperature}
-    return policy(**options, **batch.inputs)[0]
-
-
-def token_loss(policy, sample: Sample, place: int, sampler: Sampler) -> tuple[float, float]:
-    """The code's loss of one token of a sample, and its derivative by the token's log-prob."""
-    batch = pack_samples([[sample]], sampler.ranks.device)
-    batch.weights *= torch.arange(len(batch.weights), device=batch.weights.device) == place
-    old_logprobs = trainer_logprobs(policy, sample, sampler)
-    logprobs = old_logprobs.clone().requires_grad_()
-    loss, _ = clipped_loss(logprobs, old_logprobs, batch, sampler.config)
-    return loss.item(), torch.autograd.grad(loss, logprobs)[0][place].item()
-
-
-def first_step(config: Config, ranks: Ranks) -> tuple[Run, Any, Any, Step]:
-    """Step 1 by train.step: (the run after it, the plain model and the trainer's as before it, what the step made)."""
-    tokenizer = load_tokenizer(config)
-    with tempfile.TemporaryDirectory() as folder:
-        build_index(config, tokenizer, Path(folder), log=lambda line: None)
-        corpus = load_corpus(Path(folder), config)
-    replica, start = load_replica(config, ranks), load_replica(config, ranks)
-    policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
-    sampler = make_sampler(replica, tokenizer, config, ranks)
-    check_prompts(sampler)
-    run = Run(config, ranks, corpus, sampler, policy, None, make_optimizer(policy, config))
-    return run, start, build_reference(start, config, ranks), step(run, 0)
+    batch, temperature = pack_samples([[sample]], sampler.ranks.device), sampler.config.temperature
+    return policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs)[0]
 
 
 def choose_mask(proposals: list[list[Task]]) -> tuple[list[Task], Task]:
@@ -118,20 +86,23 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     for key, value in (required | {"train_generator": True}).items():
         if getattr(config, key) != value:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must be {value!r} to be explained")
-    run, start, before, done = first_step(config, ranks)
+
+    # ---- step 1 of train.py; `start` and `before` are the plain model and the trainer's as before the step
+    tokenizer = load_tokenizer(config)
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(config, tokenizer, Path(folder), log=lambda line: None)
+        corpus = load_corpus(Path(folder), config)
+    replica, start = load_replica(config, ranks), load_replica(config, ranks)
+    policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
+    sampler = make_sampler(replica, tokenizer, config, ranks)
+    check_prompts(sampler)
+    run = Run(config, ranks, corpus, sampler, policy, None, make_optimizer(policy, config))
+    before = build_reference(start, config, ranks)
+    done = step(run, 0)
     tasks, task = choose_mask(done.proposals)
-    show_masks(tasks, task, run.sampler, say)
-    pairs = show_rewards(tasks, task, done.groups, config, say)
-    responses = {id(response) for response in task.predictions}
-    sample = next(s for s in done.samples if id(s.rollout) in responses and s.advantage > 0)
-    kept = [group for group in done.groups if keep_group(group)]
-    pairs |= show_token(sample, kept, start, before, run.sampler, say)
-    return pairs | show_update(task, done, before, run, say)
+    passage, decode = task.passage, tokenizer.decode
 
-
-def show_masks(tasks: list[Task], task: Task, sampler: Sampler, say) -> None:
-    """The passage, both prompts, the masks, and the predictions with their verdicts."""
-    passage, decode = task.passage, sampler.tokenizer.decode
+    # ---- the passage, both prompts, the masks, and the predictions with their verdicts
     say(f"1. PASSAGE  {plain(passage.title)} {plain(passage.url)}\n{wrapped(passage.text)}")
     say(f"\n2. PROPOSE  the generator reads this, {len(tasks)} times over")
     say(wrapped(decode(mask_prompt(sampler, passage.text)), most=600) + "\n")
@@ -150,67 +121,65 @@ def show_masks(tasks: list[Task], task: Task, sampler: Sampler, say) -> None:
         say(f"   {number}: {'right' if correct else 'wrong'}, reward {earned:g}: {describe_answer(response.text)}")
         say(wrapped(f"it wrote: {response.text}", 6, 300))
 
-
-def show_rewards(tasks: list[Task], task: Task, groups: list[Group], config: Config, say) -> dict:
-    """Rewards of both roles, and the advantages in the groups of this mask and of this passage."""
+    # ---- rewards of both roles, and the advantages in the groups of this mask and of this passage
     share = sum(task.correct) / len(task.correct)
     by_hand = share * (1 - share) if config.generator_reward == "variance" else 1 - share
+    pairs: dict = {"mask reward": (by_hand, task.proposal_reward)}
     say(f"\n4. REWARD  {sum(task.correct)} of {len(task.correct)} are right: accuracy {share:.4f}")
     say(f"   The mask earns {by_hand:.4f} by hand, {task.proposal_reward:.4f} in the code: {config.generator_reward},")
     say("   and 0 where none is right or the mask is invalid.")
-    pairs = {"mask reward": (by_hand, task.proposal_reward)}
     followed = {"predictions of this mask": task.predictions[0], "masks of this passage": tasks[0].proposal}
     for name, response in followed.items():
-        group = next(group for group in groups if group.rollouts[0] is response)
-        mean, std, hand = hand_advantages(group.rewards, config.advantage_std)
-        code = group_advantages(group.rewards, config)
+        group = next(group for group in done.groups if group.rollouts[0] is response)
+        mean, std = sum(group.rewards) / len(group.rewards), stdev(group.rewards)  # the latter with n - 1
         rule = "(reward - mean) / (std + 1e-6)" if config.advantage_std else "reward - mean"
-        say(f"\n   Group: the {len(hand)} {name}. mean {mean:.4f}, std {std:.4f}")
+        say(f"\n   Group: the {len(group.rewards)} {name}. mean {mean:.4f}, std {std:.4f}")
         say(f"   advantage = {rule}\n      reward   by hand  the code")
-        for n, (earned, ours, theirs) in enumerate(zip(group.rewards, hand, code, strict=True)):
-            say(f"   {earned:9.4f} {ours:9.4f} {theirs:9.4f}")
-            pairs[f"advantage {group.role} {n}"] = (ours, theirs)
+        for n, (earned, code) in enumerate(zip(group.rewards, group_advantages(group.rewards, config), strict=True)):
+            hand = (earned - mean) / (std + 1e-6 if config.advantage_std else 1)
+            say(f"   {earned:9.4f} {hand:9.4f} {code:9.4f}")
+            pairs[f"advantage {group.role} {n}"] = (hand, code)
         if not keep_group(group):
             say("   All earned the same: the group is dropped.")
-    return pairs
 
-
-def show_token(sample: Sample, kept: list[Group], start, policy, sampler: Sampler, say) -> dict:
-    """The weight of a token, its log-prob in three ways, and its loss."""
-    config, response = sampler.config, sample.rollout
+    # ---- the weight of a token, its log-prob in three ways, and its loss
+    responses = {id(response) for response in task.predictions}
+    sample = next(s for s in done.samples if id(s.rollout) in responses and s.advantage > 0)
+    response, length = sample.rollout, len(sample.rollout.completion_ids)
+    kept = [group for group in done.groups if keep_group(group)]
     lengths = [len(rollout.completion_ids) for group in kept for rollout in group.rollouts]
-    length, per_token = len(response.completion_ids), config.loss_mean == "token"
+    per_token = config.loss_mean == "token"
     weight = 1 / sum(lengths) if per_token else 1 / (len(lengths) * length)
     rule = "1 / all kept tokens" if per_token else "1 / (kept responses x tokens of this response)"
     say(f"\n5. WEIGHTS  {len(kept)} groups are kept: {len(lengths)} responses, {sum(lengths)} tokens.")
     say(f"   Each token of ours weighs {rule}\n   = {weight:.8f} by hand, {sample.weight:.8f} in the code.")
     place = min(range(length), key=lambda n: response.sampler_logprobs[n])  # the least expected token shows most
-    hand = hand_logprobs(start, response, config.temperature)[place]
-    code = trainer_logprobs(policy, sample, sampler)[place].item()
-    correction = min(math.exp(code - response.sampler_logprobs[place]), config.max_importance)
-    loss, slope = token_loss(policy, sample, place, sampler)
+    hand, sampled = hand_logprobs(start, response, config.temperature)[place], response.sampler_logprobs[place]
+    old_logprobs = trainer_logprobs(before, sample, sampler)
+    code = old_logprobs[place].item()
+    correction = min(math.exp(code - sampled), config.max_importance)
     by_hand = -weight * correction * sample.advantage
+    batch, logprobs = pack_samples([[sample]], ranks.device), old_logprobs.clone().requires_grad_()
+    batch.weights *= torch.arange(len(batch.weights), device=ranks.device) == place
+    loss, _ = clipped_loss(logprobs, old_logprobs, batch, config)
+    slope = torch.autograd.grad(loss, logprobs)[0][place].item()
     token = sampler.piece(response.completion_ids[place])
     say(f"\n6. ONE TOKEN  {token!r}, number {place + 1} of {length} in: {plain(response.text)[:60]}")
     say(f"   log p  {hand:.6f} from the plain model's logits, {code:.6f} in the trainer,")
-    say(f"          {response.sampler_logprobs[place]:.6f} when sampled")
+    say(f"          {sampled:.6f} when sampled")
     say("   ratio  exp(log p - old log p) = 1: the first update of a batch, so the clip does nothing")
     say(f"   c      min(exp(trainer - sampler), {config.max_importance:g}) = {correction:.6f}")
     say(f"   loss   - weight x c x ratio x advantage = -{weight:.8f} x {correction:.6f} x 1 x {sample.advantage:.4f}")
-    say(f"          = {by_hand:.10f} by hand, {loss:.10f} in the code")
+    say(f"          = {by_hand:.10f} by hand, {loss.item():.10f} in the code")
     say(f"   slope  d loss / d log p = {by_hand:.10f} by hand, {slope:.10f} in the code: up with this log p")
-    pairs = {"weight": (weight, sample.weight), "log p": (hand, code)}
-    return pairs | {"loss": (by_hand, loss), "slope": (by_hand, slope)}
+    pairs |= {"weight": (weight, sample.weight), "log p": (hand, code)}
+    pairs |= {"loss": (by_hand, loss.item()), "slope": (by_hand, slope)}
 
-
-def show_update(task: Task, done: Step, before, run: Run, say) -> dict:
-    """The update on the whole batch, and how it changes the log-probs of this mask's responses."""
-    responses = [Sample(response, 0.0) for response in task.predictions]
-    policies = (before, run.policy)
-    logprobs = [[trainer_logprobs(policy, one, run.sampler).sum().item() for one in responses] for policy in policies]
-    row, samples = done.row, done.samples
-    total = -sum(s.weight * s.advantage * len(s.rollout.completion_ids) for s in samples)
+    # ---- the update on the whole batch, and how it changes the log-probs of this mask's responses
+    row, samples, ours = done.row, done.samples, [Sample(response, 0.0) for response in task.predictions]
+    logprobs = [[trainer_logprobs(model, one, sampler).sum().item() for one in ours] for model in (before, policy)]
     changes = [new - old for old, new in zip(*logprobs, strict=True)]
+    total = -sum(s.weight * s.advantage * len(s.rollout.completion_ids) for s in samples)
     say(f"\n7. UPDATE  AdamW on all {len(samples)} kept responses of both roles, learning rate {row['lr']:g}")
     say(f"   loss of the step: {total:.8f} by hand with c = 1, {row['loss']:.8f} in the code")
     say(f"   norm of the gradient {row['grad_norm']:.4f}; trainer - sampler {row['mismatch_abs']:.1e} nats a token")
@@ -220,4 +189,4 @@ def show_update(task: Task, done: Step, before, run: Run, say) -> dict:
     for verdict, name in ((1, "right"), (0, "wrong")):
         mean = fmean(change for change, correct in zip(changes, task.correct, strict=True) if correct == verdict)
         say(f"   {name} answers: {mean:+.4f} on average")
-    return {"loss of the step": (total, row["loss"]), "changes": (changes, task.correct)}
+    return pairs | {"loss of the step": (total, row["loss"]), "changes": (changes, task.correct)}

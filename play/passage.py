@@ -37,8 +37,8 @@ MASKS, RESPONSES_SHOWN, THOUGHT_CHARS = 8, 4, 300
 
 def read_arguments(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], Config]:
     """Command line -> (model folders by name, where the passage comes from, settings). Raises ConfigError."""
-    models = [argument for argument in arguments if "=" not in argument]
-    keys = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    models = [word for word in arguments if "=" not in word]
+    keys = dict(word.split("=", 1) for word in arguments if "=" in word)
     source = {key: keys.pop(key) for key in ("passage", "file", "number") if key in keys}
     if not 1 <= len(models) <= 2:
         raise ConfigError(f"{len(models)} models given: expected CHECKPOINT or CHECKPOINT BASE")
@@ -48,7 +48,13 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]
         raise ConfigError(f"number={source['number']!r}: must be a whole number from 0, a held-out passage")
     names = [Path(model).name for model in models]
     names = names if len(set(names)) == len(names) else models
-    folders = {name: model_folder(model) for name, model in zip(names, models, strict=True)}
+    folders = {}
+    for name, model in zip(names, models, strict=True):  # a name that is no folder is left to the hub
+        found = exported_model(Path(model)) if Path(model).is_dir() else model
+        if found is None:
+            why = "no model folder and no run with a checkpoint (no config.json, hf/ or checkpoints/)"
+            raise ConfigError(f"{model}: {why}")
+        folders[name] = str(found)
     model = folders[names[0]]
     runs = [parent.parent for parent in Path(model).absolute().parents if parent.name == "checkpoints"]
     configs = [str(run / "config.yaml") for run in runs if (run / "config.yaml").is_file()]
@@ -57,14 +63,6 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], dict[str, str]
     if "number" not in source:
         settings["data"] = Config.data  # a run's corpus need not be on this machine
     return folders, source, read_config([*configs, *(f"{key}={value}" for key, value in (settings | keys).items())])
-
-
-def model_folder(name: str) -> str:
-    """Where from_pretrained finds the model; a name that is no folder is left to the hub."""
-    folder = exported_model(Path(name)) if Path(name).is_dir() else name
-    if folder is None:
-        raise ConfigError(f"{name}: no model folder and no run with a checkpoint (no config.json, hf/ or checkpoints/)")
-    return str(folder)
 
 
 def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
@@ -76,13 +74,14 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
         if int(source["number"]) >= len(heldout):
             raise ConfigError(f"number={source['number']}: must be below {len(heldout)}, the held-out passages")
         return heldout[int(source["number"])]
-    text = source.get("passage")
     if "file" in source:
         try:
             text = Path(source["file"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"file={source['file']!r}: cannot be read ({type(error).__name__})") from None
-    if text is None:
+    elif "passage" in source:
+        text = source["passage"]
+    else:
         if sys.stdin.isatty():
             print("Paste a paragraph, then press Ctrl-D on an empty line:", flush=True)
         text = sys.stdin.read()
@@ -94,8 +93,8 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
 
 
 def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks, say=print) -> list[list[Task]]:
-    """Prints what the models (name: folder) do with the passage. Returns each model's predictions of the masks that the
-    first model chose."""
+    """Prints what the models (name: folder) do with the passage. Returns, per model, the tasks of the masks that the
+    first model chose, with this model's predictions."""
     say(f"{plain(passage.title)} {plain(passage.url)}\n{wrapped(passage.text)}\n")
     predicted, proposals = [], []
     for name, model in models.items():  # one after the other: they need not fit into memory together
@@ -113,8 +112,8 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
             say(wrapped(f"{count} x {words or 'nothing'}{cause}", 4))
         named = Counter(task.mask.masked for task in proposals if not task.mask.invalid)
         first = {task.mask.masked: task for task in reversed(proposals)}
-        tasks = [first[masked] for masked, _ in named.most_common()]
-        tasks = [make_task(passage, replace(task.mask), sampler, task.proposal) for task in tasks]
+        wanted = [first[masked] for masked, _ in named.most_common()]
+        tasks = [make_task(passage, replace(task.mask), sampler, task.proposal) for task in wanted]
         valid = [task for task in tasks if not task.mask.invalid]  # a long prompt of the other model may not fit
         run = Run(settings, ranks, None, sampler, None, None, None)
         predict(run, valid, 0)
@@ -130,23 +129,19 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
         say(f"\nMASK {number}: {plain(mask.target)}{label}, named {named[mask.masked]} x\n{wrapped(mask.masked)}")
         say(wrapped(f"{next(iter(models))} wrote: {tasks[0].proposal.text}", 2, THOUGHT_CHARS))
         for name, task in zip(models, tasks, strict=True):
-            say("\n".join(verdicts(name, task)))
+            if task.mask.invalid:
+                say(f"  {name}: {task.mask.invalid.replace('_', ' ')}")
+                continue
+            right, size = sum(task.correct), len(task.correct)
+            say(f"  {name}: {right} of {size} right; the mask earns {task.proposal_reward:.3f}")
+            responses = Counter(zip((response.text for response in task.predictions), task.correct, strict=True))
+            for (text, correct), count in responses.most_common(RESPONSES_SHOWN):
+                say(wrapped(f"{count} x {'right' if correct else 'WRONG'}: {describe_answer(text)}", 4))
+                if thought := split_response(text, "boxed")["t"]:
+                    say(wrapped(thought, 8, THOUGHT_CHARS))
+            if len(responses) > RESPONSES_SHOWN:
+                say(f"    and {len(responses) - RESPONSES_SHOWN} other responses")
     return predicted
-
-
-def verdicts(name: str, task: Task) -> list[str]:
-    """One model's predictions of a mask: how many are right, the mask's reward, the most frequent responses."""
-    if task.mask.invalid:
-        return [f"  {name}: {task.mask.invalid.replace('_', ' ')}"]
-    right, size = sum(task.correct), len(task.correct)
-    lines = [f"  {name}: {right} of {size} right; the mask earns {task.proposal_reward:.3f}"]
-    responses = Counter(zip((response.text for response in task.predictions), task.correct, strict=True))
-    for (text, correct), count in responses.most_common(RESPONSES_SHOWN):
-        lines.append(wrapped(f"{count} x {'right' if correct else 'WRONG'}: {describe_answer(text)}", 4))
-        thought = split_response(text, "boxed")["t"]
-        lines += [wrapped(thought, 8, THOUGHT_CHARS)] if thought else []
-    left = len(responses) - RESPONSES_SHOWN
-    return lines + ([f"    and {left} other responses"] if left > 0 else [])
 
 
 def main() -> None:

@@ -47,6 +47,8 @@ def test_nothing_is_taken_from_outside_the_box_unless_asked_for():
         assert one(name, gold, response) == Verdict(None, "none", 0.0)
         assert one(name, gold, response, last_number=True).how == ("last_number" if name == "math500" else "none")
         assert one(name, gold, response, guess=True).how == ("guess" if name == "mmlu_pro" else "none")
+    assert one("gsm8k", "5", r"\boxed{5}, checked 3 times", last_number=True) == Verdict("5", "box", 1.0)
+    assert one("gsm8k", "3", r"\boxed{}, checked 3 times", last_number=True) == Verdict("3", "last_number", 1.0)
 
 
 @pytest.mark.parametrize(("text", "number"), [
@@ -56,11 +58,6 @@ def test_nothing_is_taken_from_outside_the_box_unless_asked_for():
 ])  # fmt: skip
 def test_the_last_number_of_a_text(text, number):
     assert one("gsm8k", "1", text, last_number=True).answer == number
-
-
-def test_a_box_goes_before_the_last_number():
-    assert one("gsm8k", "5", r"\boxed{5}, checked 3 times", last_number=True) == Verdict("5", "box", 1.0)
-    assert one("gsm8k", "3", r"\boxed{}, checked 3 times", last_number=True) == Verdict("3", "last_number", 1.0)
 
 
 def test_a_guess_depends_on_the_id_alone_and_hits_as_often_as_chance():
@@ -87,28 +84,18 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
 # ---------------------------------------------------------------------------------------------- where items come from
 MMLU_PRO = {
     "question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"],
-    "answer": "C",
-    "answer_index": 1,  # as wrong as in item 3983
-    "category": "chemistry",
+    "answer": "C", "answer_index": 1, "category": "chemistry",  # the index is as wrong as in item 3983
 }  # fmt: skip
-SUPERGPQA = {
-    "uuid": "fbbc", "question": "Hydrocortisone ( ).", "options": ["heals", "can help"], "answer": "can help",
-    "answer_letter": "B",
-}  # fmt: skip
-SUPERGPQA_INSIDE = {
-    "question": "How much?\n Options are:\nA. $$1\nB. $$\n2 m\nB. of them\nC. V. vulgaris",
-    "answer": "B. $$\n2 m\nB. of them",
-}
+SUPERGPQA = {"uuid": "fbbc", "question": "Hydrocortisone ( ).", "options": ["heals", "can help"], "answer": "can help"}
+SUPERGPQA["answer_letter"] = "B"
+SUPERGPQA_INSIDE = {"question": "How much?\n Options are:\nA. $$1\nB. $$\n2 m\nB. of them\nC. V. vulgaris"}
+SUPERGPQA_INSIDE["answer"] = "B. $$\n2 m\nB. of them"
 BBEH = {"input": "Who dances with Eve?\nOptions:\n(A) Sam\n(B) Lola", "target": "(B)"}
-MATH500 = {
-    "problem": "Convert.", "solution": r"\boxed{9}", "answer": r"\left( 3, \frac{\pi}{2} \right)",
-    "unique_id": "test/precalculus/807.json",
-}  # fmt: skip
+MATH500 = {"problem": "Convert.", "solution": r"\boxed{9}", "answer": r"\left( 3, \frac{\pi}{2} \right)"}
+MATH500["unique_id"] = "test/precalculus/807.json"
 GSM8K = {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24, so in all\n#### 1,072"}
-OLYMPIAD = {
-    "id": 1606, "context": None, "question": "Find all.", "solution": ["By symmetry."], "final_answer": ["$69$,$84$"],
-    "is_multiple_answer": True,
-}  # fmt: skip
+OLYMPIAD = {"id": 1606, "context": None, "question": "Find all.", "solution": ["By symmetry."]}
+OLYMPIAD["final_answer"] = ["$69$,$84$"]
 MINERVA = {"problem": "Luminosity?", "solution": r"\[ L \simeq \boxed{4.5e33} \mathrm{ergs} \]", "idx": 1}
 MINERVA_HUB = {"question": "Luminosity?", "answer": "4.5e33"}
 AMC23 = {"id": 0, "problem": "How far?", "answer": 27.0, "question": "How far?"}
@@ -178,20 +165,16 @@ def test_bbehs_repository_is_read_task_by_task_and_ids_carry_the_task(tmp_path):
     assert len(load("bbeh", tmp_path / "mini/data.json")[0]) == 5
 
 
-def test_of_a_hub_download_only_subset_and_split_are_read(tmp_path):
+def test_of_a_folder_subset_and_split_are_read_or_its_only_file(tmp_path):
     for part in ("main/train-00000-of-00001", "main/test-00000-of-00001", "socratic/test-00000-of-00001"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist([GSM8K | {"question": part}]), tmp_path / f"{part}.parquet")
     (tmp_path / "main/notes.txt").write_text("no record")
     assert [item.question for item in load("gsm8k", tmp_path)[0]] == ["main/test-00000-of-00001"]
-
-
-def test_a_folder_with_one_file_is_that_file_and_with_several_is_refused(tmp_path):
-    write(tmp_path / "a.jsonl", GSM8K)
-    assert len(load("gsm8k", tmp_path)[0]) == 1
-    write(tmp_path / "gsm8k_test.jsonl", GSM8K)
+    assert len(load("gsm8k", write(tmp_path / "other/a.jsonl", GSM8K).parent)[0]) == 1
+    write(tmp_path / "other/gsm8k_test.jsonl", GSM8K)
     with pytest.raises(DataError, match="2 files, none named after split 'test'; give one"):
-        load("gsm8k", tmp_path)
+        load("gsm8k", tmp_path / "other")
 
 
 def test_records_without_a_distinct_id_are_numbered_from_one(tmp_path):
@@ -218,8 +201,7 @@ def test_the_hub_is_asked_for_the_rows_dataset_subset_and_split(monkeypatch):
 def test_a_limit_is_spread_over_the_set_in_its_order_and_leaves_the_counts(tmp_path):
     path = write(tmp_path / "a.jsonl", *[AIME25 | {"id": str(n), "answer": str(n)} for n in range(10)])
     items, counts, fingerprint = load("aime25", path, limit=4)
-    assert [item.id for item in items] == ["0", "2", "5", "7"]
-    assert counts == {"records": 10, "items": 10}
+    assert [item.id for item in items] == ["0", "2", "5", "7"] and counts == {"records": 10, "items": 10}
     assert load("aime25", path, limit=4) == (items, counts, fingerprint)
     assert load("aime25", path, limit=10) == load("aime25", path, limit=99) == load("aime25", path)
 

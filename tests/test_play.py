@@ -56,8 +56,8 @@ def solved(right: int, of: int = 4) -> Task:
 
 def test_the_mask_with_the_most_even_verdicts_is_followed():
     unequal, alike = [solved(4), solved(3), solved(1)], [solved(2), solved(2)]
-    assert choose_mask([alike, unequal]) == (unequal,
-                                             unequal[2])  # unequal rewards before even verdicts, then the harder
+    # unequal rewards before even verdicts, then the harder
+    assert choose_mask([alike, unequal]) == (unequal, unequal[2])
     assert choose_mask([[solved(4)], alike])[1] is alike[0]
     with pytest.raises(ConfigError, match="every mask was solved by all or by none"):
         choose_mask([[solved(4), solved(0)], [solved(0, 0)]])
@@ -65,10 +65,9 @@ def test_the_mask_with_the_most_even_verdicts_is_followed():
 
 # ---- play
 def test_play_marks_verdicts_right_for_both_models(ranks):
-    keys = [f"config={TINY}", "predictions_per_mask=4", "seed=1"]
-    models, own, config = play.read_arguments([BASE, *keys, f"passage={TOWN}"])
-    passage = play.read_passage(own, config, load_tokenizer(config))
-    lines = []
+    words = [BASE, f"config={TINY}", "predictions_per_mask=4", "seed=1", f"passage={TOWN}"]
+    models, own, config = play.read_arguments(words)
+    passage, lines = play.read_passage(own, config, load_tokenizer(config)), []
     answered = play.play(passage, models | {"again": BASE}, config, ranks, lines.append)
     text = "\n".join(lines)
     assert passage.text == TOWN and max(map(len, text.split("\n"))) <= 100
@@ -95,21 +94,21 @@ def test_text_is_one_harmless_line():
 
 def test_a_passage_is_given_in_a_file_pasted_or_taken_from_the_corpus(tmp_path, monkeypatch):
     config = read_config([TINY, "max_passages=200"])
-    tokenizer = load_tokenizer(config)
-    file = tmp_path / "text.txt"
+    tokenizer, file = load_tokenizer(config), tmp_path / "text.txt"
     file.write_text(f"\n{TOWN}\n")
-    assert play.read_passage({"file": str(file)}, config, tokenizer).text == TOWN
     monkeypatch.setattr(sys, "stdin", io.StringIO(TOWN))
-    assert play.read_passage({}, config, tokenizer).text == TOWN
+    for source in ({"file": str(file)}, {}):
+        assert play.read_passage(source, config, tokenizer).text == TOWN
     first, second = (play.read_passage({"number": number}, config, tokenizer) for number in "01")
     assert first.title and first.labels and first != second
-    for own, words in (
-        ({"number": "9999"}, "number=9999: must be below"), ({"file": str(tmp_path)}, "cannot be read"),
-        ({"passage": " "}, "is empty"), ({"passage": "a <eos> b"}, "'<eos>'"),
-        ({"passage": r"a \mask{b}"}, "mark of the prompts"),
-    ):
+    refused = [
+        ("number", "9999", "number=9999: must be below"), ("file", str(tmp_path), "cannot be read"),
+        ("passage", " ", "is empty"), ("passage", "a <eos> b", "'<eos>'"),
+        ("passage", r"a \mask{b}", "mark of the prompts"),
+    ]  # fmt: skip
+    for key, value, words in refused:
         with pytest.raises(ConfigError, match=re.escape(words)):
-            play.read_passage(own, config, tokenizer)
+            play.read_passage({key: value}, config, tokenizer)
 
 
 def test_a_checkpoint_brings_the_prompts_of_its_run(tmp_path):

@@ -24,14 +24,9 @@ from rewards import exact_match
 
 
 def judge_row(row: dict) -> object:
-    """The verdict of the public functions on one row, to be compared with its `right`, or `target` of a mask.
-
-    A row has a `kind`: maths (gold, answer, right), letter (letters, answer, right: a letter or null), match (gold,
-    answer, right: of exact_match), mask (passage, rule, words, target: null if there is no mask).
-
-    >>> judge_row({"kind": "letter", "letters": "ABCD", "answer": "(B) neon"})
-    'B'
-    """
+    """The verdict on a row, to be compared with its `right`, or `target` of a mask. Kinds of rows: maths (gold, answer,
+    right), letter (letters, answer, right: a letter or null), match (gold, answer, right: of exact_match), mask
+    (passage, rule, words, target: null if there is no mask)."""
     if row["kind"] == "maths":
         return check_answers([(row["gold"], row["answer"])])[0]
     if row["kind"] == "letter":

@@ -40,38 +40,23 @@ from rollout import derive_seed, make_sampler
 
 MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
 MODEL_KEYS += "question_prompt temperature seed".split()
-MAY_CHANGE = ("cache_memory", "use_cuda_graph")
-"""Keys that a resumed evaluation may change, in case a GPU's memory or graphs failed."""
+MAY_CHANGE = ("cache_memory", "use_cuda_graph")  # when resumed, in case a GPU's memory or graphs failed
 
 
 @dataclass
 class Settings:
-    """What is asked, of which checkpoint. Every key but `checkpoint` and `engine` is a word `key=value`."""
+    """What is asked, of which checkpoint. All keys but the first two are words `key=value`."""
 
-    checkpoint: str
-    """Local folder with config.json, or a hub name."""
-    engine: Config
-    """The keys of MODEL_KEYS, and the defaults of all others; its model is the checkpoint."""
-    tasks: dict[str, str]
-    """Benchmarks by commas, NAME or NAME=FILE; all if not given. `gsm8k.path=FILE` says the same as `gsm8k=FILE`."""
-    limit: int = 0
-    """Items of each benchmark, spread over the whole of it; 0: all."""
-    out: str = ""
-    """Folder for records and scores; empty: evals/NAME of the checkpoint, evals/RUN-step_000100 of a run's."""
-    max_new_tokens: int = 8192
-    """Longest response, tokens."""
-    samples: int = 0
-    """Responses to each item; 0: as many as the table says. One is greedy, more are sampled."""
-    last_number: bool = False
-    """Maths without a box: take the last number. Lifts base models."""
-    guess: bool = False
-    """Choices without a letter: draw one. Lifts base models, by about 10 points on ten options."""
-    chunk: int = 512
-    """Responses of a chunk. Smaller ones spread better over ranks and lose less to a kill, larger ones wait less often
-    for a longest response. Another size draws other samples."""
-
-
-MINIMUM = {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}
+    checkpoint: str  # local folder with config.json, or a hub name
+    engine: Config  # the keys of MODEL_KEYS, and the defaults of all others; its model is the checkpoint
+    tasks: dict[str, str]  # by commas, NAME or NAME=FILE (also NAME.path=FILE); all benchmarks if not given
+    limit: int = 0  # items of each benchmark, spread over the whole of it; 0: all
+    out: str = ""  # folder for records and scores; default evals/NAME of the checkpoint, evals/RUN-step_000100 of a run
+    max_new_tokens: int = 8192  # of a response
+    samples: int = 0  # responses to each item, one greedy or several sampled; 0: as many as the table says
+    last_number: bool = False  # maths without a box: take the last number; lifts base models
+    guess: bool = False  # choices without a letter: draw one; lifts base models, by about 10 points on ten options
+    chunk: int = 512  # responses; smaller chunks spread better over ranks, larger wait less often for a longest one
 
 
 def read_settings(words: list[str]) -> Settings:
@@ -86,7 +71,7 @@ def read_settings(words: list[str]) -> Settings:
     tasks = parse_tasks(values.pop("tasks", ",".join(BENCHMARKS)), paths)
     engine = Config(model=checkpoint, **{key: values.pop(key) for key in MODEL_KEYS if key in values})
     check(engine)
-    for key, least in MINIMUM.items():
+    for key, least in {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}.items():
         if values.get(key, least) < least:
             raise ConfigError(f"{key}={values[key]}: must be {least} or more")
     return Settings(checkpoint, engine, tasks, **values | {"out": values.get("out") or f"evals/{name}"})
@@ -101,10 +86,8 @@ def checkpoint_folder(word: str) -> tuple[str, str]:
         return word, word.replace("/", "--")
     found = exported_model(folder)
     if not found or not (found / "config.json").is_file() or not any(found.glob("*.safetensors")):
-        raise ConfigError(
-            f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; "
-            "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
-        )
+        wanted = "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
+        raise ConfigError(f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; {wanted}")
     place = found.resolve()
     step = place.parent if place.name == "hf" else place
     run = f"{step.parents[1].name}-" if step.parent.name == "checkpoints" else ""
@@ -150,12 +133,8 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     (todo,) = gather([open_folder(settings, exams)] if ranks.rank == 0 else [])
     if isinstance(todo, str):
         raise ConfigError(todo)
-    chunks = [
-        (exam, number, path, chunk_items(exam, number, settings.chunk))
-        for exam in exams for number, path in enumerate(chunk_files(exam, settings))
-    ]  # fmt: skip
-    sizes = {path: len(items) * exam.samples for exam, _, path, items in chunks}
-
+    chunks = [(exam, *numbered) for exam in exams for numbered in enumerate(chunk_files(exam, settings))]
+    sizes = {path: exam.samples * len(chunk_items(exam, number, settings.chunk)) for exam, number, path in chunks}
     try:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
@@ -173,13 +152,13 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
 
     # ---- each rank takes the next chunk that no rank has taken: some last many times longer than others
     bar = tqdm(total=sum(sizes.values()), desc="responses", disable=None if ranks.rank == 0 else True)
-    for exam, number, path, items in chunks:
+    for exam, number, path in chunks:
         if not bar.disable:  # the files of all ranks
             bar.update(sum(size for path, size in sizes.items() if path.exists()) - bar.n)
         start = time.perf_counter()
         if (exam.name, number) not in todo or not claim(path):
             continue
-        seed = derive_seed(config.seed, "eval", exam.name, number)
+        items, seed = chunk_items(exam, number, settings.chunk), derive_seed(config.seed, "eval", exam.name, number)
         records = answer(exam, items, sampler, seed, settings.max_new_tokens, settings.last_number, settings.guess,
                          label=f"{exam.name} {number}")  # fmt: skip
         seconds = {"chunk": number, "rank": ranks.rank, "seconds": time.perf_counter() - start}
@@ -197,10 +176,8 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
 
 
 def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] | str:
-    """Rank 0: writes eval-settings.json. Returns the chunks to make, as (benchmark, number), or an error message.
-
-    Benchmarks may join later; whatever else changes the records may not change.
-    """
+    """Rank 0: writes eval-settings.json. Returns the chunks to make, as (benchmark, number), or an error message:
+    benchmarks may join later; whatever else changes the records may not change."""
     path = Path(settings.out) / "eval-settings.json"
     facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
     try:
@@ -235,9 +212,8 @@ def exam_facts(exam: Exam) -> dict:
 
 
 def fingerprint(settings: Settings) -> str:
-    """Identifies weights, tokenizer and template. Of a hub name, the commit. Of a folder, sha256 over whole files: two
-    checkpoints of one run have the same names, sizes and headers, and a small step in bfloat16 changes few bytes. It
-    costs seconds for some gigabytes, and warms the disk's cache."""
+    """Identifies weights, tokenizer and template: the commit of a hub name, for a folder sha256 over whole files, since
+    a small step in bfloat16 changes few bytes. It costs seconds for some gigabytes, and warms the disk's cache."""
     if not Path(settings.checkpoint).exists():
         return AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)._commit_hash
     kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")

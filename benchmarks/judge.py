@@ -22,8 +22,7 @@ from benchmarks.verify import equal_in_child
 from prompts import last_answer
 from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
 
-MAX_ANSWER_CHARS = 2000
-"""Longer answers are wrong without a check. The longest gold answers of the common sets have about 150 characters."""
+MAX_ANSWER_CHARS = 2000  # longer answers are wrong without a check; the longest gold answers have about 150
 MAX_NUMBER_CHARS = 200  # powers in a longer text could take long to multiply out
 
 SYMBOLS = {
@@ -87,10 +86,8 @@ def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> 
     r"""For each (gold, answer): 1.0 if they are equal, else 0.0; the answer None is always 0.0. `seconds`: wall time
     per distinct pair in the child. Raises RuntimeError when the child cannot be started.
 
-    >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
-    [1.0, 1.0, 1.0, 1.0, 1.0]
-    >>> check_answers([("5", "5, 6"), ("12", "12 or 13"), ("2107", "2107.001"), (r"\text{east}", "seat"), ("5", None)])
-    [0.0, 0.0, 0.0, 0.0, 0.0]
+    >>> check_answers([("0.5", r"\frac12"), ("18", "18 cm^2"), ("12", "12 or 13"), (r"\text{east}", "seat")])
+    [1.0, 1.0, 0.0, 0.0]
     """
     verdicts = {pair: _check(*pair, seconds) for pair in sorted({pair for pair in pairs if pair[1] is not None})}
     return [verdicts.get(pair, 0.0) for pair in pairs]
@@ -252,10 +249,8 @@ def option_letter(box: str, letters: str) -> str | None:
     Words may follow the letter after a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
     only" is E. Not read: words without a letter; "A dog", where A may be the article; "A. 3, B. 4".
 
-    >>> [option_letter(box, "ABCD") for box in ("C", r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "$C$")]
-    ['C', 'C', 'C', 'C', 'C']
-    >>> [option_letter(box, "ABCD") for box in ("nitrogen", "A dog", "A, C", "A) and B)", "AC", "E", "")]
-    [None, None, None, None, None, None, None]
+    >>> [option_letter(box, "ABCD") for box in (r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "A dog", "A, C", "E")]
+    ['C', 'C', 'C', None, None, None]
     """
     box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", re.sub(r"\\(?:left|right)(?![a-z])", "", box))
     text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
@@ -277,10 +272,8 @@ def fuzzy_match(answer: str, target: str) -> bool:
     brackets around a single character, or a question mark at the answer's end. Differences from the source: it reads
     no box; here LaTeX's text wrappers go, Python's inf, nan and 1_000 are no numbers, and an empty answer is wrong.
 
-    >>> fuzzy_match("(A)", "a"), fuzzy_match(r"\text{Yes, no}.", "yes,no"), fuzzy_match("17", "17.0")
-    (True, True, True)
-    >>> fuzzy_match("friday", "[friday]"), fuzzy_match("(A) Sam", "(A)"), fuzzy_match("1,000", "1000")
-    (True, False, False)
+    >>> fuzzy_match("(A)", "a"), fuzzy_match("17", "17.0"), fuzzy_match("day", "[day]"), fuzzy_match("(A) Sam", "(A)")
+    (True, True, True, False)
     """
     answer = ANSWER_PHRASE.split(answer.strip())[-1].strip().removesuffix(".")
     if len(answer) > 1 and answer[0] == answer[-1] == "$":

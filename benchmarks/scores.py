@@ -40,10 +40,8 @@ PAPER = {
 
 
 def summarise(records: Iterable[dict]) -> dict:
-    """The numbers of one benchmark. Records are read once and not kept; those of one item stand together.
-
-    Two items of two samples each, one right and both right: score 75.0, standard error stdev(50, 100) / sqrt(2) = 25.0.
-    """
+    """The numbers of one benchmark; records of one item stand together. Two items with two samples each, one right and
+    both right: score 75.0, standard error stdev(50, 100) / sqrt(2) = 25.0."""
     scores, details = [], []
     for _, samples in groupby(records, key=lambda record: record["id"]):
         rows = [(one["score"], one["how"] == "box", one["finish"] == "length", one["tokens"]) for one in samples]
@@ -91,10 +89,8 @@ def table(results: dict[str, dict], means: dict[str, float]) -> str:
 
 
 def compare_evaluations(folders: list[str]) -> str:
-    """Evaluations side by side, the settings in which they differ, and whole sets above the paper's figures.
-
-    Raises ConfigError for a folder without a finished evaluation.
-    """
+    """Evaluations side by side, the settings in which they differ, and whole sets above the paper's figures. Raises
+    ConfigError for a folder without a finished evaluation."""
     found = {folder: Path(folder) / "eval.json" for folder in folders}
     for folder, file in found.items():
         if not file.is_file():

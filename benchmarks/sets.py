@@ -60,7 +60,6 @@ BENCHMARKS = {
 }
 PROMPTS = {"maths": QUESTION_PROMPT, "choice": CHOICE_PROMPT, "bbeh": PUZZLE_PROMPT}
 ID_FIELDS = ("id", "question_id", "uuid", "unique_id", "idx")
-TASK_FIELD = "task"  # BBEH on the hub; in its repository the folder has the task's name
 SKIPS = {
     "no_question": "no text in the question", "no_answer": "no answer that can be checked",
     "no_options": "not 2 to 26 options", "bad_utf8": CAUSES["bad_utf8"],
@@ -80,11 +79,11 @@ class Item:
 
 @dataclass
 class Verdict:
-    """A judged response."""
+    """A judged response. how: where the answer was found (box, last_number, guess or none). score: 1.0 if right."""
 
     answer: str | None
-    how: str  # where the answer was found: box, last_number, guess or none
-    score: float  # 1.0 if right
+    how: str
+    score: float
 
 
 def load_items(name: str, path: str = "", limit: int = 0, log: Callable = print) -> tuple[list[Item], dict, str]:
@@ -162,7 +161,7 @@ def read_item(record: dict, row: Benchmark, where: str, skip: Skip) -> Item | No
 
 
 def _field(record: dict, names: Names, where: str) -> tuple[str, object]:
-    """Name and value of the first of these fields that has one; the last and None if all are empty."""
+    """Name and value of the first of these fields that has a value; the last name and None if none has."""
     names = (names,) if isinstance(names, str) else names
     if not any(name in record for name in names):
         raise DataError(f"{where}: no field {' or '.join(map(repr, names))}; fields are {', '.join(map(str, record))}")
@@ -188,19 +187,15 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
 
 def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
     """(where, task, record) of the hub, or of a local copy: files by name, records as they stand."""
-    if not path:
-        for where, _, record in hub_records(row.hub, row.subset, row.split):
-            yield where, str(record.get(TASK_FIELD) or ""), record
-        return
-
     def refuse(cause: str, where: str, detail: str = "") -> None:
         raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
 
     config = Config(data=path, data_config=row.subset)
-    for file in _files(config, row, log):
-        task = file.parent.name if file.name == "task.json" else ""
-        for where, _, record in file_records([file], config, refuse):
-            yield where, str(record.get(TASK_FIELD) or task), record
+    sources = {file: file_records([file], config, refuse) for file in _files(config, row, log)} if path else {}
+    for file, records in sources.items() or [(Path(), hub_records(row.hub, row.subset, row.split))]:
+        task = file.parent.name if file.name == "task.json" else ""  # in BBEH's repository the folder has its name
+        for where, _, record in records:
+            yield where, str(record.get("task") or task), record
 
 
 def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[Path]:
@@ -228,7 +223,7 @@ def judge(
     options. An answer that keeps sympy busy takes up to 5 s (verify.py).
     """
     kind = BENCHMARKS[name].kind
-    answers: list[tuple[str | None, str]] = []
+    answers = []
     for item, text in zip(items, texts, strict=True):
         answer, how = (last_answer(text, "boxed") or "").strip(), "box"
         answer = option_letter(answer, item.letters) if kind == "choice" else answer

@@ -33,12 +33,8 @@ _lock = threading.Lock()
 
 
 def equal_in_child(gold: str, answer: str, seconds: float) -> float:
-    r"""1.0 if math-verify finds the two equal and the guard agrees, else 0.0, also after `seconds` of wall time.
-
-    Raises RuntimeError when the child cannot be started. Threads take turns.
-
-    `equal_in_child("(x+1)^2", "x^2+2x+1", 5.0)` -> `1.0`; `equal_in_child("2^{-60}", "2^{-61}", 5.0)` -> `0.0`
-    """
+    """1.0 if math-verify finds the two equal and the guard agrees, else 0.0, also after `seconds` of wall time. Threads
+    take turns. Raises RuntimeError when the child cannot be started. `"(x+1)^2", "x^2+2x+1"` -> `1.0`"""
     request = json.dumps([gold, answer, seconds]).encode() + b"\n"  # ASCII, without line ends inside
     with _lock:
         verdict = _ask(request, seconds)
@@ -81,10 +77,8 @@ def _start() -> subprocess.Popen:
     reply = _read(process, START_SECONDS)
     if reply != "ready":
         process.kill()
-        raise RuntimeError(
-            f"the process that checks answers did not start ({reply or f'exit status {process.wait()}'}); "
-            "it needs math-verify: pip install math-verify==0.9.0"
-        )
+        why, need = reply or f"exit status {process.wait()}", "it needs math-verify: pip install math-verify==0.9.0"
+        raise RuntimeError(f"the process that checks answers did not start ({why}); {need}")
     return process
 
 

@@ -36,7 +36,7 @@ MASKS, RESPONSES_SHOWN, THOUGHT_CHARS = 8, 4, 300
 
 
 def read_arguments(arguments: list[str]) -> tuple[dict[str, str], dict[str, str], Config]:
-    """Command line -> (model folders by name, where the passage comes from, settings). Raises ConfigError."""
+    """Command line -> (model folders by name, the passage's source, settings). Raises ConfigError."""
     models = [word for word in arguments if "=" not in word]
     keys = dict(word.split("=", 1) for word in arguments if "=" in word)
     source = {key: keys.pop(key) for key in ("passage", "file", "number") if key in keys}

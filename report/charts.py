@@ -53,22 +53,19 @@ class Axes:
         if y_marks is None and self.log:
             decades = range(round(math.log10(y0)), round(math.log10(y1)) + 1)
             y_marks = [(10.0**n, f"1e{n}") for n in decades[:: -(-len(decades) // 5)]]
-        elif y_marks is None:
-            y_marks = [(value, number(value)) for value in ticks(y0, y1, 4)]
-        x_marks = [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]
         wide = f'x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}"'
-        grid = [f'<line class="axis" {wide} y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>']
-        for y, text in ((self.y(value), text) for value, text in y_marks):
-            grid.append(f'<line class="rule" {wide} y1="{y:.1f}" y2="{y:.1f}"/>')
-            grid.append(f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
-        for value in x_marks:
-            place = f'x="{min(self.x(value), WIDTH - 14):.1f}" y="{PLOT_BOTTOM + 14}"'
-            grid.append(f'<text {place} text-anchor="middle">{number(value)}</text>')
-        place = f'x="{PLOT_RIGHT}" y="{HEIGHT - 4}"'
-        grid.append(f'<text class="name" {place} text-anchor="end">{escape(self.x_name)}</text>')
+        grid = f'<line class="axis" {wide} y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>'
+        for value, text in y_marks or [(value, number(value)) for value in ticks(y0, y1, 4)]:
+            y = self.y(value)
+            grid += f'<line class="rule" {wide} y1="{y:.1f}" y2="{y:.1f}"/>'
+            grid += f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        for value in [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]:
+            x = min(self.x(value), WIDTH - 14)
+            grid += f'<text x="{x:.1f}" y="{PLOT_BOTTOM + 14}" text-anchor="middle">{number(value)}</text>'
+        grid += f'<text class="name" x="{PLOT_RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{self.x_name}</text>'
         domain = f"{x0:g} {x1:g} {y0:g} {y1:g} {int(self.log)}"  # the page's script shows values under the pointer
         attributes = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-domain="{domain}"'
-        return f'<svg class="{kind}" {attributes}>{"".join(grid + self.svg)}</svg>'
+        return f'<svg class="{kind}" {attributes}>{grid}{"".join(self.svg)}</svg>'
 
 
 def number(value: float) -> str:
@@ -125,8 +122,7 @@ def line_chart(series: list[Series], label: str, fixed: tuple | None = None, log
     steps = [x for line in series for x, _ in line.points]
     series = [Series(line.name, thin(line.points), thin(line.band)) for line in series]
     values = [y for line in series for point in line.points + line.band for y in point[1:]]
-    axes = Axes((min(steps), max(steps)), fixed or axis_range(values, log), log=log)
-    lines = []
+    axes, lines = Axes((min(steps), max(steps)), fixed or axis_range(values, log), log=log), []
     for colour, line in enumerate(series):
         band = [(axes.x(x), axes.y(low), axes.y(high)) for x, low, high in line.band]
         band = [place for place in band if all(map(math.isfinite, place))]
@@ -191,16 +187,15 @@ def point_chart(series: list[Series], curves: list[Series], label: str, x_name: 
 
 def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
     """The text of an .svg file: a chart with its title, a line of explanation, a legend, and a background."""
-    legend, left, row = "", 10.0, 0
+    legend, left, y = "", 10.0, 46
     for colour, name in enumerate(names):
         wide = 22 + 6.4 * len(name)  # 6.4 units a letter are enough for this font
         if left > 10 and left + wide > WIDTH + 10:
-            left, row = 10.0, row + 1
-        y = 46 + 15 * row
+            left, y = 10.0, y + 15
         legend += f'<rect class="dot c{colour}" x="{left:.0f}" y="{y - 8}" width="9" height="9" rx="2"/>'
         legend += f'<text class="strong" x="{left + 13:.0f}" y="{y}">{escape(name)}</text>'
         left += wide
-    top = 46 + 15 * max(2, row + 1)  # at least two rows, so that charts side by side are level
+    top = max(76, y + 15)  # at least two rows of names, so that charts side by side are level
     style = (Path(__file__).parent.parent / "assets" / "chart.css").read_text(encoding="utf-8")
     chart = svg.replace("<svg ", f'<svg x="4" y="{top - 6}" width="{WIDTH}" height="{HEIGHT}" ', 1)
     return (

@@ -30,8 +30,8 @@ from report.charts import COLOURS, Series, heat_chart, line_chart, number, point
 
 SEED_KEYS = {"seed", "run_dir", "resume", "wandb", "save_every", "keep_last", "samples_per_step", "probe_every"}
 """Config keys in which the runs of one band may differ: only the seed changes what a run computes."""
-SAMPLE_BYTES = 1_200_000  # of rollouts in the page, all runs together
 ENTRIES, TEXT_CHARS, STEPS_SHOWN, ANSWERS_SHOWN = 80, 1200, 5, 4
+SAMPLE_BYTES = 1_200_000  # of rollouts in the page, all runs together
 SHARE = (0.0, 1.0)
 NEEDS_RESPONSES = ("reward", "groups_kept", "length_mean", "truncated", "tokens_after_answer")
 # key or key prefix ending in "*", title, explanation, fixed range of y, logarithmic y
@@ -87,7 +87,6 @@ ELSEWHERE = "step method gen/share_ gen/invalid_ pred/accuracy_histogram pred/ac
 """Keys, or their beginnings, that are no curve or are drawn in another form."""
 
 
-# ---- runs
 @dataclass
 class RunData:
     """One run directory. entries: evenly spaced passages of samples.jsonl, each with the rows of its masks. repeated:
@@ -174,7 +173,6 @@ def group_by_seed(runs: list[RunData]) -> list[Family]:
     return families
 
 
-# ---- responses
 def shorten(text: str) -> str:
     return text if len(text) <= TEXT_CHARS else f"{text[:TEXT_CHARS]} ... ({len(text) - TEXT_CHARS:,} more characters)"
 
@@ -208,13 +206,11 @@ def finite(value: float | None) -> float | None:
 def count_predictions(task: dict) -> list[dict]:
     """The task's distinct predictions, most frequent first, with short keys for the page. In rows without "correct", of
     older runs, a reward of 1 is a right answer."""
-    counts = Counter(
-        (one["text"].strip(), one.get("correct", int(one["reward"] == 1)), finite(one["reward"]), one["finish"])
-        for one in task["predictions"]
-    )
+    said = [(one["text"].strip(), one.get("correct", int(one["reward"] == 1)), one) for one in task["predictions"]]
+    counts = Counter((text, correct, finite(one["reward"]), one["finish"]) for text, correct, one in said).most_common()
     return [
         split_response(text, "boxed") | {"c": correct, "r": reward, "f": finish, "n": count}
-        for (text, correct, reward, finish), count in counts.most_common()
+        for (text, correct, reward, finish), count in counts
     ]
 
 
@@ -260,9 +256,9 @@ def step_card(step: int, tasks: list[dict]) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    lines, proposed = [], [task["mask"] for task in tasks if task["proposal"]]
-    masks = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in proposed)
-    for (words, invalid), count in masks.most_common():
+    lines, masks = [], [task["mask"] for task in tasks if task["proposal"]]
+    counts = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in masks)
+    for (words, invalid), count in counts.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
     for task in tasks:
@@ -295,7 +291,6 @@ def passage_by_step(run: RunData) -> str:
     return html
 
 
-# ---- charts
 def figure(title: str, about: str, svg: str, legend: list[tuple[int, str]] = (), warning: str = "") -> str:
     """legend: (colour, text). Text may come from a run, so that each has its own direction of writing."""
     keys = "".join(f'<span class="key" dir="auto"><i class="c{c % COLOURS}"></i>{escape(t)}</span>' for c, t in legend)
@@ -383,14 +378,11 @@ def reward_chart(families: list[Family]) -> list[str]:
     return [figure("What masks earn", about, svg, legend)]
 
 
-# ---- the page
 def overview(families: list[Family]) -> str:
     """A table: steps, and the first and last values of the main metrics."""
-    keys = {
-        "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
-        "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
-    }  # fmt: skip
-    table = "<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())
+    keys = ["probe/accuracy", "probe/accuracy_greedy", "pred/accuracy", "gen/valid_rate", "pred/groups_kept"]
+    table = "<tr><th>runs<th>steps<th>held out, sampled<th>held out, greedy<th>training, right"
+    table += "<th>masks valid<th>masks kept"
     for colour, family in enumerate(families):
         steps = dict.fromkeys(f"{run.rows[-1]['step']} of {run.config.get('steps', '?')}" for run in family.runs)
         table += f'<tr><td><span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'

@@ -6,8 +6,6 @@
 `python eval.py compare OUT [OUT ...]` puts finished evaluations side by side.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -10,8 +10,6 @@ A plain number is an integer, a decimal, a power, or a product or fraction of th
 places or more equals a fraction that rounds to it. Needs no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

@@ -5,8 +5,6 @@ mean over an item's samples, in per cent; its standard error counts items, since
 independent. Rates are shares of responses. Needs no torch.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from itertools import groupby

@@ -8,8 +8,6 @@ Items come from the hub or from a local copy: jsonl, a JSON array, {"examples": 
 broken or lacks a field is an error. The last balanced \boxed{} is judged. AIME's 000 to 999 are numbers: 073 is 73.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

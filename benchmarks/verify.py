@@ -9,8 +9,6 @@ The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}), with
 as floats, so that 2^{-60} equals 2^{-61}; where it says yes, the values are compared again, exactly or to 100 digits.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

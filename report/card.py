@@ -1,7 +1,5 @@
 """The model card beside an exported model: what it was trained from, on, how, and what the probe said."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -30,10 +28,10 @@ def write_card(folder: Path, sampler: Sampler, step: int) -> None:
     """
     eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
     pads = (tokenizer.pad_token_id, getattr(sampler.replica.config, "pad_token_id", None), eos[0])
-    GenerationConfig(
-        do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, eos_token_id=eos,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=next(pad for pad in pads if pad is not None),
-    ).save_pretrained(folder)  # fmt: skip
+    ids = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id}
+    ids["pad_token_id"] = next(pad for pad in pads if pad is not None)
+    how = GenerationConfig(do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, **ids)
+    how.save_pretrained(folder)
     model_card(sampler, step).save(folder / "README.md")
 
 
@@ -74,8 +72,8 @@ def model_card(sampler: Sampler, step: int) -> ModelCard:
 
 
 def known_base(model: str) -> tuple[dict, dict]:
-    """(front matter of the base model's card, `base_model` set for a hub name; its keys that state a licence). Reads the
-    card of a local folder, or of a hub name in the cache; both are empty if there is none."""
+    """(front matter of the base model's card, with `base_model` set for a hub name; its keys that state a licence). The
+    card of a hub name is read from the cache, if it is there. Both are empty for a local folder without a card."""
     folder, said = Path(model).expanduser(), {}
     cached = folder / "README.md" if folder.exists() else try_to_load_from_cache(model, "README.md")
     if isinstance(cached, str | Path) and Path(cached).is_file():

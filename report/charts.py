@@ -4,8 +4,6 @@ Each function returns one <svg>, 360 units wide. Colours are the classes c0 to c
 `stand_alone` turns a chart into a file with its own style. All text is escaped. Needs the standard library only.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from html import escape
@@ -94,19 +92,6 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{n * width:.12g}") for n in range(first, last + 1)]
 
 
-def axis_range(values: list[float], log: bool = False) -> tuple[float, float]:
-    """A range a little wider than the finite values, never empty."""
-    values = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if log:
-        low, high = 10.0 ** math.floor(math.log10(low or 1e-3)), 10.0 ** math.ceil(math.log10(high))
-        return low, max(high, low * 10)
-    if 0 <= low < 0.6 * high:
-        low = 0.0  # close enough to zero to show it
-    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (low if low == 0 else low - margin), high + margin
-
-
 def path_data(points: list[tuple[float, float]]) -> str:
     """The d attribute of a path; a non-finite point breaks the line. h0 with a round cap shows a lone point."""
     commands, pen = "", "M"
@@ -118,11 +103,20 @@ def path_data(points: list[tuple[float, float]]) -> str:
 
 
 def line_chart(series: list[Series], label: str, fixed: tuple | None = None, log: bool = False) -> str:
-    """Lines over steps with their bands. fixed: the range of y."""
+    """Lines over steps with their bands. fixed: the range of y; by default a little wider than the finite values."""
     steps = [x for line in series for x, _ in line.points]
     series = [Series(line.name, thin(line.points), thin(line.band)) for line in series]
     values = [y for line in series for point in line.points + line.band for y in point[1:]]
-    axes, lines = Axes((min(steps), max(steps)), fixed or axis_range(values, log), log=log), []
+    values = [y for y in values if math.isfinite(y) and (y > 0 or not log)] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    if log:
+        low, high = 10.0 ** math.floor(math.log10(low or 1e-3)), 10.0 ** math.ceil(math.log10(high))
+        high = max(high, low * 10)
+    else:
+        low = 0.0 if 0 <= low < 0.6 * high else low  # close enough to zero to show it
+        margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        low, high = (0.0 if low == 0 else low - margin), high + margin
+    axes, lines = Axes((min(steps), max(steps)), fixed or (low, high), log=log), []
     for colour, line in enumerate(series):
         band = [(axes.x(x), axes.y(low), axes.y(high)) for x, low, high in line.band]
         band = [place for place in band if all(map(math.isfinite, place))]

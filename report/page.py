@@ -7,8 +7,6 @@ without a line in SECTIONS stands under "More numbers". Text of models and corpo
 runs without samples work too. Needs no torch.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -83,8 +81,8 @@ SECTIONS = {
     ],
     "More numbers": [("*", "", "as logged")],  # what no line above names: a metric of your own
 }  # fmt: skip
-ELSEWHERE = "step method gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless flops".split()
-"""Keys, or their beginnings, that are no curve or are drawn in another form."""
+# beginnings of the keys that are no curve or are drawn in another form
+ELSEWHERE = tuple("step method flops gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless".split())
 
 
 @dataclass
@@ -178,11 +176,8 @@ def shorten(text: str) -> str:
 
 
 def split_response(text: str, command: str) -> dict:
-    r"""A response as `t`, its thought (everything if there is no answer), and `a`, its answer or None.
-
-    >>> split_response(r"It flows. \boxed{Rhine} or so", "boxed")
-    {'t': 'It flows.', 'a': 'Rhine'}
-    """
+    r"""A response as `t`, its thought (everything if there is no answer), and `a`, its answer or None:
+    `r"It flows. \boxed{Rhine} or so"` -> `{"t": "It flows.", "a": "Rhine"}`"""
     answer = last_answer(text, command)
     end = len(text) if answer is None else text.rfind(f"\\{command}{{{answer}")
     return {"t": shorten(text[:end].rstrip("\\").strip()), "a": None if answer is None else shorten(answer.strip())}
@@ -256,8 +251,8 @@ def step_card(step: int, tasks: list[dict]) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    lines, masks = [], [task["mask"] for task in tasks if task["proposal"]]
-    counts = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in masks)
+    masks = [task["mask"] for task in tasks if task["proposal"]]
+    counts, lines = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in masks), []
     for (words, invalid), count in counts.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
@@ -304,12 +299,11 @@ def curves(families: list[Family]) -> tuple[dict[str, list[str]], list[str]]:
     figures, left_out = {section: [] for section in SECTIONS}, []
     present = sorted({key for family in families for row in family.rows for key in row})
     lines = [(section, *line) for section, lines in SECTIONS.items() for line in lines]
-    drawn = {key for _, key, *_ in lines}
+    drawn = {key for _, key, *_ in lines} | {key for key in present if key.startswith(ELSEWHERE)}
     for section, pattern, title, about, *options in lines:
         prefix, keys = pattern.removesuffix("*"), [pattern]
         if "*" in pattern:
             keys = [key for key in present if key.startswith(prefix) and key not in drawn]
-            keys = [key for key in keys if not key.startswith(tuple(ELSEWHERE))]
             drawn.update(keys)
         for key in keys:
             name, series = title + key.removeprefix(prefix), [family.series(key) for family in families]

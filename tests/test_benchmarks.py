@@ -3,6 +3,7 @@ r"""Benchmarks: every record is an item or counted, and who is right: a table of
 import gzip
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pyarrow as pa
@@ -15,9 +16,7 @@ from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt
 from data import DataError
 from prompts import fill
 
-# ---------------------------------------------------------------------------------------------- who is right
-# Whole responses. What may stand in the box is the business of test_judge.py.
-
+# ---- who is right: whole responses; test_judge.py has what may stand in the box
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -65,7 +64,7 @@ def test_a_guess_depends_on_the_id_alone_and_hits_as_often_as_chance():
     texts = [r"\boxed{B}" if number % 2 else "Who knows?" for number in range(2000)]
     verdicts = judge("mmlu_pro", items, texts, guess=True)
     assert verdicts == judge("mmlu_pro", items[::-1], texts[::-1], guess=True)[::-1]
-    assert {verdict.how for verdict in verdicts[1::2]} == {"box"} and {v.how for v in verdicts[::2]} == {"guess"}
+    assert [verdict.how for verdict in verdicts] == ["guess", "box"] * 1000
     right = sum(verdict.score for verdict in verdicts)
     assert abs(right - 100) < 4 * (1000 * 0.1 * 0.9) ** 0.5  # 1,000 guesses, one in ten; four standard deviations
     assert [v.answer for v in verdicts[::2]] == [guessed_letter(item.id, LETTERS) for item in items[::2]]
@@ -73,8 +72,7 @@ def test_a_guess_depends_on_the_id_alone_and_hits_as_often_as_chance():
 
 
 def test_samples_of_an_item_are_judged_one_by_one_in_order():
-    item = Item("60", "", "204")
-    texts = [r"\boxed{204}", r"\boxed{205}", "", r"\boxed{\frac{408}{2}}"]
+    item, texts = Item("60", "", "204"), [r"\boxed{204}", r"\boxed{205}", "", r"\boxed{\frac{408}{2}}"]
     assert [verdict.score for verdict in judge("aime24", [item] * 4, texts)] == [1.0, 0.0, 0.0, 1.0]
     assert judge("aime24", [], []) == []
     with pytest.raises(ValueError):
@@ -186,15 +184,10 @@ def test_records_without_a_distinct_id_are_numbered_from_one(tmp_path):
 
 
 def test_the_hub_is_asked_for_the_rows_dataset_subset_and_split(monkeypatch):
-    asked = []
-
-    def load_dataset(name, subset, split):
-        asked.append((name, subset, split))
-        return datasets.Dataset.from_list([OLYMPIAD | {"image_1": None}, OLYMPIAD | {"id": 1607, "image_1": None}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = [OLYMPIAD | {"image_1": None}, OLYMPIAD | {"id": 1607, "image_1": None}]
+    monkeypatch.setattr(datasets, "load_dataset", asked := Mock(return_value=datasets.Dataset.from_list(rows)))
     items, counts, _ = load_items("olympiad")
-    assert asked == [("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")]
+    asked.assert_called_once_with("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", split="train")
     assert [item.id for item in items] == ["1606", "1607"] and counts == {"records": 2, "items": 2}
 
 
@@ -229,18 +222,15 @@ NO_ITEM = [  # cause, benchmark, changes of a good record, each of which makes i
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "record", "cause"), [(n, good | change, c) for c, n, good, *changes in NO_ITEM for change in changes]
-)
-def test_a_record_that_is_no_item_is_counted_and_named(name, record, cause, tmp_path):
-    good = next(record for layout, record, _ in LAYOUTS if layout == name)
+@pytest.mark.parametrize("cause, name, good, change", [row[:3] + (one,) for row in NO_ITEM for one in row[3:]])
+def test_a_record_that_is_no_item_is_counted_and_named(cause, name, good, change, tmp_path):
     log: list[str] = []
-    path = write(tmp_path / "a.jsonl", *[record] * 4, good)
+    path = write(tmp_path / "a.jsonl", *[good | change] * 4, good)
     items, counts, _ = load_items(name, str(path), log=log.append)
     assert len(items) == 1 and counts == {"records": 5, "items": 1, cause: 4}
     assert sum(f"{path}:" in line for line in log) == 3  # the rest is only counted
     with pytest.raises(DataError, match=f"{name}: no item in .*1: skipped"):
-        load(name, write(tmp_path / "bad.jsonl", record))
+        load(name, write(tmp_path / "bad.jsonl", good | change))
 
 
 @pytest.mark.parametrize(("name", "record", "missing"), [
@@ -258,11 +248,12 @@ def test_a_missing_field_is_an_error_of_the_whole_file_wherever_it_is_missing(na
 
 
 def test_the_command_shows_the_first_prompt_and_ends_bad_input_with_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks", "show", "mmlu_pro", str(write(tmp_path / "a.jsonl", MMLU_PRO))])
+    words = ["benchmarks", "show", "mmlu_pro"]
+    monkeypatch.setattr("sys.argv", [*words, str(write(tmp_path / "a.jsonl", MMLU_PRO))])
     commands.main()
     shown = capsys.readouterr().out
     assert AIR in shown and "'items': 1" in shown and shown.endswith("=> C\n")
-    monkeypatch.setattr("sys.argv", ["benchmarks", "show", "mmlu_pro", str(tmp_path / "nowhere")])
+    monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
         commands.main()
     assert stop.value.code == 2 and "no such file" in capsys.readouterr().err

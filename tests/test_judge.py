@@ -22,10 +22,9 @@ from reference import ROOT
 
 from benchmarks import __main__ as commands
 from benchmarks import judge, verify
-from benchmarks.judge import check_answers, fuzzy_match, guessed_letter, option_letter, read_number
+from benchmarks.judge import check_answers, fuzzy_match, option_letter, read_number
 
-TABLE = Path(__file__).with_name("judged.jsonl")
-ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
+ROWS = [json.loads(line) for line in Path(__file__).with_name("judged.jsonl").read_text(encoding="utf-8").splitlines()]
 TOWER = "9^{9^{9^{9^{9}}}}"
 
 
@@ -41,8 +40,8 @@ def test_every_row_of_the_table_is_judged_as_it_says(kind, least):
     assert len(rows) >= least and len({json.dumps(row) for row in rows}) == len(rows)
     verdicts = [row.get("right", row.get("target")) for row in rows]
     assert 0.1 < sum(map(bool, verdicts)) / len(rows) < 0.9
-    found = [commands.judge_row(row) for row in rows]
-    assert [(row, one) for row, one, right in zip(rows, found, verdicts, strict=True) if one != right] == []
+    found = [(row, commands.judge_row(row)) for row in rows]
+    assert [pair for pair, right in zip(found, verdicts, strict=True) if pair[1] != right] == []
 
 
 # ---------------------------------------------------------------------------------------------- two different numbers
@@ -60,8 +59,8 @@ def written(value: Fraction, rng: random.Random) -> str:
 
 def neighbour(value: Fraction, rng: random.Random) -> Fraction:
     """Another number that is easily taken for this one."""
-    step = Fraction(1, 10 ** rng.randrange(0, 12))
-    return rng.choice([-value, value + step, value - step, value * 10, value / 10, 1 / (value or 1), value * 2])
+    step, inverse = Fraction(1, 10 ** rng.randrange(0, 12)), 1 / (value or Fraction(1))
+    return rng.choice([-value, value + step, value - step, value * 10, value / 10, inverse, value * 2])
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
@@ -103,15 +102,10 @@ BBEH_WRONG = [  # "(A) Sam": the published rules know no words after the letter
 ]  # fmt: skip
 
 
-def test_bbehs_rules():
+def test_bbehs_rules_and_a_long_box():
     assert [pair for pair in BBEH_RIGHT if not fuzzy_match(pair[1], pair[0])] == []
     assert [pair for pair in BBEH_WRONG if fuzzy_match(pair[1], pair[0])] == []
-
-
-def test_only_letters_of_the_item_are_options():
-    assert option_letter("D", "ABCD") == "D" and option_letter("E", "ABCD") is None
     assert option_letter("C" * 100_000, "ABCD") is None
-    assert {guessed_letter(str(number), "ABC") for number in range(50)} == set("ABC")
 
 
 # ---------------------------------------------------------------------------------------------- the child
@@ -141,12 +135,6 @@ def test_verdicts_on_expressions_are_those_of_math_verify_itself():
     direct = [float(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{answer}}}"))) for gold, answer in pairs]
     assert 0 < sum(direct) < len(direct)
     assert check_answers(pairs) == direct
-
-
-def test_numbers_and_words_need_no_child(monkeypatch):
-    monkeypatch.setattr(verify, "_ask", lambda *_: pytest.fail("asked"))
-    pairs = [("42", "-42"), ("-7", " -7"), ("2.5", r"\frac52"), ("1e-9", "2e-9"), (r"\text{east}", "seat")]
-    assert check_answers(pairs) == [0.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_equal_pairs_are_checked_once(monkeypatch):
@@ -223,19 +211,18 @@ def test_no_process_is_left_behind(ending):
     assert not running(child)
 
 
+def test_the_child_does_without_torch():
+    code = "import sys; from benchmarks import judge, verify; assert verify._verdict('1/2', '0.5'); "
+    assert run_python(code + "print('torch' in sys.modules)").strip() == "False"
+
+
 def running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and ") Z " in stat.read_text())  # ended, though nobody has asked how
-
-
-def test_the_child_does_without_torch():
-    code = "import sys; from benchmarks import judge, verify; assert verify._verdict('1/2', '0.5'); "
-    code += "print('torch' in sys.modules)"
-    assert run_python(code).strip() == "False"
+    return not (stat.exists() and ") Z " in stat.read_text())  # a zombie has ended
 
 
 def run_python(code: str) -> str:

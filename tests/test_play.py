@@ -13,7 +13,7 @@ from masking import Mask
 from methods import Task
 from model import load_tokenizer
 from play import passage as play
-from play.explain import choose_mask, explain, plain, wrapped
+from play.passage import choose_mask, explain, plain, wrapped
 
 BASE = str(ROOT / "assets/tiny_base")
 TINY = str(ROOT / "configs/tiny.yaml")

@@ -85,8 +85,7 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
 def test_a_response_is_thought_and_answer():
     assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
     assert split_response("no box", "boxed") == {"t": "no box", "a": None}
-    long = split_response("x" * 5000, "boxed")["t"]
-    assert len(long) < 1300 and long.endswith("(3,800 more characters)")
+    assert split_response("x" * 5000, "boxed") == {"t": "x" * 1200 + " ... (3,800 more characters)", "a": None}
 
 
 def test_spans_count_characters_of_the_passage():
@@ -98,8 +97,8 @@ def test_spans_count_characters_of_the_passage():
 
 def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
     one = browser_entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
-    assert (one["s"], one["t"], one["u"], one["x"]) == (3, "Bonn", "https://x.org/Bonn", "On the Rhine.")
-    first, second = one["m"]
+    first, second = one.pop("m")
+    assert one == {"s": 3, "t": "Bonn", "u": "https://x.org/Bonn", "x": "On the Rhine."}
     assert first["k"] == [[7, 12]] and first["g"]["a"] == "Rhine" and first["g"]["r"] == 0.25 and "g" not in second
     assert [(said["n"], said["a"], said["r"]) for said in first["p"]] == [(3, "Rhine", 1.0), (1, None, 0.0)]
 
@@ -136,8 +135,8 @@ def test_right_and_wrong_come_from_the_stored_verdicts():
 
 def test_titles_lead_only_to_addresses_of_the_web():
     passage = {"title": "Bonn", "id": "1#0"}
-    linked = title_link(passage | {"url": "https://x.org/?a&b"})
-    assert linked == '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    linked = '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    assert title_link(passage | {"url": "https://x.org/?a&b"}) == linked
     for url in ("javascript:alert(1)//https://x.org", "mini-wiki/3", "", "data:text/html,x"):
         assert title_link(passage | {"url": url}) == f'<span dir="auto">Bonn</span> <small dir="auto">{url}</small>'
     assert title_link({"title": "", "id": "1#0", "url": ""}).startswith('<span dir="auto">1#0<')

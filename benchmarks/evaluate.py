@@ -185,7 +185,8 @@ def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] |
     except (OSError, ValueError) as error:
         return f"checkpoint {settings.checkpoint!r}: cannot be read ({_line(error)})"
     facts |= {key: getattr(settings.engine, key) for key in MODEL_KEYS}
-    facts["tasks"] = {exam.name: exam_facts(exam) | {"path": settings.tasks[exam.name]} for exam in exams}
+    tasks = {exam.name: {key: getattr(exam, key) for key in ("data", "samples", "prompt")} for exam in exams}
+    facts["tasks"] = {name: asked | {"path": settings.tasks[name]} for name, asked in tasks.items()}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         pairs = {key: (facts[key], old.get(key)) for key in facts if key not in ("checkpoint", "tasks", *MAY_CHANGE)}
@@ -204,11 +205,6 @@ def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] |
             todo |= set() if file.exists() else {(exam.name, number)}
     write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return todo
-
-
-def exam_facts(exam: Exam) -> dict:
-    """What a benchmark's records depend on, beside settings and model."""
-    return {"data": exam.data, "samples": exam.samples, "prompt": exam.prompt}
 
 
 def fingerprint(settings: Settings) -> str:
@@ -238,7 +234,7 @@ def conclude(settings: Settings, exams: list[Exam]) -> str:
         rows = read_rows(out / exam.name / "seconds.jsonl")
         seconds = {row["chunk"]: row["seconds"] for row in rows}  # the last time, of a chunk that was made twice
         results[exam.name] = summarise(read_chunks(exam, settings)) | {"seconds": sum(seconds.values())}
-        results[exam.name] |= exam_facts(exam) | {"counts": exam.counts}
+        results[exam.name] |= {key: getattr(exam, key) for key in ("data", "samples", "prompt", "counts")}
     results = {name: results[name] for name in BENCHMARKS if name in results}
     means = paper_means(results)
     del facts["tasks"]

@@ -95,14 +95,24 @@ def compare_evaluations(folders: list[str]) -> str:
             raise ConfigError(f"{folder}: no eval.json in it, so no finished evaluation")
         found[folder] = json.loads(file.read_text(encoding="utf-8"))
     wide = max(map(len, [*found, "12.34 +- 12.34"])) + 2
-    names = list(dict.fromkeys(name for one in found.values() for name in one["tasks"]))
     lines = [f"{'score +- standard error':24}" + "".join(f"{folder:>{wide}}" for folder in found)]
-    for name in names:
+    for name in dict.fromkeys(name for one in found.values() for name in one["tasks"]):
         tasks = [one["tasks"].get(name, {}) for one in found.values()]
         pairs = [(task.get("score"), task.get("standard_error")) for task in tasks]
         cells = [" +- ".join(f"{value:.2f}" for value in pair if value is not None) or "-" for pair in pairs]
         lines.append(f"{name:24}" + "".join(f"{cell:>{wide}}" for cell in cells))
-    lines += ["", *_differences(found)]
+    lines.append("")
+    values: dict[str, list[str]] = {}  # of each setting and data set
+    for one in found.values():
+        facts = {key: value for key, value in one["settings"].items() if key not in ("out", "checkpoint", "weights")}
+        for name, task in one["tasks"].items():
+            facts |= {f"{name}.{key}": task[key] for key in ("data", "samples", "prompt")}
+        for key, value in facts.items():
+            values.setdefault(key, []).append(repr(value))
+    for key, row in values.items():
+        text = ", ".join(dict.fromkeys(row))
+        if len(set(row)) > 1:
+            lines.append(f"not the same: {key}" + (f" ({text})" if len(text) < 80 else ""))
     rows = {folder: _whole(one["tasks"]) | one["means"] for folder, one in found.items()}
     rows |= {f"paper: {name}": dict(zip(COLUMNS, numbers, strict=True)) for name, numbers in PAPER.items()}
     wide = max(map(len, rows))
@@ -110,16 +120,3 @@ def compare_evaluations(folders: list[str]) -> str:
     for name, row in rows.items():
         lines.append(f"{name:{wide}}" + "".join(f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS))
     return "\n".join(lines)
-
-
-def _differences(found: dict[str, dict]) -> list[str]:
-    """A line for each setting or data set that is not the same in all evaluations."""
-    values: dict[str, list[str]] = {}
-    for one in found.values():
-        facts = {key: value for key, value in one["settings"].items() if key not in ("out", "checkpoint", "weights")}
-        for name, task in one["tasks"].items():
-            facts |= {f"{name}.{key}": task[key] for key in ("data", "samples", "prompt")}
-        for key, value in facts.items():
-            values.setdefault(key, []).append(repr(value))
-    different = {key: ", ".join(dict.fromkeys(row)) for key, row in values.items() if len(set(row)) > 1}
-    return [f"not the same: {key}" + (f" ({text})" if len(text) < 80 else "") for key, text in different.items()]

@@ -15,7 +15,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
 from benchmarks.judge import last_number as number_in
@@ -184,31 +183,31 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
 
 
 def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
-    """(where, task, record) of the hub, or of a local copy: files by name, records as they stand."""
+    """(where, task, record) of the hub or of a local copy: of a folder its task.json files, or those named after the
+    split, or its only file."""
+
     def refuse(cause: str, where: str, detail: str = "") -> None:
         raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
 
+    if not path:
+        for where, _, record in hub_records(row.hub, row.subset, row.split):
+            yield where, str(record.get("task") or ""), record
+        return
     config = Config(data=path, data_config=row.subset)
-    sources = {file: file_records([file], config, refuse) for file in _files(config, row, log)} if path else {}
-    for file, records in sources.items() or [(Path(), hub_records(row.hub, row.subset, row.split))]:
-        task = file.parent.name if file.name == "task.json" else ""  # in BBEH's repository the folder has its name
-        for where, _, record in records:
-            yield where, str(record.get("task") or task), record
-
-
-def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[Path]:
-    """The one file; of a folder its task.json files, or those named after the split, or its only one."""
     files = local_files(config, log)
     if files is None:
-        raise DataError(f"{config.data}: no such file or folder")
-    readable = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
-    named = [file for file in readable if file.name == "task.json"]
-    named = named or [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
-    if not readable:
-        raise DataError(f"{config.data}: no .parquet, .jsonl or .json file")
-    if len(readable) > 1 and not named:
-        raise DataError(f"{config.data}: {len(readable)} files, none named after split {row.split!r}; give one of them")
-    return named or readable
+        raise DataError(f"{path}: no such file or folder")
+    files = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
+    named = [file for file in files if file.name == "task.json"]
+    named = named or [file for file in files if re.match(rf"{row.split}[-._]", file.name)]
+    if not files:
+        raise DataError(f"{path}: no .parquet, .jsonl or .json file")
+    if len(files) > 1 and not named:
+        raise DataError(f"{path}: {len(files)} files, none named after split {row.split!r}; give one of them")
+    for file in named or files:
+        task = file.parent.name if file.name == "task.json" else ""  # in BBEH's repository the folder has its name
+        for where, _, record in file_records([file], config, refuse):
+            yield where, str(record.get("task") or task), record
 
 
 def judge(

@@ -1,6 +1,5 @@
 r"""Benchmarks: every record is an item or counted, and who is right: a table of (gold, response, verdict) per kind."""
 
-import gzip
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,10 +17,6 @@ from prompts import fill
 
 # ---- who is right: whole responses; test_judge.py has what may stand in the box
 LETTERS = "ABCDEFGHIJ"
-
-
-def boxed(answer: str) -> str:
-    return rf"So the answer is \boxed{{{answer}}}."
 
 
 def one(name: str, gold: str, response: str, **flags) -> Verdict:
@@ -95,10 +90,8 @@ GSM8K = {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24, so in a
 OLYMPIAD = {"id": 1606, "context": None, "question": "Find all.", "solution": ["By symmetry."]}
 OLYMPIAD["final_answer"] = ["$69$,$84$"]
 MINERVA = {"problem": "Luminosity?", "solution": r"\[ L \simeq \boxed{4.5e33} \mathrm{ergs} \]", "idx": 1}
-MINERVA_HUB = {"question": "Luminosity?", "answer": "4.5e33"}
 AMC23 = {"id": 0, "problem": "How far?", "answer": 27.0, "question": "How far?"}
 AIME24 = {"id": 60, "problem": "How long?", "solution": r"\boxed{9}", "answer": "204", "url": "", "year": "2024"}
-AIME24_BOXED = {"id": 60, "problem": "How long?", "solution": r"\boxed{204}"}
 AIME25 = {"id": "3", "problem": "How wide?", "answer": "070"}
 AIR = "Which gas is most of the air?\nOptions are:\nA. argon\nB. neon\nC. nitrogen"
 INSIDE = "How much?\nOptions are:\nA. $$1\nB. $$\n2 m\nB. of them\nC. V. vulgaris"
@@ -118,8 +111,10 @@ LAYOUTS = [
     ("minerva", MINERVA, Item("1", "Luminosity?", "4.5e33")),
     ("minerva", MINERVA | {"solution": r"\boxed{1}, then \boxed{\frac{1}{2}}"},
      Item("1", "Luminosity?", r"\frac{1}{2}")),
-    ("minerva", MINERVA_HUB, Item("1", "Luminosity?", "4.5e33")), ("amc23", AMC23, Item("0", "How far?", "27")),
-    ("aime24", AIME24, Item("60", "How long?", "204")), ("aime24", AIME24_BOXED, Item("60", "How long?", "204")),
+    ("minerva", {"question": "Luminosity?", "answer": "4.5e33"}, Item("1", "Luminosity?", "4.5e33")),
+    ("amc23", AMC23, Item("0", "How far?", "27")),
+    ("aime24", AIME24, Item("60", "How long?", "204")),
+    ("aime24", {"id": 60, "problem": "How long?", "solution": r"\boxed{204}"}, Item("60", "How long?", "204")),
     ("aime25", AIME25, Item("3", "How wide?", "070")),
 ]  # fmt: skip
 
@@ -128,12 +123,9 @@ def load(name: str, path: Path, limit: int = 0) -> tuple[list[Item], dict[str, i
     return load_items(name, str(path), limit, log=lambda line: None)
 
 
-def write(path: Path, *records) -> Path:
-    """jsonl; text stands for a line as it is."""
+def write(path: Path, *records: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -141,11 +133,10 @@ def write(path: Path, *records) -> Path:
 def test_every_layout_gives_its_item_and_its_gold_in_a_box_is_right(name, record, item, tmp_path):
     items, counts, _ = load(name, write(tmp_path / "set.jsonl", record))
     assert items == [item] and counts == {"records": 1, "items": 1}
-    assert judge(name, items, [boxed(item.gold)])[0].score == 1.0
+    assert judge(name, items, [rf"So the answer is \boxed{{{item.gold}}}."])[0].score == 1.0
 
 
-def test_each_benchmark_has_a_layout_a_prompt_and_its_number_of_samples():
-    assert {name for name, _, _ in LAYOUTS} <= set(BENCHMARKS)
+def test_each_benchmark_has_a_prompt_and_its_number_of_samples():
     assert {name for name, row in BENCHMARKS.items() if row.samples == 32} == {"amc23", "aime24", "aime25"}
     assert {row.samples for row in BENCHMARKS.values()} == {1, 32}
     for name in BENCHMARKS:
@@ -154,13 +145,11 @@ def test_each_benchmark_has_a_layout_a_prompt_and_its_number_of_samples():
 
 
 def test_bbehs_repository_is_read_task_by_task_and_ids_carry_the_task(tmp_path):
-    for task, size in (("bbeh_dancers", 2), ("bbeh_boxes", 1)):
-        write(tmp_path / f"benchmark_tasks/{task}/task.json", {"canary": "x", "examples": [BBEH] * size})
-    write(tmp_path / "mini/data.json", {"examples": [BBEH] * 5})  # part of the same items
+    for file, size in ("tasks/bbeh_dancers/task", 2), ("tasks/bbeh_boxes/task", 1), ("mini/data", 5):
+        write(tmp_path / f"{file}.json", {"canary": "x", "examples": [BBEH] * size})  # mini: part of the same items
     items, counts, _ = load("bbeh", tmp_path)
     assert [item.id for item in items] == ["bbeh_boxes/1", "bbeh_dancers/1", "bbeh_dancers/2"]
-    assert counts == {"records": 3, "items": 3}
-    assert len(load("bbeh", tmp_path / "mini/data.json")[0]) == 5
+    assert counts == {"records": 3, "items": 3} and len(load("bbeh", tmp_path / "mini/data.json")[0]) == 5
 
 
 def test_of_a_folder_subset_and_split_are_read_or_its_only_file(tmp_path):
@@ -200,11 +189,10 @@ def test_a_limit_is_spread_over_the_set_in_its_order_and_leaves_the_counts(tmp_p
 
 
 def test_the_fingerprint_is_of_ids_questions_and_golds(tmp_path):
-    prints = {load("aime25", write(tmp_path / "a.jsonl", AIME25))[2]}
-    for change in ({"id": "4"}, {"problem": "How high?"}, {"answer": "71"}):
-        prints.add(load("aime25", write(tmp_path / "a.jsonl", AIME25 | change))[2])
-    assert len(prints) == 4 and all(len(print_) == 16 and int(print_, 16) >= 0 for print_ in prints)
-    assert load("aime25", write(tmp_path / "b.jsonl", AIME25 | {"url": "x"}))[2] in prints
+    changes = {}, {"id": "4"}, {"problem": "How high?"}, {"answer": "71"}, {"url": "x"}
+    prints = [load("aime25", write(tmp_path / "a.jsonl", AIME25 | change))[2] for change in changes]
+    assert len(set(prints)) == 4 and prints[0] == prints[4]
+    assert all(len(found) == 16 and int(found, 16) >= 0 for found in prints)
 
 
 NO_ITEM = [  # cause, benchmark, changes of a good record, each of which makes it useless

@@ -1,8 +1,5 @@
-"""The judge: a table of who is right, pairs that must never be equal, and that no answer can hurt the run.
-
-judged.jsonl has a row for each answer and its verdict: maths, letters, exact match and masks, as `python -m benchmarks
-judge tests/judged.jsonl` reads them. A mistake of the judge becomes a row there.
-"""
+"""The judge: verdicts, pairs that must never be equal, and that no answer can hurt the run. judged.jsonl has a row for
+each answer and its verdict (`python -m benchmarks judge tests/judged.jsonl`). A mistake of the judge becomes a row."""
 
 import doctest
 import json
@@ -127,14 +124,13 @@ def test_verdicts_come_in_input_order_and_no_answer_earns_nothing():
 
 
 def test_verdicts_on_expressions_are_those_of_math_verify_itself():
+    from math_verify import parse, verify  # in a main thread, as its alarms need
+
     rng = random.Random(0)
     forms = r"\sqrt{4}x 2x x+x x+1 1+x (x+1)^2 x^2+2x+1 \frac{x}{2} x/2 0.5x \pi (1,2) [1,2]".split()
     pairs = [(rng.choice(forms), rng.choice(forms)) for _ in range(150)]
-    from math_verify import parse, verify  # in a main thread, as its alarms need
-
     direct = [float(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{answer}}}"))) for gold, answer in pairs]
-    assert 0 < sum(direct) < len(direct)
-    assert check_answers(pairs) == direct
+    assert 0 < sum(direct) < len(direct) and check_answers(pairs) == direct
 
 
 def test_equal_pairs_are_checked_once(monkeypatch):

@@ -105,14 +105,12 @@ def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
 
 def test_text_of_models_and_passages_is_never_markup(tmp_path):
     rows = [row(step, **{f"gen/invalid_{EVIL}": 0.1}) for step in (1, 2)]
-    wrong = {"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0}
     address = f"https://x.org/{EVIL}\"'"
-    samples = [sample(1, title=EVIL, url=address), sample(2, title=EVIL, url=address), sample(2, url="javascript:x")]
-    samples[1]["passage"]["id"] = "1#0"  # recurs: shown step by step
-    samples[0]["predictions"].append(wrong)
+    first = sample(1, title=EVIL, url=address)  # recurs: shown step by step
+    first["predictions"].append({"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0})
+    samples = [first, sample(2, passage=first["passage"]), sample(2, url="javascript:x")]
     folder = write_run(tmp_path / f"run {EVIL.replace('/', '')}", rows, samples, method=EVIL)
-    other = write_run(tmp_path / "other", rows, [], method="cpt")
-    text = read_page(folder, other)
+    text = read_page(folder, write_run(tmp_path / "other", rows, [], method="cpt"))
     found, words = parse(text)
     assert sum(EVIL in some for some in words) > 10  # it is there, as text
     tags = [tag for tag, _ in found]
@@ -189,8 +187,7 @@ def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
 
 
 def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_path):
-    """Two runs, one of them with a paper-like sample (8 masks, 8 predictions of 4,000 characters) every hundred steps,
-    texts outside ASCII, all metrics noisy."""
+    """One of the runs has a paper-like sample every hundred steps: 8 masks, 8 predictions of 4,000 characters."""
     rng = random.Random(0)
     keys = [key for key in row(1) if key not in ("step", "method", "pred/accuracy_histogram")]
     keys += [key for lines in SECTIONS.values() for key, *_ in lines if "*" not in key]

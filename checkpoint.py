@@ -15,8 +15,6 @@ signal to stop the last finished step is saved first. Training waits only until 
 copy to step_000100.part and rename it when it is whole. A save that fails is told at once, and the run goes on.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

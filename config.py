@@ -11,7 +11,7 @@ There is no top_p and no top_k. Both change the distribution that is sampled fro
 policy that is trained and the one that sampled, so the gradient would be biased.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # the types of keys are read as strings
 
 import math
 import os

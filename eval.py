@@ -13,28 +13,22 @@ sampling without moving the argmax), with a thought and without (else "reasoning
 perplexity. Where the corpus labels its words, each passage gets one mask per label.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 
-from benchmarks.scores import summarise
-from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
-from config import Config, ConfigError
-from data import Corpus, DataError, Passage
+from config import Config
+from data import Corpus, Passage
 from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
-from prompts import BOXED_OPENING, fill, last_answer
+from prompts import BOXED_OPENING, last_answer
 from ranks import gather
 from relatives.rlvr import verify_predictions
 from rewards import exact_match
-from rollout import (
-    Sampler, derive_seed, encode, generate, predict_prefix, predict_prompt, question_prompt, rollout, sequence_logprobs,
-)  # fmt: skip
+from rollout import Sampler, derive_seed, predict_prefix, predict_prompt, question_prompt, rollout, sequence_logprobs
+from text.files import DataError
 
 NO_THOUGHT_TOKENS = 64
 """An answer without a thought need not be longer."""
@@ -151,110 +145,7 @@ def perplexity(sampler: Sampler, texts: list[str]) -> float:
     return math.exp(-sum(total for total, _ in parts) / sum(tokens for _, tokens in parts))
 
 
-@dataclass
-class Exam:
-    """A benchmark as one model is asked it."""
-
-    name: str
-    items: list[Item]
-    samples: int
-    prompt: str
-    """Template with {passage}."""
-    data: str
-    """Fingerprint of the items."""
-    counts: dict[str, int]
-
-
-def parse_tasks(text: str, paths: dict[str, str] | None = None, key: str = "tasks") -> dict[str, str]:
-    """`gsm8k,math500=FILE` -> {"gsm8k": "", "math500": "FILE"}; paths: of words such as gsm8k.path=FILE.
-
-    Raises ConfigError for a benchmark that is unknown or named twice, for none, and for a file that is not there.
-    """
-    tasks: dict[str, str] = {}
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        name, _, path = (part.strip() for part in word.partition("="))
-        if name not in BENCHMARKS or name in tasks:
-            why = "named twice" if name in tasks else f"unknown benchmark; known are {', '.join(BENCHMARKS)}"
-            raise ConfigError(f"{key}={text!r}: {name!r}: {why}")
-        tasks[name] = path
-    for word, path in (paths or {}).items():
-        name = word.removesuffix(".path")
-        if name not in tasks or tasks[name]:
-            why = "has a file already" if name in tasks else f"is not among {key}={text}"
-            raise ConfigError(f"{word}={path!r}: {name} {why}")
-        tasks[name] = str(path or "")
-    if not tasks:
-        raise ConfigError(f"{key}={text!r}: name one or more of {', '.join(BENCHMARKS)}")
-    for name, path in tasks.items():
-        if path and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}: {name}={path}: no such file or folder")
-    return tasks
-
-
-def load_exams(tasks: dict[str, str], limit: int, samples: int, config: Config, log) -> list[Exam]:
-    """Every rank reads all items. samples: 0 for the table's. Raises DataError where a source cannot be read."""
-    exams = []
-    for name, path in tasks.items():
-        row = BENCHMARKS[name]
-        items, counts, data = load_items(name, path, limit, log)
-        # the prompt of rlvr is what a model was trained on; the others ask for a letter, or for a text
-        prompt = config.question_prompt if config.question_prompt and row.kind == "maths" else prompt_template(name)
-        exams.append(Exam(name, items, samples or row.samples, prompt, data, counts))
-    return exams
-
-
-def answer(
-    exam: Exam, items: list[Item], sampler: Sampler, seed: int, max_tokens: int,
-    last_number: bool = False, guess: bool = False, label: str = "",
-) -> list[dict]:  # fmt: skip
-    """A record per response, `exam.samples` in a row for each item; sampled and judged on this rank, no collective."""
-    prompts = [encode(sampler.tokenizer, fill(exam.prompt, item.question), frame=sampler.frame) for item in items]
-    # transformers adds the rank to the seed that it is given; the responses must not depend on who makes them
-    seed -= sampler.ranks.rank
-    groups = generate(
-        sampler, prompts, exam.samples, max_tokens, BOXED_OPENING, seed, greedy=exam.samples == 1, label=label
-    )
-    if not groups:  # a signal to stop: whoever gathers the records raises Stopped
-        return []
-    asked = [item for item in items for _ in range(exam.samples)]
-    responses = [response for group in groups for response in group]
-    verdicts = judge(exam.name, asked, [response.text for response in responses], last_number, guess)
-    return [
-        {"task": exam.name, "id": item.id, "sample": number % exam.samples, "question": item.question}
-        | {"gold": item.gold, "response": response.text, "answer": verdict.answer, "how": verdict.how}
-        | {"score": verdict.score, "finish": response.finish, "tokens": len(response.completion_ids)}
-        for number, (item, response, verdict) in enumerate(zip(asked, responses, verdicts, strict=True))
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------ during training
-
-
-def exams_of(config: Config, log) -> list[Exam]:
-    """The benchmarks of a training run, one response an item; none if eval_every is 0. Before any model is loaded.
-
-    Raises ConfigError and DataError. Every rank reads them.
-    """
-    if not config.eval_every:
-        return []
-    return load_exams(parse_tasks(config.eval_tasks, key="eval_tasks"), config.eval_limit, 1, config, log)
-
-
-def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
-    """`eval/gsm8k`, the score in per cent, and its details. Every rank calls it, asks its share, gets all numbers.
-
-    Greedy, so without noise; but batches, and so rounding, depend on the number of ranks.
-    """
-    metrics, ranks, wanted = {}, sampler.ranks, ("id", "score", "how", "finish", "tokens")
-    for exam in exams:
-        mine = exam.items[ranks.rank :: ranks.world]
-        records = answer(exam, mine, sampler, 0, sampler.config.max_prediction_tokens, label=f"eval {exam.name}")
-        numbers = summarise(gather([{key: record[key] for key in wanted} for record in records]))
-        metrics[f"eval/{exam.name}"] = numbers["score"]
-        for key in ("standard_error", "parse_rate", "truncation_rate", "length_mean"):
-            if numbers[key] is not None:
-                metrics[f"eval/{exam.name}_{key}"] = numbers[key]
-    return metrics
 
 
 if __name__ == "__main__":

@@ -57,9 +57,10 @@ def score(
             raise ValueError(f"sequence {number}: {len(prefix)} prefix and {len(continuation)} continuation tokens")
     lengths = [len(prefix) + len(continuation) for prefix, continuation in sequences]
     bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    given = [Sample(Rollout(*pair, [], "", ""), 0.0) for pair in sequences]
     mine = []
     for one in bins[ranks.rank :: ranks.world]:
-        batch = pack_samples([[_as_sample(*sequences[index])] for index in one], ranks.device)
+        batch = pack_samples([[given[index]] for index in one], ranks.device)
         predictions = {"predicts": batch.predicts, "targets": batch.targets, "temperature": temperature}
         logprobs, entropies = (values.tolist() for values in model(**predictions, **batch.inputs))
         begin = 0
@@ -69,11 +70,6 @@ def score(
             begin = end
     scores = {index: (logprobs, entropies) for index, logprobs, entropies in gather(mine)}
     return [scores[index] for index in range(len(sequences))]
-
-
-def _as_sample(prefix: list[int], continuation: list[int]) -> Sample:
-    """A Sample for pack_samples: zero log-probs, weight 0."""
-    return Sample(Rollout(prefix, continuation, [0.0] * len(continuation), "", ""), 0.0)
 
 
 @dataclass

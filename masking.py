@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import regex
 
 from config import Config
-from data import SENTENCE_END, UNSPACED
 from rewards import answerable, undo_latex, unquote
+from text.paragraphs import SENTENCE_END, UNSPACED
 
 if TYPE_CHECKING:
     from data import Passage

@@ -18,8 +18,8 @@ from config import Config, ConfigError
 from data import Corpus, Passage
 from grpo import Group, Sample, add_ref_logprobs, make_samples
 from masking import Mask, make_mask, random_span
-from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from model import add_extra
+from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
 from ranks import Ranks
 from relatives import next_token, quiet_star, rlp, rlvr
 from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
@@ -206,6 +206,13 @@ def grpo_samples(run: Run, groups: list[Group], tasks: list[Task], passages: lis
     return samples
 
 
+def right_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
+    """`star`: the right responses alone, cross-entropy on what the model wrote (STaR, arXiv 2203.14465, without its
+    rationalisation): no group, no advantage, nothing learnt from a wrong one."""
+    pairs = [pair for task in tasks for pair in zip(task.predictions, task.correct, strict=True)]
+    return given_samples([response for response, right in pairs if right])
+
+
 def answer_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
     """`sft`: the masked words as the answer to the prediction prompt; with `sft_mask` also to the generator's."""
     tokenizer, rollouts = run.sampler.tokenizer, []
@@ -228,7 +235,7 @@ def text_samples(run: Run, groups: list[Group], tasks: list[Task], passages: lis
 
 def given_samples(rollouts: list[Rollout]) -> list[Sample]:
     """Advantage 1 and a weight of one over all trained tokens: the update is then plain mean cross-entropy."""
-    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    tokens = max(1, sum(len(rollout.completion_ids) for rollout in rollouts))
     return [Sample(rollout, 1.0, 1 / tokens, group=number) for number, rollout in enumerate(rollouts)]
 
 
@@ -291,6 +298,11 @@ METHODS = {
         "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
         "GRPO on exact matches",
         masks_by_rule(span_masks),
+    ),
+    "star": Method(
+        "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
+        "cross-entropy on its right responses (STaR, [arXiv:2203.14465](https://arxiv.org/abs/2203.14465))",
+        masks_by_rule(span_masks), samples=right_samples,
     ),
     "random_token": Method(
         "texts were cut at random tokens; the model found the next one by chain of thought and was trained by GRPO",
@@ -365,8 +377,9 @@ def check_methods(config: Config) -> None:
     if config.reward == "prefix" and not all(method.next_token for method in methods):
         known = " and ".join(name for name, method in METHODS.items() if method.next_token)
         raise ConfigError(f"reward='prefix': for {known} only, not {names}")
-    if config.kl and any(method.samples is not grpo_samples for method in methods):
-        raise ConfigError(f"kl={config.kl}: must be 0 with rlp, quiet_star, sft, cpt: no frozen copy to stay near")
+    others = [name for name, method in METHODS.items() if method.samples is not grpo_samples]
+    if config.kl and {config.method, config.warmup_method} & set(others):
+        raise ConfigError(f"kl={config.kl}: must be 0 with {', '.join(others)}")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):

@@ -10,8 +10,6 @@ computes a step's metrics from the same records, so nothing is communicated.
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -30,10 +28,10 @@ from statistics import fmean
 import torch
 
 from config import Config, dump_config
+from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
 from methods import METHODS, Task
-from model import describe_attention
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from ranks import enter
 from rewards import caseless_match
@@ -235,7 +233,7 @@ def save_prompts(path: Path, sampler, corpus) -> None:
     write_whole(path, "\n\n=====\n\n".join(sampler.tokenizer.decode(ids) for ids in prompts) + "\n")
 
 
-def sample_rows(proposals: list[list], config: Config, step: int) -> Iterator[dict]:
+def sample_rows(proposals: list[list], step: int) -> Iterator[dict]:
     """One JSON object per Task: its generator response if it has one, its mask and all predictions."""
     for tasks in proposals:
         for task in tasks:

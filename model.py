@@ -10,8 +10,6 @@ Sampling from the sharded model would put FSDP's collectives into the generation
 times, and hang. The replica costs 2 bytes a parameter and one all-gather a step.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import types
@@ -29,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config, ConfigError
-from ops import SHARED, VARLEN, apply_liger, choose_attention, table_reader, token_logprobs
+from ops import SHARED, apply_liger, choose_attention, token_logprobs
 from ranks import Ranks, gather
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -109,23 +107,6 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
 def use_attention(model: nn.Module, name: str) -> None:
     """Set by hand: the constructor would take a name with "flash" for a kernel to fetch."""
     model.config._attn_implementation = name
-
-
-def decoding(replica: nn.Module) -> str:
-    """How a decoding step reads the paged cache: `flash-attn`, `block table`, or `gathered: ` and why not in place."""
-    shape = replica.config.get_text_config()
-    if shape._attn_implementation != VARLEN:
-        return "flash-attn"
-    heads = shape.num_attention_heads
-    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-    dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    trouble = table_reader(replica.device, replica.dtype, heads, kv_heads, dim)[1]
-    return f"gathered: {trouble}" if trouble else "block table"
-
-
-def describe_attention(replica: nn.Module) -> str:
-    """What a user is told: the kernels, and how a decoding step reads the cache."""
-    return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
 
 
 def add_extra(model: nn.Module, extra: nn.Module) -> None:
@@ -224,16 +205,19 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
 
 
 @torch.no_grad()
-def refresh(policy: nn.Module, replica: nn.Module) -> None:
-    """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers."""
-    sampled = dict(replica.named_parameters())
+def refresh(policy: nn.Module, replica: nn.Module) -> float:
+    """Copy the masters into the replica, in place, parameter by parameter. Every rank, same order: all-gathers.
+
+    Shards are rounded, moved to the device if they are on the host, and gathered. Returns the share of values that
+    changed: in bfloat16 one stays as it was until its master has moved by half a step of that format.
+    """
+    sampled, changed = dict(replica.named_parameters()), 0
     for name, master in policy.named_parameters():
-        copy_master(master, sampled[name])
-
-
-def copy_master(master: Tensor, own: Tensor) -> None:
-    """One parameter of `refresh`: the shards are rounded, moved to the device if they are on the host, and gathered."""
-    own.copy_(master.to(own.dtype).to(own.device).full_tensor())
+        own = sampled[name]
+        new = master.to(own.dtype).to(own.device).full_tensor()
+        changed += (new != own).sum()
+        own.copy_(new)
+    return int(changed) / sum(own.numel() for own in sampled.values())
 
 
 def build_reference(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:

@@ -11,13 +11,11 @@ padding. A decoding step reads the cache in place, by block table:
 Leaves out models: what is called here is wired up in model.py and rollout.py.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
 import logging
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,8 @@ from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from engine.cache import decode_by_table, new_token_places, one_query_each, varlen_kernel
 
 # Continuous batching builds no attention mask for names with "flash"; a digit would claim flash-attn's decode path.
 VARLEN = "flash_varlen"
@@ -102,112 +102,13 @@ for _name, _package in PACKAGES.items():
     ALL_ATTENTION_FUNCTIONS.register(SHARED[_name], functools.partial(varlen_attention, package=_package))
 
 
-@functools.cache
-def _varlen_kernel():
-    """torch's own kernel and how to call it: its keywords came one release after the other."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
-
-
 def _varlen(package: str, q, k, v, *borders, scale: float | None) -> Tensor:
     """On CUDA, 16-bit types: flash-attn's kernel, or torch's without a package."""
     if not package:
-        kernel, options = _varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
+        kernel, options = varlen_kernel()  # without the keyword it takes grouped heads as they are (torch 2.11)
         return kernel(q, k, v, *borders, scale=scale, **options)
     out = importlib.import_module(package).flash_attn_varlen_func(q, k, v, *borders, softmax_scale=scale, causal=True)
     return out[0] if isinstance(out, tuple) else out  # some versions of 3 return the normalisers too
-
-
-def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a decoding step writes each request's new key: (lengths, page number, offset in the page).
-
-    table (requests, most pages): the numbers of each request's pages in order, then -1. cu_k (requests + 1,): borders
-    of the requests' lengths, the new token counted. A request without length is padding (of a CUDA graph); its key goes
-    to the page `spare`, which nobody reads.
-    """
-    lengths = cu_k.diff()
-    last = (lengths - 1).clamp(min=0)
-    number = table.gather(1, (last // page).long()[:, None])[:, 0]
-    return lengths, number.masked_fill(lengths == 0, spare), last % page
-
-
-def decode_by_table(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_k: Tensor, places: tuple,
-    cu_q: Tensor, scale: float | None,
-) -> Tensor:  # fmt: skip
-    """One decoding step on a paged cache: writes each request's new key and value, attends to all it has, in place.
-
-    q (requests, heads, dim), k and v (requests, kv heads, dim): the new tokens. k_pages, v_pages (pages, page, kv
-    heads, dim): the layer's cache. table, cu_k, places: see new_token_places. Returns (requests, heads, dim).
-    """
-    lengths, *where = places
-    k_pages[tuple(where)], v_pages[tuple(where)] = k, v
-    read, _ = table_reader(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2])
-    return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
-
-
-def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale, splits=None) -> Tensor:
-    """splits: {rows, a power of 2: parts into which the keys of each are cut}; others are not cut."""
-    longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # No causal window: a last token sees everything, and the kernel reads keys per group of heads, not per head
-    parts = (splits or {}).get(1 << (len(q) - 1).bit_length(), 1)
-    options = {"seqused_k": lengths, "block_table": table, "scale": scale, "num_splits": parts, "enable_gqa": True}
-    return _varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
-
-
-def _read_pages_triton(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
-    from kernels.paged_decode import paged_decode  # Triton: where there is a GPU
-
-    return paged_decode(q, k_pages, v_pages, table, lengths, scale)
-
-
-def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
-    longest, page = int(lengths.max()), k_pages.shape[1]
-    table = table[:, : -(-longest // page)].clamp(min=0)
-    k, v = (x.index_select(0, table.flatten()).unflatten(0, table.shape) for x in (k_pages, v_pages))
-    return _one_query_each(q, *(x.flatten(1, 2)[:, :longest] for x in (k, v)), lengths, scale)
-
-
-@functools.cache
-def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple:
-    """(what reads the pages in `decode_by_table`, "") on this machine, or (None, why nothing does).
-
-    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word,
-    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried against the plain
-    version first, then the Triton kernel. Few rows leave most of a GPU idle: they get the most splits that are right.
-    """
-    if device.type != "cuda" or dtype == torch.float32:
-        return _read_pages_plain, ""
-    shape, splits = (device, dtype, heads, kv_heads, dim), {}
-    if trouble := _try_reader(_read_pages_torch, 6, *shape):
-        return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
-    for rows, parts in product((1, 2, 4, 8, 16, 32), (2, 4, 8, 16)):
-        cut = functools.partial(_read_pages_torch, splits={rows: parts})
-        if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
-            splits[rows] = parts
-    return functools.partial(_read_pages_torch, splits=splits), ""
-
-
-def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
-    """What is wrong, if anything, on lengths in, at and after a page and long ones, pages out of order, padding."""
-    page, most = 256, 22
-    lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024] * 4, dtype=torch.int32, device=device)[:rows]
-    table = torch.arange(most * rows, dtype=torch.int32, device=device).flip(0).view(rows, most)
-    table = table.masked_fill(torch.arange(0, most * page, page, device=device) >= lengths[:, None], -1)
-    generator = torch.Generator(device).manual_seed(0)
-    sizes = (rows, heads, dim), (table.numel(), page, kv_heads, dim), (table.numel(), page, kv_heads, dim)
-    q, k, v = (torch.randn(size, dtype=dtype, device=device, generator=generator) for size in sizes)
-    cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (torch.ones_like(lengths), lengths))
-    try:
-        found = read(q, k, v, table, lengths, cu_q, cu_k, None)
-    except Exception as error:  # an older torch, a refusal, no Triton
-        return f"torch {torch.__version__}: {error}".splitlines()[0][:120]
-    expected = _read_pages_plain(q, k, v, table, lengths, cu_q, cu_k, None)
-    wrong = (found - expected)[lengths > 0].float().abs().max().item()
-    return "" if wrong <= 0.03 else f"torch {torch.__version__}: its kernel is off by {wrong:.3g}"  # nan is not <= 0.03
 
 
 def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None) -> Tensor:
@@ -218,7 +119,7 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
         # (requests, longest): index of each request's keys, the surplus clamped to a valid row
         rows = (cu_k[:-1, None] + torch.arange(int(keys.max()), device=q.device)).clamp(max=len(k) - 1)
         k, v = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (k, v))
-        return _one_query_each(q, k, v, keys, scale)
+        return one_query_each(q, k, v, keys, scale)
     out = []
     queries, keys = queries.tolist(), keys.tolist()
     # split, whose backward is one concatenation; a slice's would fill a whole tensor with zeros for each sequence
@@ -232,13 +133,6 @@ def _per_request(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sc
         y = F.scaled_dot_product_attention(*one, attn_mask=mask, is_causal=fresh, scale=scale, enable_gqa=True)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
-
-
-def _one_query_each(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, scale: float | None) -> Tensor:
-    """q (requests, heads, dim), each against the first `keys` of its k and v (requests, longest, kv heads, dim)."""
-    mask = (torch.arange(k.shape[1], device=q.device) < keys[:, None])[:, None, None, :]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, 0]
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -1,12 +1,10 @@
-r"""Prompts of the two roles, and finding the answer, `\mask{...}` or `\boxed{...}`, in what the model writes.
+r"""Prompts of the two roles and of questions; finding the answer, `\mask{...}` or `\boxed{...}`, in a response.
 
-The paper describes its prompts but does not reprint them; these are in our words, and both are config keys. Leaves out
+The paper describes its prompts but does not reprint them; these are in our words, and config keys. Leaves out
 tokenizers and chat templates (rollout's business) and what makes an answer right (rewards.py).
 
 Run alone: `python -m doctest -v prompts.py`
 """
-
-from __future__ import annotations
 
 import re
 
@@ -47,16 +45,6 @@ QUESTION_PROMPT = r"""{passage}
 Reason step by step, and put the final answer in \boxed{...}.
 
 Reasoning:"""
-CHOICE_PROMPT = r"""{passage}
-
-Reason step by step, and put only the letter of the right option in \boxed{...}.
-
-Reasoning:"""
-PUZZLE_PROMPT = r"""{passage}
-
-Reason step by step, and put only the final answer in \boxed{...}, without words around it. Where options have letters, the final answer is the letter.
-
-Reasoning:"""  # noqa: E501
 PREDICT_PREFIX = r" \boxed{"
 """Appended to a prediction prompt, it leaves no room for a thought: the completion begins inside the box."""
 MASK_OPENING, BOXED_OPENING = r"\mask{", r"\boxed{"

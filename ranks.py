@@ -8,8 +8,6 @@ first signal. It polls the parent process: a killed launcher sends no signal, an
 stores its step and phase, because a dead or hung rank cannot report where it was.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

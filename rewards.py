@@ -6,8 +6,6 @@ becomes of rewards (grpo.py). Needs no torch.
 Run alone: `python -m doctest -v rewards.py`
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

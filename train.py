@@ -9,8 +9,6 @@ result is the same everywhere, so all later decisions are too; the update splits
 skips a collective call, the others wait for it until `rank_timeout`.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -22,12 +20,13 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from benchmarks.exams import exams_of, run_exams
 from checkpoint import (
     check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
-from data import DataError, Passage, build_index, data_fingerprint, load_corpus, step_passages
-from eval import exams_of, make_probe, run_exams, run_probe
+from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
+from eval import make_probe, run_probe
 from grpo import Group, Sample, make_optimizer, update
 from methods import METHODS, Method, Run, Task, add_parameters, method_at, needs_reference, reward
 from metrics import (
@@ -38,6 +37,7 @@ from model import build_policy, build_reference, check_device, ema_update, load_
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
 from rollout import chat_frame, check_prompts, make_sampler
+from text.files import DataError
 
 
 @dataclass
@@ -82,7 +82,7 @@ def step(run: Run, number: int, method: Method | None = None) -> Step:
 
     # ---------------------------------------------------- 5. refresh: the sampler gets the new weights
     with clock(row, "refresh"):
-        refresh(run.policy, run.sampler.replica)
+        row["replica_changed"] = refresh(run.policy, run.sampler.replica)
         if method.reference == "average":
             ema_update(run.reference, run.policy, run.config.ema_decay)
     return done
@@ -101,7 +101,7 @@ def loop(run: Run, say) -> None:
         row = done.row | saved  # seconds of a save stand in the next row: this row must be on disk before the save
         saver.done, saver.row = number + 1, row  # a stop from here on saves the new weights
         if rank == 0:
-            rows = sample_rows(done.proposals[: config.samples_per_step], config, number + 1)
+            rows = sample_rows(done.proposals[: config.samples_per_step], number + 1)
             append_row(Path(config.run_dir) / "samples.jsonl", *rows)
         log_step(run, row, start, say)
         saver.row = None
@@ -134,7 +134,7 @@ def measure(run: Run, row: dict) -> None:
         with clock(row, "probe"):
             row |= run_probe(probe, run.sampler, config, number)
         if run.ranks.rank == 0 and config.steps:
-            append_row(Path(config.run_dir) / "probes.jsonl", *sample_rows([probe.shown], config, number))
+            append_row(Path(config.run_dir) / "probes.jsonl", *sample_rows([probe.shown], number))
     if probe.exams and (number in (0, config.steps) or number % config.eval_every == 0):
         with clock(row, "eval"):
             row |= run_exams(probe.exams, run.sampler)
@@ -178,7 +178,7 @@ def dry_run(run: Run, say) -> int:
             say(f"--- generator: {task.proposal.text}")
         say(f"--- target: {task.mask.target!r}; rewards {task.rewards}\n--- predictor: {task.predictions[0].text}")
     graded = any(task.correct for task in done.tasks)
-    if row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
+    if any(done.proposals) and row["gen/valid_rate"] < 0.2 or (graded and row["pred/valid_rate"] < 0.2):
         say("under a fifth of the masks or boxes is valid: another worked example in mask_prompt, predict_prompt?")
     say("dry run done; no weights were changed")
     return 0
@@ -265,7 +265,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model={config.model!r}: no usable tokenizer ({reason})") from None
+        lost = "" if os.path.exists(config.model) else "no such folder here, and "
+        raise ConfigError(f"model={config.model!r}: {lost}no usable tokenizer ({reason})") from None
     if METHODS[config.method].questions:
         corpus = question_corpus(config, say)
     else:

@@ -18,7 +18,8 @@ from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver
 from config import Config, read_config
 from grpo import Group, make_samples, score, update
 from metrics import environment, largest_memory
-from ops import table_reader
+from engine.batching import describe_attention
+from engine.cache import table_reader
 from ranks import Ranks, gather, start_ranks
 from rollout import Rollout, as_arrays, from_arrays, generate, rollout, sequence_logprobs
 
@@ -80,7 +81,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         heads = replica.device, replica.dtype, shape.heads, shape.kv_heads, shape.head_dim
         reader = table_reader(*heads)[0]
         splits = getattr(reader, "keywords", {}).get("splits")  # {number of rows: parts}
-        note(f"{model.describe_attention(replica)}, by {getattr(reader, 'func', reader).__name__}")
+        note(f"{describe_attention(replica)}, by {getattr(reader, 'func', reader).__name__}")
         note(f"splits by rows {splits}" if splits else "no splits")
     with check("greedy") as note:  # the same tokens as the ordinary generate, or two that are level where they part
         ids, name = torch.tensor(prompts, device=ranks.device), replica.config._attn_implementation

@@ -28,6 +28,7 @@ from bench.memory import Shape, decide_checkpointing, shape_of, value_bytes
 from bench.options import WORDS, Options, Phase, complete, phases, split_words, text_table
 from config import Config, read_config
 from data import Corpus, Passage
+from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, make_optimizer, make_samples
 from masking import Mask
 from methods import Method, Run, Task
@@ -218,7 +219,7 @@ def time_rows(config: Config, options: Options, ranks: Ranks) -> dict:
     gc.unfreeze()
     return {
         "environment": environment().split("\n")[:-1], "gpu": asdict(gpu) if gpu else None, "world": ranks.world,
-        "attention": model.describe_attention(run.sampler.replica), "shape": asdict(shape),
+        "attention": describe_attention(run.sampler.replica), "shape": asdict(shape),
         "options": {key: getattr(options, key) for key in WORDS["step"]}, "config": asdict(run.config), "rows": rows,
         "cache_bytes_per_token": costs.cache_bytes(shape, value_bytes(config)),
     }  # fmt: skip

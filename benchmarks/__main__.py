@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from benchmarks.judge import check_answers, option_letter
 from benchmarks.sets import load_items, prompt_template
 from config import Config, ConfigError
-from data import DataError
 from masking import make_mask
 from prompts import fill
 from rewards import exact_match
+from text.files import DataError
 
 
 def judge_row(row: dict) -> object:

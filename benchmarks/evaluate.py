@@ -27,16 +27,17 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import eval
+from benchmarks.exams import Exam, answer, load_exams, parse_tasks
 from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
-from data import DataError
-from eval import Exam, answer, load_exams, parse_tasks
+from engine.batching import describe_attention
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
-from model import describe_attention, load_replica, load_tokenizer
+from model import load_replica, load_tokenizer
 from ranks import Ranks, gather, start_ranks
 from rollout import derive_seed, make_sampler
+from text.files import DataError
 
 MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
 MODEL_KEYS += "question_prompt temperature seed".split()

@@ -19,10 +19,21 @@ from dataclasses import dataclass
 from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
 from benchmarks.judge import last_number as number_in
 from config import Config, ConfigError
-from data import CAUSES, SURROGATE, DataError, Skip, file_records, hub_records, local_files
-from prompts import CHOICE_PROMPT, PUZZLE_PROMPT, QUESTION_PROMPT, last_answer
+from data import SURROGATE
+from prompts import QUESTION_PROMPT, last_answer
 from relatives.rlvr import gold_answer
+from text.files import CAUSES, DataError, Skip, file_records, hub_records, local_files
 
+CHOICE_PROMPT = r"""{passage}
+
+Reason step by step, and put only the letter of the right option in \boxed{...}.
+
+Reasoning:"""
+PUZZLE_PROMPT = r"""{passage}
+
+Reason step by step, and put only the final answer in \boxed{...}, without words around it. Where options have letters, the final answer is the letter.
+
+Reasoning:"""  # noqa: E501
 Names = str | tuple[str, ...]
 
 

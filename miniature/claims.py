@@ -38,6 +38,9 @@ ARMS = {
     "ladder: frozen generator": [LADDER, "train_generator=false"],
     "ladder: rewards shuffled": [LADDER, "shuffle_rewards=true"],
     "ladder: sft, bare answers": [LADDER, "method=sft", "sft_answer= \\boxed{ {answer} }"],
+    "ladder: star": [LADDER, "method=star"],
+    "ladder: rlp": [LADDER, "method=rlp", "rlp_prompt= {passage}", "passages_per_step=32"],
+    "ladder: quiet_star": [LADDER, "method=quiet_star"],
 }
 STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
 """Arms that start from the last checkpoint of another arm's run with the same seed."""
@@ -216,4 +219,13 @@ CLAIMS = {
             and min(climb(active, -4, None)) - max(climb(frozen, -4, None)) >= 0.3
             and fmean(share(active, 2, 4, 8)) > fmean(share(active, 4, 4, 8))
             and fmean(share(active, 2, -4, None)) < fmean(share(active, 4, -4, None)))),
+    "relatives": Claim(
+        "The ladder, facts of four steps that nothing trains, sampled, means over seeds. `star`, which learns from "
+        "right responses alone, ends within 0.15 of `random_span`. `rlp`, which pays thoughts before any token of a "
+        "text and never asks for an answer, gains at least 0.2; `quiet_star`, whose thoughts stand between tokens that "
+        "the base has never seen, gains less than 0.1.",
+        ("ladder: star", "ladder: random_span", "ladder: rlp", "ladder: quiet_star"),
+        lambda star, random, rlp, quiet: (
+            abs(fmean(differences(star, random, "hop4"))) <= 0.15 and fmean(gains(rlp, "hop4")) >= 0.2
+            and fmean(gains(quiet, "hop4")) < 0.1)),
 }

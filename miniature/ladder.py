@@ -25,8 +25,9 @@ NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it N
 CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
 PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
 FACTS_ASKED = 0.75  # of the prediction examples
-PREDICTED, REPEATED = 0.60, 0.15  # shares of the base's examples; the rest are masks
-LAYERS, HIDDEN, STEPS = 2, 128, 2400
+PREDICTED, THOUGHT, REPEATED = 0.52, 0.10, 0.08  # shares of the base's examples; the rest are masks
+FACTS_MASKED = 0.3  # of those on a fact for certain
+LAYERS, HIDDEN, COPY_STEPS, STEPS = 2, 128, 700, 2400
 LADDER_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
@@ -105,26 +106,62 @@ def chained_answer(rng: random.Random, after: dict[str, str], words: list[str], 
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
+def renamed(rng: random.Random, words: list[str], labels: list[str]) -> list[str]:
+    """The article with eight names at random: its facts are false, so that its words can only be copied."""
+    names = rng.sample(NAMES, 8)
+    pairs = zip(words, labels, strict=True)
+    return [names.pop() if label.startswith("hop") or label == "subject" else word for word, label in pairs]
+
+
+def maskable(words: list[str]) -> list[int]:
+    return [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
+
+
+def copied_mask(rng: random.Random, words: list[str], labels: list[str], facts: float) -> tuple[str, str]:
+    """(prompt, completion), as in (" Bal > Cor . [...]\\nMask:", " after > \\mask{ Cor }"). facts: share on the
+    value of a fact for certain."""
+    places = maskable(words)
+    place = labels.index(f"hop{rng.choice(DEPTHS)}") if rng.random() < facts else rng.choice(places)
+    before = words[place - 1] if place else "start"
+    return MASK_FORMAT.replace("{passage}", " ".join(words)), f" after {before} \\mask{{ {words[place]} }}"
+
+
+def copy_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless examples of copying, which the base learns first: three in four name words to mask, one repeats."""
+    rng, after, pairs = random.Random(f"ladder copies {seed}"), ring(seed), split_pairs(seed)["web"]
+    while True:
+        words, labels = ladder_article(rng, after, pairs)
+        words = renamed(rng, words, labels)
+        if rng.random() < 0.25:
+            passage = " ".join(words)
+            yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
+        else:
+            yield copied_mask(rng, words, labels, 0.6)
+
+
 def ladder_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) examples, each on a fresh article of the web."""
     rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
     while True:
         words, labels = ladder_article(rng, after, pairs)
-        draw, passage = rng.random(), " ".join(words)
-        places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
-        if draw < REPEATED:
-            yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEATED + PREDICTED:
-            place = rng.choice(places)
+        draw = rng.random()
+        if draw < PREDICTED:
+            place = rng.choice(maskable(words))
             if rng.random() < FACTS_ASKED:
                 place = labels.index(f"hop{rng.choice(DEPTHS)}")
             masked = " ".join([*words[:place], "[mask]", *words[place + 1 :]])
             completion = chained_answer(rng, after, words, place, CHAIN_SHARE)
             yield PREDICT_FORMAT.replace("{passage}", masked), completion
+        elif draw < PREDICTED + THOUGHT:  # a text that breaks off, thought about between tags, as `rlp` asks
+            fact = rng.random() < 0.6
+            place = labels.index(f"hop{rng.choice(DEPTHS)}") if fact else rng.randrange(4, len(words))
+            thought = chained_answer(rng, after, words, place, CHAIN_SHARE).split(" \\boxed")[0]
+            yield " " + " ".join(words[:place]), f"<think>{thought}</think> {words[place]}"
+        elif draw < PREDICTED + THOUGHT + REPEATED:
+            passage = " ".join(renamed(rng, words, labels))
+            yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
         else:
-            place = rng.choice(places)
-            before = words[place - 1] if place else "start"
-            yield MASK_FORMAT.replace("{passage}", passage), f" after {before} \\mask{{ {words[place]} }}"
+            yield copied_mask(rng, renamed(rng, words, labels), labels, FACTS_MASKED)
 
 
 def make_base() -> None:
@@ -137,5 +174,6 @@ def make_base() -> None:
     torch.set_num_threads(1)
     tokenizer = base.make_tokenizer(ladder_examples(0))
     model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
+    base.pretrain(model, tokenizer, copy_examples(0), COPY_STEPS)
     base.pretrain(model, tokenizer, ladder_examples(0), STEPS)
     base.save_base(base.ASSETS / "ladder_base", model, tokenizer, LADDER_SHA256)

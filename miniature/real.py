@@ -14,7 +14,8 @@ from metrics import append_row, read_rows
 from miniature.claims import TOTALS, means_of_five
 
 RECORD = Path(__file__).resolve().parent / "real.jsonl"
-KEYS = "method seed steps mask_content learning_rate passages_per_step masks_per_passage predictions_per_mask".split()
+KEYS = "method seed steps dtype train_generator mask_content learning_rate passages_per_step masks_per_passage".split()
+KEYS += ["predictions_per_mask"]
 PROBES = {"all": "probe/accuracy", "greedy": "probe/accuracy_greedy", "perplexity": "probe/perplexity"}
 PROBES |= {kind: f"probe/accuracy_{kind}" for kind in WORD_KINDS}
 PROBES |= {f"greedy_{kind}": f"probe/accuracy_greedy_{kind}" for kind in WORD_KINDS}

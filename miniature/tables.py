@@ -103,7 +103,7 @@ def make_tables(results: Results) -> dict[str, str]:
         rlvr.append([*row, str(len(runs))])
 
     ladder = [["method", "two steps", "three", "four", "four, at once", "thought use", "length, first and last",
-               "masks on two to four", "seeds"]]  # fmt: skip
+               "masks on two to four", "tokens sampled", "trained", "seeds"]]  # fmt: skip
     for arm in [arm for arm in LADDER_ARMS if arm in results]:
         runs = results[arm]
         used = [run["probes"][-1].get("thought_use", 0.0) for run in runs]
@@ -112,6 +112,9 @@ def make_tables(results: Results) -> dict[str, str]:
         means += [fmean(ends(runs, "no_thought_hop4")), fmean(used)]
         shown = [one if isinstance(one, str) else f"{one:.2f}" for one in means]
         shown += [" ".join(f"{one:.1f}" for one in lengths), f"{fmean(climb(runs, -4, None)):.2f}"]
+        sampled, trained = (fmean(run["totals"][key] for run in runs) for key in ("response_tokens", "trained_tokens"))
+        asked = any(run["totals"]["pred/responses"] for run in runs)
+        shown += [f"{sampled / 1000:.0f}k" if asked else "none", f"{trained / 1000:.0f}k"]
         ladder.append([arm.removeprefix("ladder: "), *shown, str(len(runs))])
 
     tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
@@ -170,8 +173,7 @@ def draw_plots(results: Results) -> dict[str, tuple[str, str]]:
         if all(arm in results for arm, *_ in curves):
             lines = [series(results, *curve) for curve in curves]
             svg = line_chart(lines, f"{title}: {about}", (0.5, 1.0) if file == "copies" else (0.0, 1.0))
-            alt = ", ".join(f"{line.name} ends at {line.points[-1][1]:.2f}" for line in lines)
-            drawn[f"{file}.svg"] = (f"{title}: {alt}", stand_alone(svg, title, about, [line.name for line in lines]))
+            drawn[f"{file}.svg"] = (title, stand_alone(svg, title, about, [line.name for line in lines]))
     return drawn
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from bench.memory import decide_checkpointing
 from checkpoint import exported_model
 from config import Config, ConfigError, read_config
-from data import RESERVED, DataError, Passage, build_index, load_corpus
+from data import Passage, build_index, load_corpus
 from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
 from model import build_policy, build_reference, load_replica, load_tokenizer
@@ -35,6 +35,7 @@ from prompts import last_answer
 from ranks import Ranks, start_ranks
 from report.page import split_response
 from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt
+from text.files import RESERVED, DataError
 from train import step
 
 MASKS, RESPONSES_SHOWN, THOUGHT_CHARS, TERMINAL_WIDTH = 8, 4, 300, 100

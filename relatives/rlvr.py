@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from benchmarks.judge import MAX_ANSWER_CHARS, check_answers
 from config import Config, one_line
-from data import SURROGATE, Corpus, DataError, Passage, Skip, Tally, file_records, hub_records, is_heldout, local_files
+from data import SURROGATE, Corpus, Passage, is_heldout
 from masking import Mask
 from prompts import last_answer
 from ranks import Ranks, gather
+from text.files import DataError, Skip, Tally, file_records, hub_records, local_files
 
 if TYPE_CHECKING:  # methods.py imports this file
     from methods import Run, Task

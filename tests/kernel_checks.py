@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from kernels.paged_decode import paged_decode  # noqa: E402
-from ops import _read_pages_plain  # noqa: E402
+from engine.paged_decode import paged_decode  # noqa: E402
+from engine.cache import _read_pages_plain
 
 lengths = torch.tensor([31, 32, 33, 0, 100], dtype=torch.int32)
 table = torch.arange(20, dtype=torch.int32).flip(0).view(5, 4)  # of pages of 32 tokens

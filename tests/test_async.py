@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 import ops
 import rollout
 from bench.step import NEVER
+from engine import cache
 from prompts import MASK_OPENING
 from rollout import mask_prompt
 
@@ -57,7 +58,7 @@ def as_on_a_gpu(monkeypatch):
             out[:rows] = plain(q[:rows], k[:keys], v[:keys], cu_q, cu_k, scale)
         return out
 
-    def read_pages(q, k_pages, v_pages, table, lengths, *rest, plain=ops._read_pages_plain):
+    def read_pages(q, k_pages, v_pages, table, lengths, *rest, plain=cache._read_pages_plain):
         seen["padding"] += int((lengths == 0).sum())
         out = plain(q, k_pages, v_pages, table, lengths, *rest)
         return out.masked_fill(lengths[:, None, None] == 0, torch.nan)
@@ -81,7 +82,7 @@ def as_on_a_gpu(monkeypatch):
         for module in (input_outputs, model_runner, continuous_api, offloading_manager):
             monkeypatch.setattr(module, "stream_context", lambda stream: nullcontext())
         monkeypatch.setattr(ops, "_per_request", per_request)
-        monkeypatch.setattr(ops, "_read_pages_plain", read_pages)
+        monkeypatch.setattr(cache, "_read_pages_plain", read_pages)
         monkeypatch.setattr(model_runner.ModelRunner, "__init__", make_runner)
         monkeypatch.setattr(model_runner.ModelRunner, "compute_batch", compute)
         monkeypatch.setattr(offloading_manager.OffloadingManager, "offload_requests", offload)
@@ -105,7 +106,7 @@ def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_
         options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
         return ContinuousBatchingConfig(use_async_batching=asynchronous, **SETTINGS[name], **options)
 
-    monkeypatch.setattr(rollout, "_batching", batching)
+    monkeypatch.setattr(rollout, "batching_settings", batching)
     limits = [[2 + (7 * row + 5 * column) % (TOKENS - 1) for column in range(COUNT)] for row in range(PROMPTS)]
     words = (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
     plain = rollout.generate(*words, limits=limits)
@@ -128,7 +129,7 @@ def test_a_batch_of_padding_alone_is_made_and_not_computed(tiny_base, prompts, a
 
     options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
     settings = ContinuousBatchingConfig(use_async_batching=True, **SETTINGS["one prefill"], **options)
-    monkeypatch.setattr(rollout, "_batching", lambda *_: settings)
+    monkeypatch.setattr(rollout, "batching_settings", lambda *_: settings)
     monkeypatch.setattr(torch, "multinomial", likeliest)
     monkeypatch.setattr(input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", noted)
     seen = as_on_a_gpu()
@@ -160,7 +161,7 @@ def graphs(as_on_a_gpu, monkeypatch):
 
         monkeypatch.setattr(model_runner.ModelRunner, "_capture_graph", capture)
         monkeypatch.setattr(torch, "multinomial", likeliest)
-        monkeypatch.setattr(rollout, "_batching", batching)
+        monkeypatch.setattr(rollout, "batching_settings", batching)
         return captured
 
     def batching(config, *_):

@@ -59,20 +59,21 @@ def test_every_response_gets_its_own_length(talkative, at_once):
 
 def test_a_restarted_response_keeps_its_length(talkative, monkeypatch):
     import rollout
+    from transformers.generation.continuous_batching.requests import RequestState
 
     sampler, prompts = talkative
     sampler.eos_ids = {10**6}
-    original, restarts = rollout._batching, []
+    original, restarts = rollout.batching_settings, []
 
     def crowded(*words):  # a cache for some three of them: others are sent back to the queue halfway
         options = original(*words)
         options.num_blocks = 9
         return options
 
-    reset = rollout.RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(rollout, "_batching", crowded)
+    reset = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(rollout, "batching_settings", crowded)
     monkeypatch.setattr(
-        rollout.RequestState, "create_equivalent_initial_request",
+        RequestState, "create_equivalent_initial_request",
         lambda self: restarts.append(len(self.generated_tokens)) or reset(self),
     )  # fmt: skip
     limits = [[60, 9, 50, 33]] * len(prompts)

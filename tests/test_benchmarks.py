@@ -12,8 +12,8 @@ import pytest
 from benchmarks import __main__ as commands
 from benchmarks.judge import guessed_letter
 from benchmarks.sets import BENCHMARKS, Item, Verdict, judge, load_items, prompt_template
-from data import DataError
 from prompts import fill
+from text.files import DataError
 
 # ---- who is right: whole responses; test_judge.py has what may stand in the box
 LETTERS = "ABCDEFGHIJ"

@@ -139,7 +139,7 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_allowed(word, allowe
     (["method=quiet_star", "ahead_tokens=0"], "ahead_tokens=0: must be 1 or more"),
     (["method=quiet_star", "share_prompts=true", "max_prompt_tokens=23"], "max_prompt_tokens=23: must be at least 24"),
     (["method=quiet_star", "min_passage_tokens=8"], "min_passage_tokens=8: must be 9 or more with quiet_star"),
-    *(([f"{key}={name}", "kl=0.1"], "kl=0.1: must be 0 with rlp, quiet_star, sft, cpt: no frozen copy to stay near")
+    *(([f"{key}={name}", "kl=0.1"], "kl=0.1: must be 0 with star, rlp, quiet_star, sft, cpt")
       for key, name in (("method", "rlp"), ("method", "quiet_star"), ("method", "sft"), ("method", "cpt"),
                         ("warmup_method", "sft"))),
     *(([*words, "offload=true"], "offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")

@@ -22,7 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from config import Config
-from data import Corpus, DataError, Passage, build_index, load_corpus, paragraphs, step_passages
+from data import Corpus, Passage, build_index, load_corpus, step_passages
+from text import files
+from text import paragraphs as paragraphs_module
+from text.files import DataError
+from text.paragraphs import paragraphs
 from relatives import rlvr
 from relatives.rlvr import load_questions
 
@@ -174,7 +178,7 @@ SENTENCES = [
 @pytest.mark.parametrize("sentences", SENTENCES)
 def test_a_paragraph_is_cut_at_sentence_ends(sentences, tokenizer):
     text = "".join(sentences)
-    ends = [match.end() for match in data.SENTENCE_BREAK.finditer(text)]
+    ends = [match.end() for match in paragraphs_module.SENTENCE_BREAK.finditer(text)]
     assert [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if a < b] == sentences
     for longest in (3, 6, 9, 50):
         [pieces] = data.cut_at_sentences([text], tokenizer, longest)
@@ -279,8 +283,8 @@ def test_every_skipped_record_is_counted_by_cause_and_logged_with_its_line(tmp_p
         "empty": 1, "too_short": 1, "too_long": 1, "no_prose": 1, "reserved": 3,
     }  # fmt: skip
     for line, cause in ((2, "bad_json"), (5, "bad_utf8"), (6, "bad_utf8"), (7, "no_text"), (9, "duplicate")):
-        assert any(f"mixed.jsonl:{line}: " in entry and data.CAUSES[cause] in entry for entry in logged)
-    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in data.CAUSES if cause in counts)
+        assert any(f"mixed.jsonl:{line}: " in entry and files.CAUSES[cause] in entry for entry in logged)
+    assert all(f"{counts[cause]} {cause}" in logged[-1] for cause in files.CAUSES if cause in counts)
 
 
 def write_parquet(path: Path, rows: list[dict], **options) -> Path:
@@ -320,8 +324,8 @@ def test_lines_of_ten_megabytes_and_lines_beyond_the_limit(tmp_path, tokenizer, 
     rows, counts, _ = build(make_config(source), tokenizer, tmp_path / "index")
     assert counts["too_long"] == 1 and rows[-1]["id"] == "a1#0"
     assert {row["id"].split("#")[0] for row in rows} == {"article", "a0", "a1"}
-    assert data._token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
-    monkeypatch.setattr(data, "LINE_LIMIT", 1 << 20)
+    assert paragraphs_module.token_counts(["x" * 2000], None, longest=40) == [41]  # it costs the tokenizer nothing
+    monkeypatch.setattr(files, "LINE_LIMIT", 1 << 20)
     rows, counts, logged = build(make_config(source, seed=1), tokenizer, tmp_path / "index")
     assert [row["id"] for row in rows] == ["a0#0", "a1#0"] and counts["long_line"] == 2
     assert any("a.jsonl:2: " in entry for entry in logged)
@@ -399,7 +403,7 @@ def test_a_folder_of_all_kinds(tmp_path, tokenizer):
 
 
 def test_a_long_text_file_is_cut_into_pieces_that_stay_on_one_side(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "TXT_PIECE", 1000)
+    monkeypatch.setattr(files, "TXT_PIECE", 1000)
     (tmp_path / "src").mkdir()
     for book in "ABCDEFGHIJKLMNOPQRST":
         # the last line ends a piece, after which there is nothing left
@@ -574,8 +578,6 @@ def test_an_index_is_reused_until_something_it_was_made_from_changes(tmp_path, t
         write_jsonl(source, other)
         assert rebuilt() and not rebuilt() and data.data_fingerprint(make_config(source)) != fingerprint
     folder.rename(tmp_path / "cache")
-    assert data.corpus_key(tmp_path) == data.data_fingerprint(make_config(source))
-    assert data.corpus_key(tmp_path / "gone") == ""
     (tmp_path / "cache").rename(folder)
     tokenizer_size = len(tokenizer)
     tokenizer.add_tokens(["another"])
@@ -592,7 +594,7 @@ def test_a_crash_while_building_leaves_the_old_index_or_none(tmp_path, tokenizer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_token_counts", broken_counts)
+        patch.setattr(data, "token_counts", broken_counts)
         with pytest.raises(KeyboardInterrupt):
             build_index(make_config(source, seed=1), tokenizer, folder, log=lambda line: None)
     assert (folder / "passages.jsonl").read_bytes() == old

@@ -13,14 +13,14 @@ import pytest
 from reference import ROOT, TINY_BASE
 from worker import ASKED
 
-import eval as exams
+from benchmarks import exams
 from benchmarks import evaluate as command_module
 from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evaluate, open_folder, read_settings
 from benchmarks.scores import MATH, PAPER, SIZES, compare_evaluations, paper_means, summarise
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
-from data import DataError
-from eval import Exam, exams_of, load_exams, parse_tasks
+from text.files import DataError
+from benchmarks.exams import Exam, exams_of, load_exams, parse_tasks
 from rollout import Rollout
 
 RECORDS = {

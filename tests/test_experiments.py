@@ -43,6 +43,7 @@ HOLDING = {  # one run per arm in which every claim holds
         "gen/share_hop4": [0.05] * 4 + [0.2] * 4 + [0.4] * 12}},
     "ladder: random_span": {"shape": {"pred/length_mean": [5.0] * 10 + [8.0] * 10}}, "ladder: frozen generator": {},
     "ladder: rewards shuffled": {"shape": {"pred/length_mean": [5.0] * 20}}, "ladder: sft, bare answers": {},
+    "ladder: star": {}, "ladder: rlp": {"hop4": 0.4}, "ladder: quiet_star": {},
 }  # fmt: skip
 FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes the claim fail
     "learns": [("active", "greedy_fact", 0.49), ("rewards shuffled", "fact", 0.31)],
@@ -66,6 +67,7 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
                      ("ladder: rewards shuffled", "hop4", 0.16)],
     "climbs": [("ladder: active", "gen/share_hop4", 0.05), ("ladder: active", "gen/share_hop2", 0.01),
                ("ladder: frozen generator", "gen/share_hop3", 0.31)],
+    "relatives": [("ladder: star", "hop4", 0.26), ("ladder: rlp", "hop4", 0.29), ("ladder: quiet_star", "hop4", 0.2)],
 }  # fmt: skip
 
 

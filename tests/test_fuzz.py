@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from config import Config
-from data import paragraphs
+from text.paragraphs import paragraphs
 from masking import MASK, make_mask, mask_at, random_span
 from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
 from relatives.next_token import next_token_mask

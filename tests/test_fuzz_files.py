@@ -18,9 +18,10 @@ import pytest
 import test_data
 from test_fuzz import share_and_all
 
-import data as sources
 from config import Config
-from data import CAUSES, DataError, build_index, load_corpus, step_passages
+from data import build_index, load_corpus, step_passages
+from text import files as sources
+from text.files import CAUSES, DataError
 from relatives.rlvr import load_questions
 
 tokenizer = test_data.tokenizer  # the fixture

@@ -69,12 +69,22 @@ def test_a_thought_counts_down_and_ends_in_the_answer():
     assert ladder.chained_answer(random.Random(0), AFTER, words, 0, 1.0) == " \\boxed{ Bal }"  # no fact, no thought
 
 
-def test_the_web_states_no_fact_of_a_run():
-    web = set(ladder.split_pairs(0)["web"])
-    for prompt, completion in islice(ladder.ladder_examples(0), 300):
-        whole = [one for one in facts(prompt.split()) if "[mask]" not in one and one[1] > 1]
-        assert {(name, depth) for name, depth, _ in whole} <= web, prompt
-        assert "Predict:" not in prompt or last_answer(completion, "boxed")
+def test_the_web_states_no_fact_of_a_run_and_what_is_copied_cannot_be_known():
+    """Texts to mask or repeat have names at random; what they name stands in the text."""
+    web, kinds, wrong = set(ladder.split_pairs(0)["web"]), Counter(), 0
+    for prompt, completion in islice(ladder.ladder_examples(0), 400):
+        stated = [one for one in facts(f"{prompt} [mask]".split()) if "[mask]" not in one]
+        longer = {(name, depth) for name, depth, _ in stated if depth > 1}
+        kinds[prompt.split()[-1] if "\n" in prompt else "think"] += 1
+        if "Mask:" in prompt or "Repeat:" in prompt:
+            wrong += sum(ladder.chain(AFTER, name, depth)[-1] != end for name, depth, end in stated)
+            assert set((last_answer(completion, "mask") or completion).split()) <= set(prompt.split())
+        else:
+            assert longer <= web and ("Predict:" not in prompt or last_answer(completion, "boxed"))
+    shares = {"Predict:": ladder.PREDICTED, "think": ladder.THOUGHT, "Repeat:": ladder.REPEATED, "Mask:": 0.3}
+    assert wrong > 400 and {name: kinds[name] / 400 for name in shares} == pytest.approx(shares, abs=0.04)
+    for prompt, completion in islice(ladder.copy_examples(0), 100):
+        assert set((last_answer(completion, "mask") or completion).split()) <= set(prompt.split())
 
 
 def test_a_thought_is_exchanged_with_that_of_the_next_passage(build_sampler, folders, monkeypatch):

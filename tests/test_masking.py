@@ -10,7 +10,8 @@ import pytest
 
 import masking
 from config import Config
-from data import Corpus, DataError, Passage
+from data import Corpus, Passage
+from text.files import DataError
 from eval import make_probe
 from masking import Mask, labelled_mask, make_mask, mask_at, random_span, word_spans
 from rewards import answerable, exact_match

@@ -15,7 +15,8 @@ from reference import (ROOT, TINY_BASE, CaptureGradients, largest_error, load_pl
 
 import methods
 from config import Config, ConfigError
-from data import DataError, Passage
+from data import Passage
+from text.files import DataError
 from grpo import Group, update
 from masking import Mask, make_mask
 from methods import METHODS, Task, make_task, reward
@@ -302,7 +303,7 @@ def test_what_is_right_and_what_is_earned_are_decided_once_and_logged_as_the_upd
         assert one.rewards == group[0].rewards and (one.rewards == one.correct) == (not mixed)
         assert [one.proposal_reward, invalid.proposal_reward] == group[1].rewards
         assert sorted(group[1].rewards) == [0, 5 / 8]
-        logged, other = sample_rows(proposals, Config(), 1)
+        logged, other = sample_rows(proposals, 1)
         pairs = list(zip(one.correct, one.rewards, strict=True))
         assert [(row["correct"], row["reward"]) for row in logged["predictions"]] == pairs
         assert [row["proposal"]["reward"] for row in (logged, other)] == group[1].rewards

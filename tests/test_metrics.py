@@ -13,8 +13,8 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows,
-    step_flops, step_metrics, tokens_after_answer,
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows, step_flops,
+    step_metrics, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
@@ -137,7 +137,7 @@ def test_samples_tell_of_a_generator_only_where_there_was_one(step):
     proposals, _ = step
     proposals[0][1].proposal = None
     proposals[0][0].rewards = [0.9, -0.1]
-    rows = list(sample_rows(proposals, Config(), 4))
+    rows = list(sample_rows(proposals, 4))
     assert [row["proposal"] and row["proposal"]["reward"] for row in rows] == [0.5, None, 0]
     assert [len(row["predictions"]) for row in rows] == [2, 2, 0] and {row["step"] for row in rows} == {4}
     assert [(one["correct"], one["reward"]) for one in rows[0]["predictions"]] == [(1, 0.9), (0, -0.1)]

@@ -79,6 +79,21 @@ def test_a_filled_policy_holds_the_checkpoint_and_refresh_gives_it_back(folders,
     assert same_bits(weights(replica), loaded)
 
 
+def test_refresh_tells_what_share_of_the_values_changed(folders, ranks):
+    """Bfloat16 has steps of 1/128 above 1: a master that has moved by less than half of one changes nothing."""
+    replica = load_replica(tiny_config(folders["smollm3"], dtype="bfloat16"), ranks)
+    total = sum(parameter.numel() for parameter in replica.parameters())
+    norm = replica.model.norm.weight.fill_(1.0)
+    policy = build_policy(replica, tiny_config(folders["smollm3"], dtype="bfloat16"), ranks)
+    assert refresh(policy, replica) == 0.0
+    with torch.no_grad():
+        policy.model.norm.weight.to_local().add_(0.0038)
+    assert refresh(policy, replica) == 0.0
+    with torch.no_grad():
+        policy.model.norm.weight.to_local()[:3].add_(0.0002)
+    assert refresh(policy, replica) == 3 / total and (norm > 1).sum() == 3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_filled_policy_computes_what_the_checkpoint_computes(folders, ranks, family):
     """Parameters and buffers: empty rotary frequencies would not be noticed by any loader."""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 import ops
+from engine import cache
 from grpo import Sample, pack_samples
 from ops import VARLEN, apply_liger, choose_attention, pack, token_logprobs, varlen_attention
 from rollout import Rollout
@@ -161,7 +162,7 @@ def pages():
 
 def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
     before = [pages[name].clone() for name in ("k_pages", "v_pages")]
-    out = ops.decode_by_table(**pages, scale=0.3)
+    out = cache.decode_by_table(**pages, scale=0.3)
     for then, name, new in zip(before, ("k_pages", "v_pages"), "kv", strict=True):
         then[2, 1], then[7, 3], then[1, 0] = pages[new]  # token 6 is the second of page 2, token 4 the last of page 7
         assert torch.equal(pages[name], then)
@@ -173,16 +174,16 @@ def test_a_step_writes_the_new_key_behind_the_past_and_attends_to_both(pages):
 def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monkeypatch):
     """No GPU here: the kernel's own registration checks names and types on tensors without data."""
     pytest.importorskip("torch.nn.attention.varlen")
-    calls, (kernel, known) = [], ops._varlen_kernel()
+    calls, (kernel, known) = [], cache.varlen_kernel()
 
     def spy(*args, **options):
         calls.append((args, options))
         return kernel(*args, **options)
 
-    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (spy, known))
+    monkeypatch.setattr(cache, "varlen_kernel", lambda: (spy, known))
     meta = {name: value.to("meta") for name, value in pages.items() if name != "places"}
     lengths = meta["cu_k"].diff()
-    out = ops._read_pages_torch(
+    out = cache._read_pages_torch(
         *(meta[name] for name in ("q", "k_pages", "v_pages", "table")), lengths, meta["cu_q"], meta["cu_k"], 0.3
     )
     assert out.shape == pages["q"].shape
@@ -196,23 +197,23 @@ def test_what_the_kernel_is_given_is_what_the_installed_torch_takes(pages, monke
 def first_row_only(q, *rest):
     """What torch's kernel did where it split the keys: one row right, the others never written."""
     out = torch.full_like(q, torch.nan)
-    out[0] = ops._read_pages_plain(q, *rest)[0]
+    out[0] = cache._read_pages_plain(q, *rest)[0]
     return out
 
 
 def no_lengths(q, k_pages, v_pages, table, lengths, *rest):
     """A kernel that reads its pages to the end."""
-    return ops._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
+    return cache._read_pages_plain(q, k_pages, v_pages, table, lengths.clamp(min=1024), *rest)
 
 
 def no_table(q, k_pages, v_pages, table, *rest):
     """A kernel that takes pages as they lie."""
     plain = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
-    return ops._read_pages_plain(q, k_pages, v_pages, plain, *rest)
+    return cache._read_pages_plain(q, k_pages, v_pages, plain, *rest)
 
 
 def a_little_off(*problem):
-    return ops._read_pages_plain(*problem) + 0.1
+    return cache._read_pages_plain(*problem) + 0.1
 
 
 def refusing(*_):
@@ -222,8 +223,8 @@ def refusing(*_):
 @pytest.mark.parametrize(
     "kernel, trouble",
     [
-        (ops._read_pages_plain, "^$"),
-        (ops._read_pages_triton, "No module|driver"),  # no GPU here
+        (cache._read_pages_plain, "^$"),
+        (cache._read_pages_triton, "No module|driver"),  # no GPU here
         (first_row_only, "its kernel is off by nan"),
         (no_lengths, r"its kernel is off by \d"),
         (no_table, r"its kernel is off by \d"),
@@ -232,13 +233,13 @@ def refusing(*_):
     ],
 )
 def test_the_kernel_is_tried_before_it_is_trusted(kernel, trouble):
-    assert re.search(trouble, ops._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
+    assert re.search(trouble, cache._try_reader(kernel, 6, CPU, torch.bfloat16, 4, 2, 16))
 
 
 def test_on_a_cpu_and_in_float32_there_is_nothing_to_try(monkeypatch):
-    monkeypatch.setattr(ops, "_try_reader", None)
+    monkeypatch.setattr(cache, "_try_reader", None)
     for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda", 0), torch.float32)):
-        assert ops.table_reader(device, dtype, 4, 2, 16) == (ops._read_pages_plain, "")
+        assert cache.table_reader(device, dtype, 4, 2, 16) == (cache._read_pages_plain, "")
 
 
 @pytest.fixture
@@ -253,11 +254,11 @@ def tried(monkeypatch):
             trials.append((read, rows, *shape))
             return verdict(read, rows, splits)
 
-        monkeypatch.setattr(ops, "_try_reader", try_reader)
-        ops.table_reader.cache_clear()
+        monkeypatch.setattr(cache, "_try_reader", try_reader)
+        cache.table_reader.cache_clear()
         for _ in range(2):
-            taken = ops.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
-        ops.table_reader.cache_clear()
+            taken = cache.table_reader(torch.device("cuda", 0), torch.bfloat16, 8, 4, 24)
+        cache.table_reader.cache_clear()
         return taken, trials
 
     return choose
@@ -267,21 +268,21 @@ def test_few_requests_get_the_most_splits_that_are_right(tried):
     """Four key-value heads: 256 programs, and one that is wrong with eight splits."""
     (read, trouble), trials = tried(lambda read, rows, splits: "off" if splits == 8 else "")
     assert trouble == "" and read.keywords["splits"] == {1: 16, 2: 16, 4: 16, 8: 4, 16: 4, 32: 2}
-    assert read.func is ops._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
+    assert read.func is cache._read_pages_torch and len(set(trials)) == len(trials)  # each is tried once
 
 
 def test_the_rows_of_a_step_say_how_often_its_keys_are_split(monkeypatch):
     given = []
-    monkeypatch.setattr(ops, "_varlen_kernel", lambda: (lambda *_, num_splits, **__: given.append(num_splits), {}))
+    monkeypatch.setattr(cache, "varlen_kernel", lambda: (lambda *_, num_splits, **__: given.append(num_splits), {}))
     pages, table, borders = torch.zeros(9, 4, 2, 8), torch.zeros(5, 3).int(), torch.zeros(1)
     for rows in (1, 2, 3, 4, 5):
         q = torch.zeros(rows, 4, 8)
-        ops._read_pages_torch(q, pages, pages, table, None, borders, borders, None, splits={1: 16, 4: 8})
+        cache._read_pages_torch(q, pages, pages, table, None, borders, borders, None, splits={1: 16, 4: 8})
     assert given == [16, 1, 8, 8, 1]  # 2 and 8 rows were not found right
 
 
 def test_where_torch_reads_no_block_table_the_triton_kernel_does(tried):
-    ours = ops._read_pages_triton
+    ours = cache._read_pages_triton
     assert tried(lambda read, rows, splits: "" if read is ours else "2.11")[0] == (ours, "")
     assert tried(lambda read, rows, splits: "no triton" if read is ours else "2.11")[0] == (None, "2.11")
 
@@ -293,10 +294,10 @@ def test_an_older_torch_gets_grouped_heads_as_they_are(monkeypatch):
         return key.shape, value.shape, window_size
 
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn))
-    ops._varlen_kernel.cache_clear()
+    cache.varlen_kernel.cache_clear()
     q, k = torch.zeros(5, 8, 16), torch.zeros(5, 2, 16)
     assert ops._varlen("", q, k, k, None, None, 5, 5, scale=0.3) == (k.shape, k.shape, (-1, 0))
-    ops._varlen_kernel.cache_clear()
+    cache.varlen_kernel.cache_clear()
 
 
 def test_the_triton_kernel_equals_the_plain_version(command, monkeypatch):
@@ -324,7 +325,7 @@ def test_with_a_block_table_the_attention_is_the_steps_own(pages):
     query, key, value = (pages[name].transpose(0, 1)[None] for name in "qkv")
     borders = {"cu_seq_lens_q": pages["cu_q"], "cu_seq_lens_k": None, "max_length_q": 1, "max_length_k": None}
     out, _ = varlen_attention(SimpleNamespace(layer_idx=0), query, key, value, scaling=0.3, cache=Cache(), **borders)
-    assert torch.equal(out[0], ops.decode_by_table(**copies, scale=0.3))
+    assert torch.equal(out[0], cache.decode_by_table(**copies, scale=0.3))
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen

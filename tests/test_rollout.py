@@ -205,7 +205,7 @@ def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
     shape._attn_implementation = attention
     replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)
     config = replace(sampler.config, use_cuda_graph=use_cuda_graph)
-    assert rollout_module._batching(config, replica, PROMPTS, 12, 12, 0).cuda_graph_booleans == (False, graph)
+    assert rollout_module.batching_settings(config, replica, PROMPTS, 12, 12, 0).cuda_graph_booleans == (False, graph)
 
 
 def test_each_prompt_gets_its_own_responses_in_order(sampler):

@@ -1,0 +1,171 @@
+"""What rollout.py changes in transformers' continuous batching: its settings, four habits of a phase, and where a
+response ends.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+from config import Config
+from engine.cache import table_reader
+from ops import VARLEN
+from prompts import CLOSED, scan
+
+if TYPE_CHECKING:
+    from rollout import Sampler
+
+
+def decoding(replica: nn.Module) -> str:
+    """How a decoding step reads the paged cache: `flash-attn`, `block table`, or `gathered: ` and why not in place."""
+    shape = replica.config.get_text_config()
+    if shape._attn_implementation != VARLEN:
+        return "flash-attn"
+    heads = shape.num_attention_heads
+    kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+    dim = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    trouble = table_reader(replica.device, replica.dtype, heads, kv_heads, dim)[1]
+    return f"gathered: {trouble}" if trouble else "block table"
+
+
+def describe_attention(replica: nn.Module) -> str:
+    """What a user is told: the kernels, and how a decoding step reads the cache."""
+    return f"attention {replica.config._attn_implementation}, decoding: {decoding(replica)}"
+
+
+def batching_settings(
+    config: Config, replica, prompts: list[list[int]], max_tokens: int, requests: int, seed: int
+) -> ContinuousBatchingConfig:
+    """The sampler's settings. On a GPU the cache takes its share of free memory; on a CPU just what the phase needs."""
+    options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
+    options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
+    if replica.device.type == "cuda":
+        # A graph needs kernels that ask the CPU for nothing. None for prefill: hardly two batches have the same shape
+        how = decoding(replica)
+        graphs = how == "flash-attn" or (how == "block table" and replica.dtype != torch.float32)
+        at_once = config.max_requests or 512
+        options |= {"max_memory_percent": config.cache_memory}
+        options |= {"use_cuda_graph": (False, graphs and config.use_cuda_graph)}  # (prefill, decoding)
+    else:
+        at_once, page = config.max_requests or 256, 32
+        pages = sorted((-(-(len(prompt) + max_tokens) // page) + 1 for prompt in prompts), reverse=True)
+        count = requests // len(prompts)
+        # The longest that may run at once, and a quarter more for shared prompts and forks; the rest waits its turn
+        most = count * sum(pages[: -(-2 * at_once // count)])
+        options |= {"page_size": page, "num_blocks": most * 5 // 4 + 8}
+        # Room for many prompts in one forward: one that mixes prompts and decoding is the slow case of ops.py
+        options |= {"max_batch_tokens": max(at_once, min(8192, sum(map(len, prompts)) + requests))}
+    return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
+
+
+LEAST_ROWS = 16  # of a decoding step in a CUDA graph: fewer take as long, and would be more graphs to capture
+
+
+def adapt(manager, requests: int) -> None:
+    """Makes the sampler's objects for one phase, and changes three of their habits.
+
+    A batch of padding alone (while prompts wait to be forked) is not computed: it would draw from rows that no kernel
+    wrote, and NaN there kills the process. Decoding is padded to LEAST_ROWS. Where requests outnumber places, new ones
+    wait until an eighth of the places is free: one prompt in a batch sends all others down the slow path.
+    """
+    processor = manager.batch_processor = manager._create_batch_processor()
+    runner, scheduler, buffers = processor.model_runner, processor.scheduler, processor.inputs_and_outputs
+    compute, pad, schedule = runner.compute_batch, runner.maybe_pad_inputs, scheduler.schedule_batch
+    places = scheduler.max_requests_per_batch
+
+    def compute_batch(model, batch_data):
+        pairs = getattr(buffers, "io_pairs", None)  # asynchronous: two sets take turns
+        if (pairs[buffers.current_pair].device_io if pairs else buffers).total_seqlen_q:
+            compute(model, batch_data)
+
+    def maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path):
+        least = runner.least_rows if use_decode_fast_path and runner.pad_inputs else 0
+        return pad(max(num_q_tokens, least), max_kv_read, use_decode_fast_path)
+
+    def schedule_batch(*budgets):
+        blocked, full = scheduler.block_new_requests, len(scheduler.active_requests) > places - places // 8
+        scheduler.block_new_requests = blocked or (requests > places and full)
+        batch = schedule(*budgets)
+        scheduler.block_new_requests = blocked
+        return batch
+
+    runner.compute_batch, runner.maybe_pad_inputs, runner.least_rows = compute_batch, maybe_pad_inputs, LEAST_ROWS
+    scheduler.schedule_batch = schedule_batch
+
+
+@torch.no_grad()
+def capture_graphs(manager) -> bool:
+    """Captures decoding in each number of rows that the phase can meet, for both sets of buffers. False if one fails,
+    which the sampler only logs. Captured while it decodes, a graph has died under torchrun (transformers#48312)."""
+    cache, runner = manager.batch_processor.cache, manager.batch_processor.model_runner
+    buffers, places = runner.inputs_and_outputs, runner.cb_config.max_requests_per_batch
+    if not runner.use_cuda_graph_decode or cache.max_decode_fast_path_length <= 0:
+        return True
+    sizes = [places, *(rows for rows in (LEAST_ROWS << n for n in range(16)) if rows < places)]  # the largest first
+    for pair in buffers.io_pairs:
+        for runner.least_rows in sizes:
+            runner.run_one_warmup(manager.model, 1, None)  # one request, the rest padding: a small cache will do
+            buffers.compute_stream.synchronize()  # the next one writes to the same inputs
+            if pair.device_io.graphs.get_graph((runner.least_rows,)) is None:
+                return False
+        buffers.swap_io_pairs()
+    cache.reset()
+    runner.least_rows = LEAST_ROWS
+    return True
+
+
+@contextmanager
+def stop_at_answer(sampler: Sampler, opening: str, start):
+    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
+
+    The sampler has no stop strings, so the method by which a request takes in a token is wrapped. The decision depends
+    on the sampled tokens alone, so sampling stays on-policy and the log-probs are untouched.
+    """
+    original, answered = RequestState.update_and_check_completion, set()
+
+    def update_and_check_completion(self, token_id, logprob):
+        finished = original(self, token_id, logprob)
+        state = getattr(self, "answer_scan", None)
+        if state is None:  # new, or restarted after its cache was taken away: read what was generated before this token
+            earlier = self.initial_tokens[self._true_initial_tokens :] if self._true_initial_tokens else []
+            state = start
+            for token in [*earlier, *self.generated_tokens[:-1]]:
+                state = scan(state, sampler.piece(token), opening)
+        self.answer_scan = scan(state, sampler.piece(token_id), opening)
+        if self.answer_scan == CLOSED:
+            answered.add(self.request_id)
+            if not finished:
+                self.status = RequestStatus.FINISHED
+        return finished or self.answer_scan == CLOSED
+
+    RequestState.update_and_check_completion = update_and_check_completion
+    try:
+        yield answered
+    finally:
+        RequestState.update_and_check_completion = original
+
+
+@contextmanager
+def stop_at_limits(names: list[list[str]], limits: list[list[int]]):
+    """Inside, each response has its own longest length. A forked request would have that of the one it came from."""
+    of = {}
+    for own, group in zip(names, limits, strict=True):
+        of |= zip(own, group, strict=True)
+    original = RequestState.update_and_check_completion
+
+    def update_and_check_completion(self, token_id, logprob):
+        # restarted after its cache was taken away: part of what it generated counts as its prompt
+        earlier = len(self.initial_tokens) - self._true_initial_tokens if self._true_initial_tokens else 0
+        self._new_tokens_limit = of[self.request_id] - earlier
+        return original(self, token_id, logprob)
+
+    RequestState.update_and_check_completion = update_and_check_completion
+    try:
+        yield
+    finally:
+        RequestState.update_and_check_completion = original

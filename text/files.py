@@ -1,0 +1,300 @@
+"""Files and the hub -> records, one reader for passages, questions and benchmarks.
+
+Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A json file holds records a
+line, one array, {"examples": [...]} or one record. A record that cannot be used is counted under a cause of CAUSES,
+with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
+after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of a
+long jsonl, a capped index (max_passages) is the first part. Shuffle it beforehand.
+"""
+
+import gzip
+import json
+import os
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from config import Config, one_line
+
+RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
+CAUSES = {
+    "unreadable": "file broken or cut off; what came before the break is kept",
+    "long_line": "line over 64 MiB",
+    "bad_utf8": "not UTF-8",
+    "bad_json": "not a JSON object",
+    "no_text": "no text field, or not a string",
+    "duplicate": "the same record was read before",
+    "empty": "no text",
+    "no_prose": "article with headings, lists or references only",
+    "too_short": "passage or rest of an article under min_passage_tokens",
+    "too_long": "sentence over max_passage_tokens",
+    "reserved": "passage contains " + " or ".join(RESERVED) + " or a special token of the tokenizer",
+    "no_question": "no text in question, problem, prompt, or a chat that is not one user turn",
+    "no_answer": "no answer that can be checked",
+    "choices": "multiple choice",
+}
+QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
+LINE_LIMIT = 64 << 20  # bytes; a file without line ends must not fill the memory
+ARRAY_LIMIT = 1 << 30  # bytes; a longer file is not parsed as one JSON value
+TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
+Skip = Callable[..., None]  # skip(cause, where, detail="")
+Record = tuple[str, str, dict]  # where, for messages; "file:line", the id of a record that has none; fields
+
+
+class DataError(ValueError):
+    """One line: the source, what is wrong with it, what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+class Tally:
+    """Counts what is skipped; the first three of a cause are logged with file and line, the QUIET ones are not."""
+
+    def __init__(self, log: Callable[[str], None]):
+        self.counts: Counter[str] = Counter()
+        self.log, self.first_problem = log, ""
+
+    def skip(self, cause: str, where: str, detail: str = "") -> None:
+        self.counts[cause] += 1
+        if cause not in QUIET and self.counts[cause] <= 3:
+            line = one_line(f"{where}: skipped, {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
+            self.first_problem = self.first_problem or f"; first problem: {line}"
+            self.log(f"data: {line}" + ("; more of these are only counted" if self.counts[cause] == 3 else ""))
+
+    def skipped(self) -> str:
+        return ", ".join(f"{self.counts[cause]:,} {cause}" for cause in CAUSES if self.counts[cause]) or "nothing"
+
+
+def source_path(config: Config) -> Path:
+    """config.data as a path, links followed. Uses os.path, which never raises: a link loop, an overlong name or an
+    unknown user gives a path that does not exist."""
+    return Path(os.path.realpath(os.path.expanduser(config.data)))
+
+
+def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None:
+    """Files of a local source, sorted; None when config.data is no path, which makes it a hub name."""
+    root = source_path(config)
+    if not os.path.exists(root):
+        return None
+    if root.is_file():
+        if not _kind(root):
+            raise DataError(f"{root}: unknown kind of file; .parquet, .jsonl, .json, .txt, the last three also .gz")
+        return [root]
+    part = root / config.data_config
+    if config.data_config and os.path.isdir(part):  # a download in the hub's layout: that part only
+        root = part
+    found = sorted(p for p in root.rglob("*") if p.is_file())
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    files = [p for p in found if _kind(p)]
+    if len(files) < len(found):
+        log(one_line(f"data: {len(found) - len(files)} files of other kinds in {root} are ignored"))
+    if not files:
+        raise DataError(f"{root}: no .parquet, .jsonl, .json or .txt file in this folder")
+    return files
+
+
+def _kind(path: Path) -> str:
+    if path.suffix.lower() == ".parquet":
+        return "parquet"
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return {".jsonl": "json", ".json": "json", ".txt": "txt"}.get(suffix, "")
+
+
+def file_records(
+    files: list[Path],
+    config: Config,
+    skip: Skip,
+    columns: tuple = (),
+    needed: tuple[str, tuple] = ("no_text", ()),
+    shuffled: bool = False,
+) -> Iterator[Record]:
+    """The records of files of any kind, one reader for passages, questions and benchmarks.
+
+    Of a parquet file the `columns` (all, if none is named). needed: a cause and columns; a parquet file with none of
+    these is skipped for that cause.
+    A txt file is one article, under config.text_field. shuffled: files and parquet rows come in an order of the seed.
+    """
+    top, files = source_path(config), list(files)
+    if shuffled:
+        random.Random(config.seed).shuffle(files)
+    for path in files:
+        name = one_line(path.name if path == top else path.relative_to(top).as_posix())  # it becomes part of ids
+        kind = _kind(path)
+        if path.stat().st_size == 0:
+            skip("empty", str(path), "0 bytes")
+        elif kind == "parquet":
+            order = random.Random(f"{config.seed} {name}") if shuffled else None
+            yield from _parquet_records((path, name), columns, needed, skip, order)
+        elif kind == "txt":
+            yield from _txt_records(path, name, config.text_field, skip)
+        else:
+            yield from _json_records(path, name, skip)
+
+
+def hub_records(
+    name: str, part: str, split: str = "train", seed: int | None = None, field: str = ""
+) -> Iterator[Record]:
+    """The records of a hub dataset; raises DataError in one line, also if the first record lacks `field`.
+
+    With a seed they are streamed, row groups in an order of the seed, so that only those that are needed are fetched.
+    """
+    from datasets import load_dataset  # here alone: local files need neither the import nor a network
+
+    try:
+        if seed is None:
+            records = load_dataset(name, part or None, split=split)
+        else:
+            stream = load_dataset(name, part or None, split=split, streaming=True)
+            records = stream.reshard().shuffle(seed=seed, buffer_size=1000)
+        for number, record in enumerate(records):
+            if number == 0 and field and field not in record:
+                raise DataError(f"{name}: no column text_field={field!r}; columns are {', '.join(record)}")
+            yield f"{name} record {number}", f"{name}:{number}", record
+    except DataError:
+        raise
+    except Exception as error:  # network, hub and parser each raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise DataError(
+            f"hub dataset {name!r}, configuration {part!r}, split {split!r}, cannot be read ({reason}); check the name "
+            "and the network, or give the path of a local copy"
+        ) from None
+
+
+def _parquet_records(
+    file_name: tuple[Path, str], wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
+) -> Iterator[Record]:
+    """A broken row group loses that group; a broken footer (as in a truncated file) loses the whole file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (path, name), (cause, needed) = file_name, needed
+    broken = (OSError, ValueError, OverflowError, pa.ArrowException)
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        columns = [column for column in names if column in wanted or not wanted]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two columns of one name among {', '.join(columns)}")
+        starts = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+    except broken as error:
+        return skip("unreadable", str(path), str(error).split("\n")[0])
+    if needed and not set(columns) & set(needed):
+        return skip(cause, str(path), f"no column {' or '.join(needed)} among {', '.join(names)}")
+    groups = list(range(file.num_row_groups))
+    if order:
+        order.shuffle(groups)
+    for group in groups:
+        first = int(starts[group]) + 1
+        try:
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                for i in order.sample(range(batch.num_rows), batch.num_rows) if order else range(batch.num_rows):
+                    row = first + i
+                    try:
+                        record = {column: _value(batch.column(column)[i]) for column in columns}
+                    except UnicodeDecodeError as error:
+                        skip("bad_utf8", f"{path}: row {row}", error.reason)
+                    else:
+                        yield f"{path}: row {row}", f"{name}:{row}", record
+                first += batch.num_rows
+            if first <= starts[group + 1]:  # pyarrow may take a broken page for the end
+                raise ValueError(f"{starts[group + 1] + 1 - first} rows are missing")
+        except broken as error:
+            skip("unreadable", f"{path}: row group {group} from row {first}", str(error).split("\n")[0])
+
+
+def _value(scalar):
+    """None where Python has no such value (a date in the year 30000, a struct with one name twice)."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, LookupError, OverflowError):
+        return None
+
+
+def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
+    values = _whole_json(path, skip)
+    for number, value in _lines(path, skip) if values is None else enumerate(values, 1):
+        where = f"{path}:{number}" if values is None else f"{path}: record {number}"
+        if values is None:
+            if not (value or "").strip():
+                continue
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                skip("bad_json", where, str(error))
+                continue
+        if isinstance(value, dict):
+            yield where, f"{name}:{number}", value
+        else:
+            skip("bad_json", where, f"a {type(value).__name__}")
+
+
+def _whole_json(path: Path, skip: Skip) -> list | None:
+    """The records of a file that is one JSON value over one line or many; None for a file to be read line by line."""
+    try:
+        with _open(path) as file:
+            first = next((line for line in iter(lambda: file.readline(LINE_LIMIT), b"") if line.strip()), b"")
+            array = first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+            if not array and not path.name.lower().removesuffix(".gz").endswith(".json"):
+                return None
+            text = (first + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not array:
+            return None
+        skip("bad_json", f"{path}:{error.lineno}", error.msg)
+        return []
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return None  # the reader of lines reports it
+    if isinstance(value, dict):
+        examples = value.get("examples")
+        return examples if isinstance(examples, list) else [value]
+    return value if isinstance(value, list) else [value]
+
+
+def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:
+    """One article per file, titled by the file's name. A long file is cut at blank lines into pieces, which share the
+    title and so the side of the split; a piece with an unreadable line is dropped whole."""
+    title = one_line(Path(path.name.removesuffix(".gz")).stem)
+    piece, size, first, broken = [], 0, 1, False  # lines, characters, number of the first line, holds a bad line
+    for number, line in chain(_lines(path, skip), [(0, "")]):
+        piece.append((line or "").rstrip())
+        size += len(piece[-1])
+        broken = broken or line is None
+        if number == 0 or (line is not None and not piece[-1] and size > TXT_PIECE):
+            if not broken and (size or first == 1):
+                yield f"{path}:{first}", f"{name}:{first}", {text_field: "\n".join(piece), "title": title}
+            piece, size, first, broken = [], 0, number + 1, False
+
+
+def _open(path: Path):
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
+
+
+def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
+    """(line number from 1, its text) of a text file; None for a line that was skipped. Ends early at a gzip's break."""
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(LINE_LIMIT):
+                number += 1
+                text = None
+                if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+                    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                        pass
+                    skip("long_line", f"{path}:{number}")
+                else:
+                    try:
+                        text = line.decode("utf-8-sig")  # some editors put a byte order mark first
+                    except UnicodeDecodeError as error:
+                        skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}")
+                yield number, text
+    except (OSError, EOFError, zlib.error) as error:
+        skip("unreadable", f"{path}:{number + 1}", str(error))

@@ -75,10 +75,8 @@ def test_samples_of_an_item_are_judged_one_by_one_in_order():
 
 
 # ---------------------------------------------------------------------------------------------- where items come from
-MMLU_PRO = {
-    "question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"],
-    "answer": "C", "answer_index": 1, "category": "chemistry",  # the index is as wrong as in item 3983
-}  # fmt: skip
+MMLU_PRO = {"question_id": 70, "question": "Which gas is most of the air?\n", "options": ["argon", "neon", "nitrogen"]}
+MMLU_PRO |= {"answer": "C", "answer_index": 1}  # the index is as wrong as in item 3983
 SUPERGPQA = {"uuid": "fbbc", "question": "Hydrocortisone ( ).", "options": ["heals", "can help"], "answer": "can help"}
 SUPERGPQA["answer_letter"] = "B"
 SUPERGPQA_INSIDE = {"question": "How much?\n Options are:\nA. $$1\nB. $$\n2 m\nB. of them\nC. V. vulgaris"}
@@ -87,8 +85,7 @@ BBEH = {"input": "Who dances with Eve?\nOptions:\n(A) Sam\n(B) Lola", "target": 
 MATH500 = {"problem": "Convert.", "solution": r"\boxed{9}", "answer": r"\left( 3, \frac{\pi}{2} \right)"}
 MATH500["unique_id"] = "test/precalculus/807.json"
 GSM8K = {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24, so in all\n#### 1,072"}
-OLYMPIAD = {"id": 1606, "context": None, "question": "Find all.", "solution": ["By symmetry."]}
-OLYMPIAD["final_answer"] = ["$69$,$84$"]
+OLYMPIAD = {"id": 1606, "context": None, "question": "Find all.", "solution": ["So."], "final_answer": ["$69$,$84$"]}
 MINERVA = {"problem": "Luminosity?", "solution": r"\[ L \simeq \boxed{4.5e33} \mathrm{ergs} \]", "idx": 1}
 AMC23 = {"id": 0, "problem": "How far?", "answer": 27.0, "question": "How far?"}
 AIME24 = {"id": 60, "problem": "How long?", "solution": r"\boxed{9}", "answer": "204", "url": "", "year": "2024"}

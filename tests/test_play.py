@@ -62,7 +62,6 @@ def test_the_mask_with_the_most_even_verdicts_is_followed():
         choose_mask([[solved(4), solved(0)], [solved(0, 0)]])
 
 
-# ---- play
 def test_play_marks_verdicts_right_for_both_models(ranks):
     words = [BASE, f"config={TINY}", "predictions_per_mask=4", "seed=1", f"passage={TOWN}"]
     models, own, config = play.read_arguments(words)

@@ -64,7 +64,6 @@ def read_page(*folders: Path) -> str:
     return write_report(list(folders)).read_text(encoding="utf-8")
 
 
-# ---- numbers
 def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highest(tmp_path):
     names = {"a": (0, [1.0, 4.0]), "b": (1, [2.0, math.nan, 9.0]), "c": (2, [6.0])}
     runs = []
@@ -81,7 +80,6 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
     assert alone.series("loss").band == []
 
 
-# ---- text
 def test_a_response_is_thought_and_answer():
     assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
     assert split_response("no box", "boxed") == {"t": "no box", "a": None}
@@ -168,7 +166,6 @@ def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
 
 
-# ---- whole runs
 @pytest.mark.parametrize("rows", [
     [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
     [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],

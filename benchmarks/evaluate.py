@@ -57,7 +57,7 @@ class Settings:
     samples: int = 0  # responses to each item, one greedy or several sampled; 0: as many as the table says
     last_number: bool = False  # maths without a box: take the last number; lifts base models
     guess: bool = False  # choices without a letter: draw one; lifts base models, by about 10 points on ten options
-    chunk: int = 512  # responses; smaller chunks spread better over ranks, larger wait less often for a longest one
+    chunk: int = 512  # responses; part of the noise; smaller chunks spread better over ranks, larger ones wait less
 
 
 def read_settings(words: list[str]) -> Settings:

@@ -6,8 +6,6 @@
 `python eval.py compare OUT [OUT ...]` puts finished evaluations side by side.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -17,21 +15,16 @@ from types import SimpleNamespace
 from benchmarks.judge import check_answers, option_letter
 from benchmarks.sets import load_items, prompt_template
 from config import Config, ConfigError
-from text.files import DataError
 from masking import make_mask
 from prompts import fill
 from rewards import exact_match
+from text.files import DataError
 
 
 def judge_row(row: dict) -> object:
-    """What the public functions say of one row, to be compared with what the row says.
-
-    A row has a `kind`: maths (gold, answer, right), letter (letters, answer, right: a letter or null), match (gold,
-    answer, right: of exact_match), mask (passage, rule, words, target: null if there is no mask).
-
-    >>> judge_row({"kind": "letter", "letters": "ABCD", "answer": "(B) neon"})
-    'B'
-    """
+    """The verdict on a row, to be compared with its `right`, or `target` of a mask. Kinds of rows: maths (gold, answer,
+    right), letter (letters, answer, right: a letter or null), match (gold, answer, right: of exact_match), mask
+    (passage, rule, words, target: null if there is no mask)."""
     if row["kind"] == "maths":
         return check_answers([(row["gold"], row["answer"])])[0]
     if row["kind"] == "letter":
@@ -43,31 +36,23 @@ def judge_row(row: dict) -> object:
     return None if mask.invalid else mask.target
 
 
-def check_rows(path: str) -> None:
-    """Prints the rows of a jsonl that differ from the judge, and how many agree: last line `3 of 4 as they say`."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    differ = [(row, found) for row in rows if (found := judge_row(row)) != row.get("right", row.get("target"))]
-    for row, found in differ:
-        print(f"judged {found!r}: {json.dumps(row, ensure_ascii=False)}")
-    print(f"{len(rows) - len(differ)} of {len(rows)} as they say")
-
-
-def show(name: str, path: str = "") -> None:
-    """Prints counts of a benchmark's items, the fingerprint, and the first item as it is asked."""
-    items, counts, fingerprint = load_items(name, path)
-    asked = fill(prompt_template(name), items[0].question)
-    print(f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}")
-
-
 def main() -> None:
-    command, *words = sys.argv[1:] or [""]
     try:
-        if command == "judge" and len(words) == 1:
-            check_rows(*words)
-        elif command == "show" and len(words) in (1, 2):
-            show(*words)
-        else:
-            raise SystemExit((__doc__ or "").rstrip())
+        match sys.argv[1:]:
+            case ["judge", path]:
+                lines = Path(path).read_text(encoding="utf-8").splitlines()
+                rows = [json.loads(line) for line in lines if line.strip()]
+                found = [(row, judge_row(row)) for row in rows]
+                differ = [(row, verdict) for row, verdict in found if verdict != row.get("right", row.get("target"))]
+                for row, verdict in differ:
+                    print(f"judged {verdict!r}: {json.dumps(row, ensure_ascii=False)}")
+                print(f"{len(rows) - len(differ)} of {len(rows)} as they say")
+            case ["show", name, *path] if len(path) < 2:
+                items, counts, fingerprint = load_items(name, *path)
+                asked = fill(prompt_template(name), items[0].question)
+                print(f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}")
+            case _:
+                raise SystemExit((__doc__ or "").rstrip())
     except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

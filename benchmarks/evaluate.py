@@ -1,15 +1,12 @@
 """The command behind eval.py: a checkpoint answers benchmarks, and goes on after a kill.
 
-Keys: `Settings` below, and of config.py those of MODEL_KEYS, which mean the same here. One response an item, greedy;
-`samples` of them at `temperature` where the table of benchmarks says so.
-
-The work is cut into chunks of responses, fixed by the settings alone. A chunk is sampled by one rank in one go, with
-noise of its own, judged there, and written beside and renamed:
+Keys: `Settings` below, and MODEL_KEYS of config.py. One greedy response to an item, or several at `temperature`.
 
     OUT/eval-settings.json  eval.json  gsm8k/chunk_00000.jsonl  gsm8k/seconds.jsonl  ...
 
-A chunk that is there is not made again, so a killed evaluation goes on where it was; a chunk comes out the same on any
-rank, so in float32 on a CPU the scores are the same bits for any number of ranks.
+The settings alone divide the responses into chunks. One rank samples a chunk with noise of its own, judges it, and
+writes it beside and renames it. A chunk that is there is not made again, so a killed evaluation goes on where it was.
+A chunk comes out the same on any rank: in float32 on a CPU the scores are the same bits for any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,101 +27,72 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import eval
+from benchmarks.exams import Exam, answer, load_exams, parse_tasks
 from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
 from config import Config, ConfigError, check, parse_words, typed
-from text.files import DataError
-from benchmarks.exams import Exam, answer, load_exams, parse_tasks
-from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from engine.batching import describe_attention
+from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import load_replica, load_tokenizer
 from ranks import Ranks, gather, start_ranks
 from rollout import derive_seed, make_sampler
+from text.files import DataError
 
-MODEL_KEYS = (
-    "dtype attention liger use_cuda_graph cache_memory max_requests "
-    "chat_template stop_at_answer question_prompt temperature seed"
-).split()
-MAY_CHANGE = ("cache_memory", "use_cuda_graph")
-"""Keys that a resumed evaluation may give another value: what to turn where a GPU's memory or graphs failed."""
+MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
+MODEL_KEYS += "question_prompt temperature seed".split()
+MAY_CHANGE = ("cache_memory", "use_cuda_graph")  # when resumed, in case a GPU's memory or graphs failed
 
 
 @dataclass
 class Settings:
-    """What is asked, of which checkpoint. Every key but `checkpoint` and `engine` is a word `key=value`."""
+    """What is asked, of which checkpoint. All keys but the first two are words `key=value`."""
 
-    checkpoint: str
-    """Local folder with config.json, or a hub name."""
-    engine: Config
-    """The keys of MODEL_KEYS, and the defaults of all others; its model is the checkpoint."""
-    tasks: dict[str, str] = field(default_factory=lambda: dict.fromkeys(BENCHMARKS, ""))
-    """Benchmarks by commas, NAME or NAME=FILE; all if not given. `gsm8k.path=FILE` says the same as `gsm8k=FILE`."""
-    limit: int = 0
-    """Items of each benchmark, spread over the whole of it; 0: all."""
-    out: str = ""
-    """Folder for records and scores; empty: evals/NAME of the checkpoint, evals/RUN-step_000100 of a run's."""
-    max_new_tokens: int = 8192
-    """Longest response, tokens."""
-    samples: int = 0
-    """Responses to each item; 0: as many as the table says. One is greedy, more are sampled."""
-    last_number: bool = False
-    """Maths without a box: take the last number. Lifts base models."""
-    guess: bool = False
-    """Choices without a letter: draw one. Lifts base models, by about 10 points on ten options."""
-    chunk: int = 512
-    """Responses to a chunk, the unit of work and of resuming. Smaller ones spread better over ranks, larger ones wait
-    less often for a longest response. Part of the noise: another size, other samples."""
-
-
-MINIMUM = {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
+    checkpoint: str  # local folder with config.json, or a hub name
+    engine: Config  # the keys of MODEL_KEYS, and the defaults of all others; its model is the checkpoint
+    tasks: dict[str, str]  # by commas, NAME or NAME=FILE (also NAME.path=FILE); all benchmarks if not given
+    limit: int = 0  # items of each benchmark, spread over the whole of it; 0: all
+    out: str = ""  # folder for records and scores; default evals/NAME of the checkpoint, evals/RUN-step_000100 of a run
+    max_new_tokens: int = 8192  # of a response
+    samples: int = 0  # responses to each item, one greedy or several sampled; 0: as many as the table says
+    last_number: bool = False  # maths without a box: take the last number; lifts base models
+    guess: bool = False  # choices without a letter: draw one; lifts base models, by about 10 points on ten options
+    chunk: int = 512  # responses; part of the noise; smaller chunks spread better over ranks, larger ones wait less
 
 
 def read_settings(words: list[str]) -> Settings:
-    """Command-line words -> checked settings. Looks at files only to see that they are there; raises ConfigError."""
+    """Command-line words -> checked settings; no file is opened. Raises ConfigError."""
     if "=" in words[0]:
         raise ConfigError(f"{words[0]!r}: the first word must be a checkpoint")
     checkpoint, name = checkpoint_folder(words[0])
     values = parse_words(words[1:], "the checkpoint")
     paths = {key: values.pop(key) for key in list(values) if key.endswith(".path")}
-    own = {one.name: "str" if one.name == "tasks" else one.type for one in fields(Settings)[2:]}
-    values = typed(values, own | {one.name: one.type for one in fields(Config) if one.name in MODEL_KEYS})
+    types = {one.name: one.type for one in fields(Config) if one.name in MODEL_KEYS}
+    values = typed(values, types | {one.name: one.type for one in fields(Settings)[2:]} | {"tasks": "str"})
     tasks = parse_tasks(values.pop("tasks", ",".join(BENCHMARKS)), paths)
     engine = Config(model=checkpoint, **{key: values.pop(key) for key in MODEL_KEYS if key in values})
     check(engine)
-    for key, least in MINIMUM.items():
+    for key, least in {"limit": 0, "samples": 0, "max_new_tokens": 1, "chunk": 1}.items():
         if values.get(key, least) < least:
             raise ConfigError(f"{key}={values[key]}: must be {least} or more")
-    return Settings(checkpoint, engine, tasks, **{**values, "out": values.get("out") or f"evals/{name}"})
+    return Settings(checkpoint, engine, tasks, **values | {"out": values.get("out") or f"evals/{name}"})
 
 
 def checkpoint_folder(word: str) -> tuple[str, str]:
-    """The folder to load, or the hub name as it stands; and a name for it. Raises ConfigError."""
+    """(the folder to load, or the hub name as it stands; a name for it). Raises ConfigError."""
     folder = Path(word).expanduser()
     if not folder.exists():
         if word.startswith((".", "/", "~")) or word.count("/") != 1:
             raise ConfigError(f"checkpoint {word!r}: no such folder, and not a hub name (owner/name)")
         return word, word.replace("/", "--")
     found = exported_model(folder)
-    if not found or not (found / "config.json").is_file() or not _weights(found):
-        raise ConfigError(
-            f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; "
-            "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
-        )
+    if not found or not (found / "config.json").is_file() or not any(found.glob("*.safetensors")):
+        wanted = "give a Hugging Face folder, a run, or checkpoints/step_NNNNNN of it"
+        raise ConfigError(f"checkpoint {word!r}: neither it nor its hf/ holds config.json and weights; {wanted}")
     place = found.resolve()
     step = place.parent if place.name == "hf" else place
     run = f"{step.parents[1].name}-" if step.parent.name == "checkpoints" else ""
     return str(place), run + step.name
-
-
-def _weights(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix == ".safetensors"]
-
-
-# --------------------------------------------------------------------------------------------- chunks, and the command
 
 
 def chunk_items(exam: Exam, number: int, size: int) -> list[Item]:
@@ -133,52 +102,40 @@ def chunk_items(exam: Exam, number: int, size: int) -> list[Item]:
 
 
 def chunk_files(exam: Exam, settings: Settings) -> list[Path]:
-    """Where each chunk goes, in order."""
-    count = max(1, settings.chunk // exam.samples)
-    folder = Path(settings.out) / exam.name
-    return [folder / f"chunk_{number:05d}.jsonl" for number in range(-(-len(exam.items) // count))]
+    """The file of each chunk, in order."""
+    count = -(-len(exam.items) // max(1, settings.chunk // exam.samples))
+    return [Path(settings.out) / exam.name / f"chunk_{number:05d}.jsonl" for number in range(count)]
 
 
 def read_chunks(exam: Exam, settings: Settings) -> Iterator[dict]:
-    """All records of a benchmark, one at a time. Raises RuntimeError for a file that lacks some, or holds others."""
+    """All records of a benchmark. Raises RuntimeError for a file whose records are not those of its items."""
     for number, path in enumerate(chunk_files(exam, settings)):
         expected = [item.id for item in chunk_items(exam, number, settings.chunk) for _ in range(exam.samples)]
-        with path.open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = read_rows(path)
         if [record["id"] for record in records] != expected:
             raise RuntimeError(f"{path}: {len(records)} records, not the {len(expected)} of its items; delete it")
         yield from records
 
 
 def claim(path: Path) -> bool:
-    """Whether this rank is the first to take the chunk that goes to `path`: a file that only one can make says so."""
-    try:
+    """Whether this rank is the first to take the chunk of `path`: only one rank can create the file beside it."""
+    with suppress(FileExistsError):
         path.with_suffix(".claimed").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def drop_claims(settings: Settings, exams: list[Exam]) -> None:
-    """Rank 0, while no rank works: those of this evaluation at its end, those of a killed one before the start."""
-    for exam in exams:
-        for path in (Path(settings.out) / exam.name).glob("*.claimed"):
-            path.unlink()
+        return True
+    return False
 
 
 def evaluate(settings: Settings, ranks: Ranks) -> None:
-    """The whole command, from items to tables; every rank calls it. Raises what goes wrong."""
+    """The whole command, from items to tables; every rank calls it. Raises ConfigError, DataError, RuntimeError."""
     begin, out, config = time.perf_counter(), Path(settings.out), settings.engine
     say = tqdm.write if ranks.rank == 0 else lambda *_: None
     exams = load_exams(settings.tasks, settings.limit, settings.samples, config, say)
-    # ---- rank 0 looks at the folder; what it finds is said to all, so that all do the same work, or end
-    (found,) = gather([open_folder(settings, exams)] if ranks.rank == 0 else [])
-    if isinstance(found, str):
-        raise ConfigError(found)
-    by_name = {exam.name: exam for exam in exams}
-    files = {(exam.name, number): path for exam in exams for number, path in enumerate(chunk_files(exam, settings))}
-    todo = [key for key in files if key in found]
-
+    # ---- rank 0 looks at the folder and sends the result to all ranks, so that all do the same work, or end
+    (todo,) = gather([open_folder(settings, exams)] if ranks.rank == 0 else [])
+    if isinstance(todo, str):
+        raise ConfigError(todo)
+    chunks = [(exam, *numbered) for exam in exams for numbered in enumerate(chunk_files(exam, settings))]
+    sizes = {path: exam.samples * len(chunk_items(exam, number, settings.chunk)) for exam, number, path in chunks}
     try:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
@@ -192,50 +149,45 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     asked = ", ".join(f"{exam.name} {len(exam.items)} x {exam.samples}" for exam in exams)
     say(f"{settings.checkpoint}: {sampler.replica.num_parameters():,} parameters, {config.dtype}, {ranks.world} x "
         f"{ranks.device.type}, {describe_attention(sampler.replica)}; items x samples: {asked}")  # fmt: skip
-    say(f"{len(todo)} chunks to make, {len(files) - len(todo)} are there; everything goes to {out}")
+    say(f"{len(todo)} chunks to make, {len(chunks) - len(todo)} are there; everything goes to {out}")
 
-    # ---- each rank takes the next chunk that nobody has taken: some last many times longer than others
-    sizes = {key: len(chunk_items(by_name[key[0]], key[1], settings.chunk)) * by_name[key[0]].samples for key in files}
+    # ---- each rank takes the next chunk that no rank has taken: some last many times longer than others
     bar = tqdm(total=sum(sizes.values()), desc="responses", disable=None if ranks.rank == 0 else True)
-    bar.update(sum(sizes[key] for key in files if key not in found))
-    for name, number in todo:
-        start, exam, path = time.perf_counter(), by_name[name], files[name, number]
-        if not claim(path):
+    for exam, number, path in chunks:
+        if not bar.disable:  # the files of all ranks
+            bar.update(sum(size for path, size in sizes.items() if path.exists()) - bar.n)
+        start = time.perf_counter()
+        if (exam.name, number) not in todo or not claim(path):
             continue
-        items = chunk_items(exam, number, settings.chunk)
-        seed = derive_seed(config.seed, "eval", name, number)
+        items, seed = chunk_items(exam, number, settings.chunk), derive_seed(config.seed, "eval", exam.name, number)
         records = answer(exam, items, sampler, seed, settings.max_new_tokens, settings.last_number, settings.guess,
-                         label=f"{name} {number}")  # fmt: skip
+                         label=f"{exam.name} {number}")  # fmt: skip
         seconds = {"chunk": number, "rank": ranks.rank, "seconds": time.perf_counter() - start}
         append_row(path.with_name("seconds.jsonl"), seconds)
         write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        if not bar.disable:  # of all ranks: their files
-            bar.update(sum(sizes[key] for key, file in files.items() if file.exists()) - bar.n)
     gather([])  # all chunks are there
+    bar.update(bar.total - bar.n)
     bar.close()
     gc.unfreeze()
     if ranks.rank == 0:
-        drop_claims(settings, exams)
+        for path in sizes:
+            path.with_suffix(".claimed").unlink(missing_ok=True)
         say(conclude(settings, exams))
         say(f"{out}: done in {time.perf_counter() - begin:.0f} s, largest memory of rank 0 {peak_memory_gb():.2f} GB")
 
 
-# ----------------------------------------------------------------------------------------------------------- the folder
-
-
 def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] | str:
-    """Rank 0: write what is evaluated, and how. Returns the chunks to make, or what speaks against making them.
-
-    Benchmarks may join later; whatever else changes the records may not change.
-    """
+    """Rank 0: writes eval-settings.json. Returns the chunks to make, as (benchmark, number), or an error message:
+    benchmarks may join later; whatever else changes the records may not change."""
     path = Path(settings.out) / "eval-settings.json"
+    facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
     try:
-        weights = fingerprint(settings)
+        facts["weights"] = fingerprint(settings)
     except (OSError, ValueError) as error:
         return f"checkpoint {settings.checkpoint!r}: cannot be read ({_line(error)})"
-    facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
-    facts |= {"weights": weights} | {key: getattr(settings.engine, key) for key in MODEL_KEYS}
-    facts["tasks"] = {exam.name: task_facts(exam) | {"path": settings.tasks[exam.name]} for exam in exams}
+    facts |= {key: getattr(settings.engine, key) for key in MODEL_KEYS}
+    tasks = {exam.name: {key: getattr(exam, key) for key in ("data", "samples", "prompt")} for exam in exams}
+    facts["tasks"] = {name: asked | {"path": settings.tasks[name]} for name, asked in tasks.items()}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         pairs = {key: (facts[key], old.get(key)) for key in facts if key not in ("checkpoint", "tasks", *MAY_CHANGE)}
@@ -246,29 +198,24 @@ def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] |
             if new != before:
                 return f"{key}={new!r}: {settings.out} was made with {before!r}; choose another out="
         facts["tasks"] = old["tasks"] | facts["tasks"]
+    todo = set()
     for exam in exams:
         (path.parent / exam.name).mkdir(parents=True, exist_ok=True)
-    drop_claims(settings, exams)
+        for number, file in enumerate(chunk_files(exam, settings)):
+            file.with_suffix(".claimed").unlink(missing_ok=True)  # of a killed evaluation
+            todo |= set() if file.exists() else {(exam.name, number)}
     write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    files = [(exam.name, number, file) for exam in exams for number, file in enumerate(chunk_files(exam, settings))]
-    return {(name, number) for name, number, file in files if not file.exists()}
-
-
-def task_facts(exam: Exam) -> dict:
-    """What a benchmark's records follow from, beside settings and model."""
-    return {"data": exam.data, "samples": exam.samples, "prompt": exam.prompt}
+    return todo
 
 
 def fingerprint(settings: Settings) -> str:
-    """Which weights, tokenizer and template answer. Of a folder, sha256 over all of these files: two checkpoints of one
-    run have the same names, sizes and headers, and a small step in bfloat16 changes few bytes, anywhere. It costs
-    seconds for some gigabytes, and warms the disk's cache. Of a hub name, the commit."""
+    """Identifies weights, tokenizer and template: the commit of a hub name, for a folder sha256 over whole files, since
+    a small step in bfloat16 changes few bytes. It costs seconds for some gigabytes, and warms the disk's cache."""
     if not Path(settings.checkpoint).exists():
         return AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)._commit_hash
     kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
     files = sorted(path for path in Path(settings.checkpoint).iterdir() if path.suffix in kinds)
-    template = Path(settings.engine.chat_template)
-    sha = hashlib.sha256()
+    template, sha = Path(settings.engine.chat_template), hashlib.sha256()
     for path in [*files, *([template] if template.is_file() else [])]:
         with path.open("rb") as file:
             sha.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -280,22 +227,21 @@ def _line(error: Exception) -> str:
 
 
 def conclude(settings: Settings, exams: list[Exam]) -> str:
-    """Rank 0, when all chunks are there: eval.json. Returns the table. Benchmarks asked before in this folder stay."""
-    out = Path(settings.out)
+    """Rank 0, when all chunks are there: writes eval.json, where earlier benchmarks stay. Returns the table."""
+    out, target = Path(settings.out), Path(settings.out) / "eval.json"
     facts = json.loads((out / "eval-settings.json").read_text(encoding="utf-8"))
-    earlier = out / "eval.json"
-    results = json.loads(earlier.read_text(encoding="utf-8"))["tasks"] if earlier.exists() else {}
+    results = json.loads(target.read_text(encoding="utf-8"))["tasks"] if target.exists() else {}
     for exam in exams:
         rows = read_rows(out / exam.name / "seconds.jsonl")
         seconds = {row["chunk"]: row["seconds"] for row in rows}  # the last time, of a chunk that was made twice
         results[exam.name] = summarise(read_chunks(exam, settings)) | {"seconds": sum(seconds.values())}
-        results[exam.name] |= task_facts(exam) | {"counts": exam.counts}
+        results[exam.name] |= {key: getattr(exam, key) for key in ("data", "samples", "prompt", "counts")}
     results = {name: results[name] for name in BENCHMARKS if name in results}
     means = paper_means(results)
-    whole = {"checkpoint": settings.checkpoint, "tasks": results, "means": means}
-    whole["settings"] = {key: value for key, value in facts.items() if key != "tasks"}
+    del facts["tasks"]
+    whole = {"checkpoint": settings.checkpoint, "tasks": results, "means": means, "settings": facts}
     whole["environment"] = environment().splitlines()
-    write_whole(earlier, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_whole(target, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return table(results, means)
 
 
@@ -321,10 +267,4 @@ def main() -> None:
         kind = "config" if isinstance(error, ConfigError) else "data"
         print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
         os._exit(2)  # other ranks may wait in a gather: leave without waiting for them, torchrun ends them
-    finally:
-        gc.unfreeze()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

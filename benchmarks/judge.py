@@ -1,6 +1,6 @@
-r"""The judge of answers, for rlvr and for the benchmarks alike; letters and BBEH's texts: letters.py.
+r"""The judge of answers, for rlvr and for the benchmarks: maths, the letter of an option, BBEH's texts.
 
-Every function gets what stands in the box (prompts.last_answer). A maths answer is decided in this order:
+All functions but last_number get the content of the box (prompts.last_answer). Steps for a maths answer:
 
     a gold of words     as text, blind to case: `\text{east}` is East, and not seat
     two plain numbers   exactly, as fractions, without currency, unit or words: 18 dollars is 18, `12 or 13` is not 12
@@ -10,26 +10,22 @@ A plain number is an integer, a decimal, a power, or a product or fraction of th
 places or more equals a fraction that rounds to it. Needs no torch.
 """
 
-from __future__ import annotations
-
+import hashlib
 import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from benchmarks.letters import fuzzy_match, guessed_letter, last_number, option_letter  # noqa: F401 (the whole judge)
 from benchmarks.verify import equal_in_child
 from prompts import last_answer
 from rewards import FINAL_STOPS, QUOTES, normalise, undo_latex
 
-MAX_ANSWER_CHARS = 2000
-"""Longer answers are wrong without a check. The longest gold answers of the common sets have some 150 characters."""
+MAX_ANSWER_CHARS = 2000  # longer answers are wrong without a check; the longest gold answers have about 150
 MAX_NUMBER_CHARS = 200  # powers in a longer text could take long to multiply out
 
 SYMBOLS = {
-    "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/",
+    "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
     "π": r"\pi ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "º": "°",
-    "’": "'",
 }  # fmt: skip
 SMALL_DIGITS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
 ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
@@ -76,24 +72,20 @@ NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 
 
 class Number(NamedTuple):
-    """A plain number as it was read: value, decimal places as written (-1: not a decimal), base ("": none), percent."""
+    """A plain number as it was read."""
 
     value: Fraction
-    places: int
-    base: str
+    places: int  # decimal places as written; -1: not a decimal
+    base: str  # "": none
     percent: bool
 
 
 def check_answers(pairs: list[tuple[str, str | None]], seconds: float = 5.0) -> list[float]:
-    r"""1.0 where the answer equals the gold one, else 0.0, in input order; None is always 0.0.
+    r"""For each (gold, answer): 1.0 if they are equal, else 0.0; the answer None is always 0.0. `seconds`: wall time
+    per distinct pair in the child. Raises RuntimeError when the child cannot be started.
 
-    pairs: (gold, answer), both what stands inside the box. `seconds` is wall time per distinct pair, in the child.
-    Raises RuntimeError when the child cannot be started.
-
-    >>> check_answers([("1,000", "$1000."), ("0.5", r"\frac12"), ("18", "18 cm^2"), ("-3", "–3"), ("4.5e3", "4500")])
-    [1.0, 1.0, 1.0, 1.0, 1.0]
-    >>> check_answers([("5", "5, 6"), ("12", "12 or 13"), ("2107", "2107.001"), (r"\text{east}", "seat"), ("5", None)])
-    [0.0, 0.0, 0.0, 0.0, 0.0]
+    >>> check_answers([("0.5", r"\frac12"), ("18", "18 cm^2"), ("12", "12 or 13"), (r"\text{east}", "seat")])
+    [1.0, 1.0, 0.0, 0.0]
     """
     verdicts = {pair: _check(*pair, seconds) for pair in sorted({pair for pair in pairs if pair[1] is not None})}
     return [verdicts.get(pair, 0.0) for pair in pairs]
@@ -125,10 +117,8 @@ def _check(gold: str, answer: str, seconds: float) -> float:
 
 
 def _spell(text: str) -> str:
-    r"""Unicode's signs as LaTeX has them, and nothing around the whole: markdown, dollars, quotes, boxes, final stops.
-
-    `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`
-    """
+    r"""Unicode's signs as LaTeX has them; nothing around the whole (markdown, dollars, quotes, boxes, final stops).
+    `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`"""
     text = SMALL_DIGITS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
     text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
@@ -160,7 +150,7 @@ def _ascii(char: str) -> str:
 def read_number(text: str, is_gold: bool = False) -> Number | None:
     r"""The plain number that a text is, whatever currency, unit, name or words stand beside it; else None.
 
-    is_gold: no words before it, and no bare letters behind, which are variables there: \frac{1}{m} t, 2 m.
+    is_gold: no words before it, and no letters behind, which are variables there: \frac{1}{m} t, 2 m.
 
     >>> read_number("18 cm^2").value, read_number(r"x = \frac{3}{4}").value, read_number(r"\approx 2.5e-3 J").value
     (Fraction(18, 1), Fraction(3, 4), Fraction(1, 400))
@@ -192,19 +182,13 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None
-    value = _value(found)
-    percent = "%" in after or "percent" in names
-    places = len(found["top"].partition(".")[2]) if re.fullmatch(r"[\d.]+", found[0].lstrip("+- ")) else -1
-    return None if value is None else Number(value * scale, places, found["base"] or "", percent)
-
-
-def _value(found: re.Match) -> Fraction | None:
     parts = [found["top"], found["bottom"] or "1"] if found["top"] else [part for part in found.groups()[2:6] if part]
     top, bottom = map(_product, parts)
-    if not top or not bottom:
-        return Fraction(0) if bottom and not found["whole"] else None
-    value = top / bottom + int(found["whole"] or 0)
-    return -value if found["sign"] == "-" else value
+    if not bottom or (found["whole"] and not top):
+        return None
+    value = (top / bottom + int(found["whole"] or 0)) * scale * (-1 if found["sign"] == "-" else 1)
+    places = len(found["top"].partition(".")[2]) if re.fullmatch(r"[\d.]+", found[0].lstrip("+- ")) else -1
+    return Number(value, places, found["base"] or "", "%" in after or "percent" in names)
 
 
 def _product(text: str) -> Fraction:
@@ -239,3 +223,77 @@ def _algebra(text: str, variables: bool) -> str:
     # in braces, letters at the end do not pass for a unit
     end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
     return re.sub(end, r"{\1}", text) if variables else text
+
+
+# ------------------------------------------------------------- letters, BBEH's texts, the last number of a text
+PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?")
+NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:/\d+|\.\d+)?|\.\d+)")
+ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
+LETTER = re.compile(
+    r"(?i:(?:the )?(?:correct |right |final )?(?:answer|option|choice)(?: is)?:? ?)*"
+    r"[(\[【]? ?([A-Za-z])"
+    r"(?: ?[)\].:、;】]+ ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)| is (?=(?:the )?(?:correct|right|answer))|$)(.*)"
+)
+# in the words behind the letter: an alternative at once, a letter alone, or another letter set off as the first is
+ANOTHER = (
+    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$"
+    r"|(?:.*(?:[,;/&]|\b(?:and|or)) ?)?[(\[]?[{0}][)\].:](?!\w)|.* [(\[]?[{0}][)\]]"
+)
+
+
+def option_letter(box: str, letters: str) -> str | None:
+    r"""The one option that a box names, as a capital of `letters`; None if it names none, several, or one beyond them.
+
+    Words may follow the letter after a bracket, a stop, a colon or a dash, and may name other options: "E. A and B
+    only" is E. Not read: words without a letter; "A dog", where A may be the article; "A. 3, B. 4".
+
+    >>> [option_letter(box, "ABCD") for box in (r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "A dog", "A, C", "E")]
+    ['C', 'C', 'C', None, None, None]
+    """
+    box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", re.sub(r"\\(?:left|right)(?![a-z])", "", box))
+    text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
+    found = LETTER.fullmatch(text)
+    letter = found[1].upper() if found else ""
+    return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter
+
+
+def guessed_letter(id_: str, letters: str) -> str:
+    """A letter drawn from a hash of the item's id: the same in every run, and about even over the options."""
+    return letters[int(hashlib.sha256(f"guess {id_}".encode()).hexdigest(), 16) % len(letters)]
+
+
+def fuzzy_match(answer: str, target: str) -> bool:
+    r"""BBEH's published rules (google-deepmind/bbeh, evaluate.py), in our words, applied to what stands in the box.
+
+    Only the answer's first line counts, without case, bold marks, a final full stop and the space after a comma. It
+    equals the target as text, as a number, without apostrophes, or but for square brackets around one of them, round
+    brackets around a single character, or a question mark at the answer's end. Differences from the source: it reads
+    no box; here LaTeX's text wrappers go, Python's inf, nan and 1_000 are no numbers, and an empty answer is wrong.
+
+    >>> fuzzy_match("(A)", "a"), fuzzy_match("17", "17.0"), fuzzy_match("day", "[day]"), fuzzy_match("(A) Sam", "(A)")
+    (True, True, True, False)
+    """
+    answer = ANSWER_PHRASE.split(answer.strip())[-1].strip().removesuffix(".")
+    if len(answer) > 1 and answer[0] == answer[-1] == "$":
+        answer = answer[1:-1]
+    answer, target = (text.strip().lower().replace(", ", ",") for text in (undo_latex(answer), target))
+    answer = answer.replace("**", "").split("\n")[0].removesuffix(".").strip()
+    if not answer or answer == target:
+        return answer != ""
+    for bracketed, other in ((answer, target), (target, answer)):
+        if len(bracketed) == 3 and bracketed[0] == "(" and bracketed[2] == ")":
+            return bracketed[1] == other
+    if PLAIN_NUMBER.fullmatch(answer) and PLAIN_NUMBER.fullmatch(target) and float(answer) == float(target):
+        return True
+    same = answer.replace("'", "") == target.replace("'", "")
+    return same or answer in (f"[{target}]", f"{target}?") or target == f"[{answer}]"
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without the commas of its thousands: integer, decimal or fraction.
+
+    >>> last_number("So 3 boxes cost $1,234.50."), last_number("It is 10-7 = 3/4"), last_number("None.")
+    ('1234.50', '3/4', None)
+    """
+    found = NUMBER_IN_TEXT.findall(text)
+    return found[-1].replace(",", "").replace("−", "-") if found else None

@@ -1,14 +1,11 @@
 """Scores of benchmarks: from judged responses to numbers, tables and a comparison with the paper's.
 
-A record is a judged response (eval.py makes them): task, id, sample, question, gold, response, answer, how, score,
-finish, tokens. A score is the mean over items of the mean over an item's samples, in per cent; its standard error
-counts items, since the samples of one item are not independent. Rates are shares of responses. Needs no torch.
+A record is a judged response, with at least id, how, score, finish and tokens. A score is the mean over items of the
+mean over an item's samples, in per cent; its standard error counts items, since the samples of one item are not
+independent. Rates are shares of responses. Needs no torch.
 """
 
-from __future__ import annotations
-
 import json
-from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from math import sqrt
@@ -17,13 +14,9 @@ from statistics import fmean, stdev
 
 from config import ConfigError
 
-SIZES = {
-    "mmlu_pro": 12032, "supergpqa": 26529, "bbeh": 4520, "math500": 500, "gsm8k": 1319,
-    "olympiad": 674, "minerva": 272, "amc23": 40, "aime24": 30,
-}  # fmt: skip
-"""Items of the whole sets; a mean that carries the paper's name is over no fewer. OlympiadBench has 674 on the hub,
-675 in its own repository."""
-MATH = ("math500", "olympiad", "minerva", "gsm8k", "amc23", "aime24")
+MATH = {"math500": 500, "olympiad": 674, "minerva": 272, "gsm8k": 1319, "amc23": 40, "aime24": 30}
+SIZES = MATH | {"supergpqa": 26529, "bbeh": 4520, "mmlu_pro": 12032}
+"""Items of the whole sets that enter the paper's means. OlympiadBench has 674 on the hub, 675 in its repository."""
 COLUMNS = ("overall", "math", "supergpqa", "bbeh", "mmlu_pro")
 PAPER = {
     "SmolLM3-3B-Base": (16.23, 32.31, 12.62, 3.32, 16.66),
@@ -41,37 +34,27 @@ PAPER = {
     "Qwen3-30B-A3B-Base, Random RLPT": (40.38, 52.62, 36.33, 12.99, 59.57),
     "Qwen3-30B-A3B-Base, PretrainZero": (43.55, 58.12, 36.58, 14.91, 64.59),
 }
-"""The paper's tables (arXiv 2512.03442), columns as in COLUMNS. It gives no standard errors; its AIME cells are mostly
-single runs."""
+"""The paper's tables (arXiv 2512.03442) by COLUMNS, without standard errors; its AIME cells are mostly single runs."""
 
 
 def summarise(records: Iterable[dict]) -> dict:
-    """The numbers of one benchmark. Records are read once and not kept; those of one item stand together.
-
-    Two items, two samples each, of which item a has one right and item b both: a score of 75.0, with a standard error
-    of stdev(50, 100) / sqrt(2) = 25.0.
-    """
-    scores, counts = [], Counter[str]()
+    """The numbers of one benchmark; records of one item stand together. Two items with two samples each, one right and
+    both right: score 75.0, standard error stdev(50, 100) / sqrt(2) = 25.0."""
+    scores, details = [], []
     for _, samples in groupby(records, key=lambda record: record["id"]):
-        item = []
-        for record in samples:
-            item.append(100.0 * record["score"])
-            counts.update(boxed=record["how"] == "box", cut=record["finish"] == "length", tokens=record["tokens"])
-        counts["responses"] += len(item)
-        scores.append(fmean(item))
+        rows = [(one["score"], one["how"] == "box", one["finish"] == "length", one["tokens"]) for one in samples]
+        scores.append(fmean(100.0 * score for score, *_ in rows))
+        details += [row[1:] for row in rows]
+    error = stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else None
+    parsed, cut, length = map(fmean, zip(*details, strict=True))
     return {
-        "score": fmean(scores),
-        "standard_error": stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else None,
-        "items": len(scores),
-        "responses": counts["responses"],
-        "parse_rate": counts["boxed"] / counts["responses"],
-        "truncation_rate": counts["cut"] / counts["responses"],
-        "length_mean": counts["tokens"] / counts["responses"],
-    }
+        "score": fmean(scores), "standard_error": error, "items": len(scores), "responses": len(details),
+        "parse_rate": parsed, "truncation_rate": cut, "length_mean": length,
+    }  # fmt: skip
 
 
 def paper_means(results: dict[str, dict]) -> dict[str, float]:
-    """`math`, the mean of six sets, and `overall`, of four columns; each only where all its parts are there, whole."""
+    """`math`, the mean of six sets, and `overall`, of four columns; each only if all its parts are there and whole."""
     whole, means = _whole(results), {}
     if whole.keys() >= set(MATH):
         means["math"] = fmean(whole[name] for name in MATH)
@@ -86,41 +69,50 @@ def _whole(results: dict[str, dict]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict], means: dict[str, float]) -> str:
-    """Scores with all that is needed to read them, a line a benchmark; in place of a mean, what is missing for it."""
-    lines = [
-        f"{'benchmark':12} {'score':>6} {'+-':>5} {'items':>6} {'responses':>9} "
-        f"{'boxed':>6} {'cut off':>7} {'tokens':>7} {'seconds':>8}"
-    ]
+    """A line for each benchmark, then both means, or what is missing for them."""
+    lines = ["benchmark     score    +-  items responses  boxed cut off  tokens  seconds"]
     for name, one in results.items():
         error = "" if one["standard_error"] is None else f"{one['standard_error']:.2f}"
         lines.append(
             f"{name:12} {one['score']:6.2f} {error:>5} {one['items']:6} {one['responses']:9} "
             f"{one['parse_rate']:6.3f} {one['truncation_rate']:7.3f} {one['length_mean']:7.1f} {one['seconds']:8.1f}"
         )
-    for name, title, parts in (("math", "MATH mean", MATH), ("overall", "Overall", (*MATH, *COLUMNS[2:]))):
-        absent = [part for part in parts if part not in _whole(results)]
-        found = {part: f"{one['items']:,} of {SIZES.get(part, 0):,} items" for part, one in results.items()}
-        missing = ", ".join(f"{part} has {found[part]}" if part in found else f"no {part}" for part in absent)
-        lines.append(f"{title:12} " + (f"{means[name]:6.2f}" if name in means else f"none: {missing}"))
+    for name, title, parts in (("math", "MATH mean", MATH), ("overall", "Overall", SIZES)):
+        missing = [
+            f"{part} has {results[part]['items']:,} of {SIZES[part]:,} items" if part in results else f"no {part}"
+            for part in parts if part not in _whole(results)
+        ]  # fmt: skip
+        lines.append(f"{title:12} " + (f"{means[name]:6.2f}" if name in means else f"none: {', '.join(missing)}"))
     return "\n".join(lines)
 
 
 def compare_evaluations(folders: list[str]) -> str:
-    """Evaluations side by side, what differs in how they were made; below, those of whole sets over the paper's.
-
-    Raises ConfigError for a folder that holds no finished evaluation.
-    """
+    """Evaluations side by side, the settings in which they differ, and whole sets above the paper's figures. Raises
+    ConfigError for a folder without a finished evaluation."""
     found = {folder: Path(folder) / "eval.json" for folder in folders}
     for folder, file in found.items():
         if not file.is_file():
             raise ConfigError(f"{folder}: no eval.json in it, so no finished evaluation")
         found[folder] = json.loads(file.read_text(encoding="utf-8"))
     wide = max(map(len, [*found, "12.34 +- 12.34"])) + 2
-    names = list(dict.fromkeys(name for one in found.values() for name in one["tasks"]))
     lines = [f"{'score +- standard error':24}" + "".join(f"{folder:>{wide}}" for folder in found)]
-    for name in names:
-        lines.append(f"{name:24}" + "".join(f"{_cell(one['tasks'].get(name)):>{wide}}" for one in found.values()))
-    lines += ["", *_differences(found)]
+    for name in dict.fromkeys(name for one in found.values() for name in one["tasks"]):
+        tasks = [one["tasks"].get(name, {}) for one in found.values()]
+        pairs = [(task.get("score"), task.get("standard_error")) for task in tasks]
+        cells = [" +- ".join(f"{value:.2f}" for value in pair if value is not None) or "-" for pair in pairs]
+        lines.append(f"{name:24}" + "".join(f"{cell:>{wide}}" for cell in cells))
+    lines.append("")
+    values: dict[str, list[str]] = {}  # of each setting and data set
+    for one in found.values():
+        facts = {key: value for key, value in one["settings"].items() if key not in ("out", "checkpoint", "weights")}
+        for name, task in one["tasks"].items():
+            facts |= {f"{name}.{key}": task[key] for key in ("data", "samples", "prompt")}
+        for key, value in facts.items():
+            values.setdefault(key, []).append(repr(value))
+    for key, row in values.items():
+        text = ", ".join(dict.fromkeys(row))
+        if len(set(row)) > 1:
+            lines.append(f"not the same: {key}" + (f" ({text})" if len(text) < 80 else ""))
     rows = {folder: _whole(one["tasks"]) | one["means"] for folder, one in found.items()}
     rows |= {f"paper: {name}": dict(zip(COLUMNS, numbers, strict=True)) for name, numbers in PAPER.items()}
     wide = max(map(len, rows))
@@ -128,22 +120,3 @@ def compare_evaluations(folders: list[str]) -> str:
     for name, row in rows.items():
         lines.append(f"{name:{wide}}" + "".join(f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in COLUMNS))
     return "\n".join(lines)
-
-
-def _cell(one: dict | None) -> str:
-    if one is None:
-        return "-"
-    return f"{one['score']:.2f}" + ("" if one["standard_error"] is None else f" +- {one['standard_error']:.2f}")
-
-
-def _differences(found: dict[str, dict]) -> list[str]:
-    """A line per setting or data set that is not the same everywhere: such scores are of different things."""
-    values: dict[str, list[str]] = {}
-    for one in found.values():
-        facts = {key: value for key, value in one["settings"].items() if key not in ("out", "checkpoint", "weights")}
-        for name, task in one["tasks"].items():
-            facts |= {f"{name}.{key}": task[key] for key in ("data", "samples", "prompt")}
-        for key, value in facts.items():
-            values.setdefault(key, []).append(repr(value))
-    different = {key: ", ".join(dict.fromkeys(row)) for key, row in values.items() if len(set(row)) > 1}
-    return [f"not the same: {key}" + (f" ({text})" if len(text) < 80 else "") for key, text in different.items()]

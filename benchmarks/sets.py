@@ -1,17 +1,12 @@
 r"""The benchmarks of the paper: where their items come from, how they are asked, how a response is judged.
 
-A benchmark is a row of BENCHMARKS; another one of the same three kinds (maths, a letter, a text by BBEH's rules) is
-another row. A new kind needs its prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
+A benchmark of the three kinds (maths, a letter, a text by BBEH's rules) is a row of BENCHMARKS. A new kind needs its
+prompt in PROMPTS, its gold answer in `read_item` and its verdict in `judge`.
 
 Items come from the hub or from a local copy: jsonl, a JSON array, {"examples": [...]}, parquet, each also in a folder
 (a hub download; BBEH's repository, one task.json per task). Every record is an item or a counted skip; a file that is
-broken or lacks a field is an error. Judged is the last balanced \boxed{}. Both fallbacks, which the caller must ask
-for, lift a base model's score (guessing by a tenth on ten options). AIME's 000 to 999 are numbers: 073 is 73.
-
-`python -m benchmarks show NAME [FILE_OR_FOLDER]` shows counts, fingerprint, the first prompt and its answer.
+broken or lacks a field is an error. The last balanced \boxed{} is judged. AIME's 000 to 999 are numbers: 073 is 73.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -20,16 +15,14 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.judge import MAX_ANSWER_CHARS, check_answers
-from benchmarks.letters import fuzzy_match, guessed_letter, option_letter
-from benchmarks.letters import last_number as number_in
+from benchmarks.judge import MAX_ANSWER_CHARS, check_answers, fuzzy_match, guessed_letter, option_letter
+from benchmarks.judge import last_number as number_in
 from config import Config, ConfigError
 from data import SURROGATE
-from text.files import CAUSES, DataError, Skip, file_records, hub_records, local_files
 from prompts import QUESTION_PROMPT, last_answer
 from relatives.rlvr import gold_answer
+from text.files import CAUSES, DataError, Skip, file_records, hub_records, local_files
 
 CHOICE_PROMPT = r"""{passage}
 
@@ -46,7 +39,7 @@ Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is, and which fields of its records count (of several names, the first that has a value)."""
+    """Where a benchmark is, and the fields of its records (of several names, the first that has a value)."""
 
     hub: str
     subset: str  # the hub dataset's configuration; empty if it has but one
@@ -55,7 +48,7 @@ class Benchmark:
     question: Names
     answer: Names
     options: str = ""
-    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 where a set is too small for one to say much
+    samples: int = 1  # responses per item: 1 greedy; 32 at temperature 1.0 for a set that is too small for one
 
 
 LETTERS = ("answer_letter", "answer")
@@ -75,13 +68,10 @@ BENCHMARKS = {
 }
 PROMPTS = {"maths": QUESTION_PROMPT, "choice": CHOICE_PROMPT, "bbeh": PUZZLE_PROMPT}
 ID_FIELDS = ("id", "question_id", "uuid", "unique_id", "idx")
-TASK_FIELD = "task"  # BBEH on the hub; in its repository the folder has the task's name
 SKIPS = {
-    "no_question": "no text in the question",
-    "no_answer": "no answer that can be checked",
-    "no_options": "not 2 to 26 options",
-    "bad_utf8": CAUSES["bad_utf8"],
-}
+    "no_question": "no text in the question", "no_answer": "no answer that can be checked",
+    "no_options": "not 2 to 26 options", "bad_utf8": CAUSES["bad_utf8"],
+}  # fmt: skip
 OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 
 
@@ -97,27 +87,24 @@ class Item:
 
 @dataclass
 class Verdict:
-    """What was judged, where it was found, and whether it is right."""
+    """A judged response. how: where the answer was found (box, last_number, guess or none). score: 1.0 if right."""
 
     answer: str | None
-    how: str  # box, last_number, guess or none
+    how: str
     score: float
 
 
-def load_items(
-    name: str, path: str = "", limit: int = 0, log: Callable[[str], None] = print
-) -> tuple[list[Item], dict[str, int], str]:
-    """The items of a benchmark, how many records became what, and a fingerprint of what is asked.
+def load_items(name: str, path: str = "", limit: int = 0, log: Callable = print) -> tuple[list[Item], dict, str]:
+    """(items, counts, fingerprint) of a benchmark.
 
     path: a local copy, file or folder; empty for the hub. limit: that many items, evenly spread, always the same ones;
     0 for all. Counts are of the whole set: `records` = `items` + each cause of a skip. The fingerprint (16 hex digits
-    of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name or a
-    negative limit, DataError (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
+    of a sha256 over id, question and gold) is of the items returned. Raises ConfigError for an unknown name, DataError
+    (one line) for a source that cannot be read, is broken, has no item, or lacks a field.
     """
-    row = benchmark(name)
-    if limit < 0:
-        raise ConfigError(f"limit={limit}: must be 0 (all items) or more")
-    counts, problems = Counter[str](), list[str]()
+    if name not in BENCHMARKS:
+        raise ConfigError(f"task={name!r}: unknown benchmark; known: {', '.join(BENCHMARKS)}")
+    row, counts, problems = BENCHMARKS[name], Counter(records=0), list[str]()
 
     def skip(cause: str, where: str, detail: str = "") -> None:
         counts[cause] += 1
@@ -125,13 +112,12 @@ def load_items(
             problems.append(f"{where}: skipped, {SKIPS[cause]}" + (f" ({detail})" if detail else ""))
             log(f"{name}: {problems[-1]}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
 
-    items, numbers, numbered = [], [], Counter()
+    items, numbers, records = [], [], Counter[str]()
     for where, task, record in _records(path, row, log):
-        counts["records"] += 1
-        numbered[task] += 1
+        records[task] += 1
         prefix = f"{task}/" if task else ""
         if item := read_item(record, row, where, skip):
-            numbers.append(f"{prefix}{numbered[task]}")
+            numbers.append(f"{prefix}{records[task]}")
             item.id = prefix + item.id if item.id else numbers[-1]
             items.append(item)
     if not items:
@@ -140,31 +126,22 @@ def load_items(
         log(f"{name}: ids repeat in {path or row.hub}; items are numbered instead")
         for item, number in zip(items, numbers, strict=True):
             item.id = number
-    counts["items"] = len(items)
+    counts.update(records=records.total(), items=len(items))
     if 0 < limit < len(items):
         items = [items[number * len(items) // limit] for number in range(limit)]
     text = json.dumps([[item.id, item.question, item.gold] for item in items])
     return items, dict(counts), hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def benchmark(name: str) -> Benchmark:
-    """The row of the table. Raises ConfigError, which lists the known names."""
-    if name not in BENCHMARKS:
-        raise ConfigError(f"task={name!r}: unknown benchmark; known: {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
-
-
 def prompt_template(name: str) -> str:
-    """The prompt of a benchmark, with one {passage} for the question. Raises ConfigError."""
-    return PROMPTS[benchmark(name).kind]
+    """The prompt of a benchmark, with one {passage} for the question."""
+    return PROMPTS[BENCHMARKS[name].kind]
 
 
 def read_item(record: dict, row: Benchmark, where: str, skip: Skip) -> Item | None:
-    r"""One record -> an item, its id empty if it has none; or None after a call of skip(cause, where, detail).
-
-    `{"question": "Which gas?", "options": ["argon", "neon"], "answer": "B"}` has the question
-    `"Which gas?\nOptions are:\nA. argon\nB. neon"`. Raises DataError when a field is missing.
-    """
+    r"""One record -> an item, its id empty if it has none; or None after a call of skip(cause, where, detail). Raises
+    DataError when a field is missing. `{"question": "Which gas?", "options": ["argon", "neon"], "answer": "B"}` asks
+    `"Which gas?\nOptions are:\nA. argon\nB. neon"`."""
     (_, question), (name, answer) = _field(record, row.question, where), _field(record, row.answer, where)
     if not isinstance(question, str) or not question.strip():
         return skip("no_question", where)
@@ -192,7 +169,7 @@ def read_item(record: dict, row: Benchmark, where: str, skip: Skip) -> Item | No
 
 
 def _field(record: dict, names: Names, where: str) -> tuple[str, object]:
-    """Name and value of the first of these fields that has one; the last and None if all are empty."""
+    """Name and value of the first of these fields that has a value; the last name and None if none has."""
     names = (names,) if isinstance(names, str) else names
     if not any(name in record for name in names):
         raise DataError(f"{where}: no field {' or '.join(map(repr, names))}; fields are {', '.join(map(str, record))}")
@@ -200,17 +177,15 @@ def _field(record: dict, names: Names, where: str) -> tuple[str, object]:
 
 
 def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
-    """The options' texts, empty if there are none; cuts them off the question where they stand in it."""
+    """The texts of the options, empty if there are none; cuts them off the question if they stand in it."""
     inside = OPTIONS_INSIDE.split(item.question, maxsplit=1)
     if len(inside) == 2 and row.options not in record:
-        item.question, text = inside
-        options, rest = [], [text.removeprefix("A. ")]
-        for letter in string.ascii_uppercase[1:]:  # an option may have several lines, so look for the next letter only
-            option, *rest = re.split(rf"\n{letter}\. ", rest[0], maxsplit=1)
-            options.append(option.strip())
-            if not rest:
-                return options
-        return [*options, rest[0].strip()]
+        item.question, options = inside[0], [inside[1].removeprefix("A. ")]
+        for letter in string.ascii_uppercase[1:]:  # an option may have several lines: look for the next letter only
+            if f"\n{letter}. " not in options[-1]:
+                break
+            options[-1:] = options[-1].split(f"\n{letter}. ", 1)
+        return [option.strip() for option in options]
     _, options = _field(record, row.options, where)
     options = [str(option).strip() for option in options] if isinstance(options, list) else []
     while options and options[-1] == "N/A":  # fillers, which MMLU-Pro's own evaluation drops too
@@ -218,42 +193,32 @@ def _options(record: dict, item: Item, row: Benchmark, where: str) -> list[str]:
     return options
 
 
-# ---------------------------------------------------------------------------------------------- where records come from
-
-
 def _records(path: str, row: Benchmark, log: Callable[[str], None]) -> Iterator[tuple[str, str, dict]]:
-    """(where, task, record) of the hub, or of a local copy: files by name, records as they stand."""
-    if not path:
-        for where, _, record in hub_records(row.hub, row.subset, row.split):
-            yield where, str(record.get(TASK_FIELD) or ""), record
-        return
+    """(where, task, record) of the hub or of a local copy: of a folder its task.json files, or those named after the
+    split, or its only file."""
 
     def refuse(cause: str, where: str, detail: str = "") -> None:
         raise DataError(f"{where}: {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
 
+    if not path:
+        for where, _, record in hub_records(row.hub, row.subset, row.split):
+            yield where, str(record.get("task") or ""), record
+        return
     config = Config(data=path, data_config=row.subset)
-    for file in _files(config, row, log):
-        task = file.parent.name if file.name == "task.json" else ""
-        for where, _, record in file_records([file], config, refuse):
-            yield where, str(record.get(TASK_FIELD) or task), record
-
-
-def _files(config: Config, row: Benchmark, log: Callable[[str], None]) -> list[Path]:
-    """The one file; of a folder its task.json files, or those named after the split, or its only one."""
     files = local_files(config, log)
     if files is None:
-        raise DataError(f"{config.data}: no such file or folder")
-    readable = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
-    named = [file for file in readable if file.name == "task.json"]
-    named = named or [file for file in readable if re.match(rf"{row.split}[-._]", file.name)]
-    if not readable:
-        raise DataError(f"{config.data}: no .parquet, .jsonl or .json file")
-    if len(readable) > 1 and not named:
-        raise DataError(f"{config.data}: {len(readable)} files, none named after split {row.split!r}; give one of them")
-    return named or readable
-
-
-# ---------------------------------------------------------------------------------------------- judging
+        raise DataError(f"{path}: no such file or folder")
+    files = [file for file in files if not file.name.lower().removesuffix(".gz").endswith(".txt")]
+    named = [file for file in files if file.name == "task.json"]
+    named = named or [file for file in files if re.match(rf"{row.split}[-._]", file.name)]
+    if not files:
+        raise DataError(f"{path}: no .parquet, .jsonl or .json file")
+    if len(files) > 1 and not named:
+        raise DataError(f"{path}: {len(files)} files, none named after split {row.split!r}; give one of them")
+    for file in named or files:
+        task = file.parent.name if file.name == "task.json" else ""  # in BBEH's repository the folder has its name
+        for where, _, record in file_records([file], config, refuse):
+            yield where, str(record.get("task") or task), record
 
 
 def judge(
@@ -262,11 +227,11 @@ def judge(
     """The verdict on each response; items and texts aligned, an item once per sample.
 
     last_number: in maths, without a box, the last number of the text counts. guess: for choices, without a letter of
-    the options, one that depends on the item's id alone. Takes up to 5 s for an answer that keeps sympy busy
-    (verify.py).
+    the options, one that depends on the item's id alone. Both lift a base model's score, the guess by a tenth on ten
+    options. An answer that keeps sympy busy takes up to 5 s (verify.py).
     """
-    kind = benchmark(name).kind
-    answers: list[tuple[str | None, str]] = []
+    kind = BENCHMARKS[name].kind
+    answers = []
     for item, text in zip(items, texts, strict=True):
         answer, how = (last_answer(text, "boxed") or "").strip(), "box"
         answer = option_letter(answer, item.letters) if kind == "choice" else answer

@@ -1,19 +1,13 @@
 r"""math-verify in a process of its own that may be killed: the part of the judge (judge.py) that needs algebra.
 
-    equal_in_child(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", seconds=5.0)    ->    1.0
-
 A model's answer may keep sympy busy for years or take all memory. So one child process, which imports no torch, does
 the checks; the caller waits `seconds` for each answer, then kills the child and scores 0.0. A new child takes a second.
+The limit is of wall time, so verdicts near it depend on the machine: where several ranks must agree, check an answer on
+one rank and send the verdict to the others.
 
 The verdict is math-verify's (0.9.0, gold first, both wrapped in \boxed{}), with one guard. math-verify compares numbers
 as floats, so that 2^{-60} equals 2^{-61}; where it says yes, the values are compared again, exactly or to 100 digits.
-
-The child (`python -m benchmarks.verify --serve`) leaves when its stdin ends. It is not shared across a fork; threads
-take turns. The limit is of wall time, so verdicts near it depend on the machine: where several ranks must agree, check
-an answer on one rank and send the verdict to the others.
 """
-
-from __future__ import annotations
 
 import atexit
 import json
@@ -37,23 +31,18 @@ _lock = threading.Lock()
 
 
 def equal_in_child(gold: str, answer: str, seconds: float) -> float:
-    r"""1.0 if math-verify finds the two equal and the guard agrees, else 0.0, also after `seconds` of wall time.
-
-    Raises RuntimeError when the child cannot be started.
-
-    `equal_in_child("(x+1)^2", "x^2+2x+1", 5.0)` -> `1.0`; `equal_in_child("2^{-60}", "2^{-61}", 5.0)` -> `0.0`
-    """
+    """1.0 if math-verify finds the two equal and the guard agrees, else 0.0, also after `seconds` of wall time. Threads
+    take turns. Raises RuntimeError when the child cannot be started. `"(x+1)^2", "x^2+2x+1"` -> `1.0`"""
     request = json.dumps([gold, answer, seconds]).encode() + b"\n"  # ASCII, without line ends inside
     with _lock:
-        for _ in range(2):  # a child may have been killed by somebody else: only what kills two is to blame
+        verdict = _ask(request, seconds)
+        if verdict is None:  # another process may have killed the child: only an answer that kills two is wrong
             verdict = _ask(request, seconds)
-            if verdict is not None:
-                return verdict
-    return 0.0
+    return verdict or 0.0
 
 
 def _ask(request: bytes, seconds: float) -> float | None:
-    """The child's verdict; 0.0, and no child any more, after `seconds`; None if the child died."""
+    """The child's verdict; 0.0 after `seconds`, which ends the child; None if the child died."""
     global _child
     _child, reply = _child or _start(), None
     try:
@@ -63,14 +52,14 @@ def _ask(request: bytes, seconds: float) -> float | None:
         reply = _read(_child, seconds)
     except BrokenPipeError:
         pass
-    finally:  # also on an interrupt, or its late reply would be taken for the next answer's
+    finally:  # also on an interrupt, or the late reply would be taken for the next answer's
         if reply not in ("0", "1"):
             _stop()
     return {"1": 1.0, "0": 0.0, "timeout": 0.0}.get(reply)
 
 
 def _read(process: subprocess.Popen, seconds: float) -> str:
-    """One line from the child, `timeout`, or nothing if it has ended. Lines are short: a pipe passes them whole."""
+    """One line from the child (a pipe passes short lines whole), `timeout`, or "" if the child has ended."""
     poll = select.poll()  # select.select fails in a process with more than 1024 open files
     poll.register(process.stdout, select.POLLIN)
     ready = poll.poll(1000 * seconds)
@@ -78,18 +67,16 @@ def _read(process: subprocess.Popen, seconds: float) -> str:
 
 
 def _start() -> subprocess.Popen:
-    environment = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms depends on it
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.verify", "--serve"], cwd=Path(__file__).resolve().parent.parent, bufsize=0,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        [sys.executable, "-m", "benchmarks.verify"], cwd=Path(__file__).resolve().parent.parent, bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms depends on it
     )  # fmt: skip
     reply = _read(process, START_SECONDS)
     if reply != "ready":
         process.kill()
-        raise RuntimeError(
-            f"the process that checks answers did not start ({reply or f'exit status {process.wait()}'}); "
-            "it needs math-verify: pip install math-verify==0.9.0"
-        )
+        why, need = reply or f"exit status {process.wait()}", "it needs math-verify: pip install math-verify==0.9.0"
+        raise RuntimeError(f"the process that checks answers did not start ({why}); {need}")
     return process
 
 
@@ -110,10 +97,10 @@ def _serve() -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's business
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler of ours: the kernel ends the process, even inside C code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # without a handler the kernel ends the process, even inside C code
     replies = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints must not pass for a reply
+    os.dup2(2, 1)  # what a library prints must not pass for a reply
     try:
         _verdict("1/2", "0.5")  # imports and builds the parsers, before any clock runs
     except Exception as error:
@@ -122,28 +109,27 @@ def _serve() -> None:
     os.write(replies, b"ready\n")
     for line in sys.stdin.buffer:
         gold, answer, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # should the caller be gone, nobody else would end this
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # ends the child if the caller is gone
         try:
             same = _verdict(gold, answer)
-        except Exception:  # parsers and sympy raise everything, on odd enough input
+        except Exception:  # parsers and sympy raise anything on odd input
             same = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, b"1\n" if same else b"0\n")
 
 
 def _verdict(gold: str, answer: str) -> bool:
-    """math-verify's, without its own limits: they work by the alarm signal, and C code does not notice them."""
+    """The verdict of math-verify, without its own limits: these use the alarm signal, which C code does not notice."""
     from math_verify import LatexExtractionConfig, parse, verify
 
-    latex = [LatexExtractionConfig()]  # and nothing else: of what it cannot read, it would take the last number
+    latex = [LatexExtractionConfig()]  # alone: of a text that it cannot read, the other takes the last number
     boxed = [parse(f"\\boxed{{{text}}}", extraction_config=latex, parsing_timeout=None) for text in (gold, answer)]
-    if not verify(*boxed, timeout_seconds=None, allow_set_relation_comp=True):
-        return False
-    return _close(boxed[0][0], boxed[1][0])
+    same = verify(*boxed, timeout_seconds=None, allow_set_relation_comp=True)
+    return same and _close(boxed[0][0], boxed[1][0])
 
 
 def _close(gold: object, answer: object) -> bool:
-    """Whether two values that math-verify finds equal are so to 100 digits; True for kinds that have no value."""
+    """Whether two values that math-verify finds equal agree to 100 digits; True for kinds that have no value."""
     import sympy
 
     if isinstance(gold, sympy.Set | sympy.Tuple | sympy.MatrixBase) and type(gold) is type(answer):

@@ -4,8 +4,6 @@ Each function returns one <svg>, 360 units wide. Colours are the classes c0 to c
 `stand_alone` turns a chart into a file with its own style. All text is escaped. Needs the standard library only.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from html import escape
@@ -13,10 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 WIDTH, HEIGHT = 360, 196
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 350, 8, 162
-"""Borders of the plot; assets/report.html has the same numbers."""
-POINTS = 200
-"""A line with more points is drawn as this many means of neighbours."""
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 46, 350, 8, 162  # assets/report.html has the same numbers
 COLOURS = 6
 
 
@@ -31,7 +26,7 @@ class Series:
 
 @dataclass
 class Axes:
-    """The ranges of both axes and the SVG elements drawn between them."""
+    """The ranges of both axes, and the SVG elements between them. x and y: the position of a value in the SVG."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -40,14 +35,12 @@ class Axes:
     svg: list[str] = field(default_factory=list)
 
     def x(self, value: float) -> float:
-        """Position of a value in the SVG."""
         low, high = self.x_range
         return PLOT_LEFT + (PLOT_RIGHT - PLOT_LEFT) * ((value - low) / (high - low) if high > low else 0.5)
 
     def y(self, value: float) -> float:
-        """Position of a value in the SVG; NaN for one that cannot be drawn."""
         if not math.isfinite(value) or (self.log and value <= 0):
-            return math.nan
+            return math.nan  # cannot be drawn
         low, high = self.y_range
         share = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
         return PLOT_BOTTOM - (PLOT_BOTTOM - PLOT_TOP) * share
@@ -58,21 +51,19 @@ class Axes:
         if y_marks is None and self.log:
             decades = range(round(math.log10(y0)), round(math.log10(y1)) + 1)
             y_marks = [(10.0**n, f"1e{n}") for n in decades[:: -(-len(decades) // 5)]]
-        elif y_marks is None:
-            y_marks = [(value, number(value)) for value in ticks(y0, y1, 4)]
-        x_marks = [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]
-        grid = [f'<line class="axis" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>']
-        for y, text in ((self.y(value), text) for value, text in y_marks):
-            grid.append(f'<line class="rule" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            grid.append(f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
-        for value in x_marks:
-            place = f'x="{min(self.x(value), WIDTH - 14):.1f}" y="{PLOT_BOTTOM + 14}"'
-            grid.append(f'<text {place} text-anchor="middle">{number(value)}</text>')
-        place, name = f'x="{PLOT_RIGHT}" y="{HEIGHT - 4}"', escape(self.x_name)
-        grid.append(f'<text class="name" {place} text-anchor="end">{name}</text>')
+        wide = f'x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}"'
+        grid = f'<line class="axis" {wide} y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>'
+        for value, text in y_marks or [(value, number(value)) for value in ticks(y0, y1, 4)]:
+            y = self.y(value)
+            grid += f'<line class="rule" {wide} y1="{y:.1f}" y2="{y:.1f}"/>'
+            grid += f'<text x="{PLOT_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        for value in [x for x in ticks(x0, x1) if self.x_name != "step" or x.is_integer()] if x1 > x0 else [x0]:
+            x = min(self.x(value), WIDTH - 14)
+            grid += f'<text x="{x:.1f}" y="{PLOT_BOTTOM + 14}" text-anchor="middle">{number(value)}</text>'
+        grid += f'<text class="name" x="{PLOT_RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{self.x_name}</text>'
         domain = f"{x0:g} {x1:g} {y0:g} {y1:g} {int(self.log)}"  # the page's script shows values under the pointer
         attributes = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" data-domain="{domain}"'
-        return f'<svg class="{kind}" {attributes}>{"".join(grid + self.svg)}</svg>'
+        return f'<svg class="{kind}" {attributes}>{grid}{"".join(self.svg)}</svg>'
 
 
 def number(value: float) -> str:
@@ -85,11 +76,9 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def thin(points: list[tuple], most: int = POINTS) -> list[tuple]:
+def thin(points: list[tuple], most: int = 200) -> list[tuple]:
     """At most `most` points, each the mean of equally many neighbours. Non-finite points do not enter a mean."""
-    size = -(-len(points) // most)
-    if size <= 1:
-        return points
+    size = max(1, -(-len(points) // most))
     chunks = [points[begin : begin + size] for begin in range(0, len(points), size)]
     finite = [[point for point in chunk if all(map(math.isfinite, point))] or chunk[:1] for chunk in chunks]
     return [tuple(map(fmean, zip(*chunk, strict=True))) for chunk in finite]
@@ -103,19 +92,6 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{n * width:.12g}") for n in range(first, last + 1)]
 
 
-def axis_range(values: list[float], log: bool = False) -> tuple[float, float]:
-    """A range a little wider than the finite values, never empty."""
-    values = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if log:
-        low, high = 10.0 ** math.floor(math.log10(low or 1e-3)), 10.0 ** math.ceil(math.log10(high))
-        return low, max(high, low * 10)
-    if 0 <= low < 0.6 * high:
-        low = 0.0  # close enough to zero to show it
-    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (low if low == 0 else low - margin), high + margin
-
-
 def path_data(points: list[tuple[float, float]]) -> str:
     """The d attribute of a path; a non-finite point breaks the line. h0 with a round cap shows a lone point."""
     commands, pen = "", "M"
@@ -127,20 +103,29 @@ def path_data(points: list[tuple[float, float]]) -> str:
 
 
 def line_chart(series: list[Series], label: str, fixed: tuple | None = None, log: bool = False) -> str:
-    """Lines over steps with their bands. fixed: the range of y."""
+    """Lines over steps with their bands. fixed: the range of y; by default a little wider than the finite values."""
     steps = [x for line in series for x, _ in line.points]
     series = [Series(line.name, thin(line.points), thin(line.band)) for line in series]
     values = [y for line in series for point in line.points + line.band for y in point[1:]]
-    axes = Axes((min(steps), max(steps)), fixed or axis_range(values, log), log=log)
+    values = [y for y in values if math.isfinite(y) and (y > 0 or not log)] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    if log:
+        low, high = 10.0 ** math.floor(math.log10(low or 1e-3)), 10.0 ** math.ceil(math.log10(high))
+        high = max(high, low * 10)
+    else:
+        low = 0.0 if 0 <= low < 0.6 * high else low  # close enough to zero to show it
+        margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        low, high = (0.0 if low == 0 else low - margin), high + margin
+    axes, lines = Axes((min(steps), max(steps)), fixed or (low, high), log=log), []
     for colour, line in enumerate(series):
-        band = [point for point in line.band if math.isfinite(axes.y(point[1]) + axes.y(point[2]))]
+        band = [(axes.x(x), axes.y(low), axes.y(high)) for x, low, high in line.band]
+        band = [place for place in band if all(map(math.isfinite, place))]
         if len(band) > 1:
-            edge = [(axes.x(x), axes.y(high)) for x, _, high in band]
-            edge += [(axes.x(x), axes.y(low)) for x, low, _ in reversed(band)]
+            edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             axes.svg.append(f'<path class="band c{colour % COLOURS}" d="{path_data(edge)}Z"/>')
-    for colour, line in enumerate(series):
         points = path_data([(axes.x(x), axes.y(y)) for x, y in line.points])
-        axes.svg.append(f'<path class="line c{colour % COLOURS}" data-name="{escape(line.name)}" d="{points}"/>')
+        lines.append(f'<path class="line c{colour % COLOURS}" data-name="{escape(line.name)}" d="{points}"/>')
+    axes.svg += lines  # above all bands
     return axes.draw(label, "hover")
 
 
@@ -155,13 +140,13 @@ def stacked_chart(shares: list[Series], label: str) -> str:
         heights = [y if math.isfinite(y) else 0.0 for _, y in share.points] * (2 if alone else 1)
         above = [low + y for low, y in zip(below, heights, strict=True)]
         edge = [*zip(xs, map(axes.y, above), strict=True)] + [*zip(xs, map(axes.y, below), strict=True)][::-1]
-        title = f"<title>{escape(share.name)}</title>"
-        axes.svg.append(f'<path class="area c{colour % COLOURS}" d="{path_data(edge)}Z">{title}</path>')
+        area = f'<path class="area c{colour % COLOURS}" d="{path_data(edge)}Z">'
+        axes.svg.append(f"{area}<title>{escape(share.name)}</title></path>")
         below = above
     return axes.draw(label)
 
 
-def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int = 0) -> str:
+def heat_chart(columns: list[tuple[float, list[int]]], label: str, colour: int) -> str:
     """columns: (step, counts). Cell n shows how large a share of its column count n is."""
     columns = thin([(step, *counts) for step, counts in columns], 60)
     rows, end = len(columns[0]) - 1, columns[-1][0] + 0.5
@@ -196,16 +181,15 @@ def point_chart(series: list[Series], curves: list[Series], label: str, x_name: 
 
 def stand_alone(svg: str, title: str, about: str, names: list[str]) -> str:
     """The text of an .svg file: a chart with its title, a line of explanation, a legend, and a background."""
-    legend, left, row = "", 10.0, 0
+    legend, left, y = "", 10.0, 46
     for colour, name in enumerate(names):
         wide = 22 + 6.4 * len(name)  # 6.4 units a letter are enough for this font
         if left > 10 and left + wide > WIDTH + 10:
-            left, row = 10.0, row + 1
-        y = 46 + 15 * row
+            left, y = 10.0, y + 15
         legend += f'<rect class="dot c{colour}" x="{left:.0f}" y="{y - 8}" width="9" height="9" rx="2"/>'
         legend += f'<text class="strong" x="{left + 13:.0f}" y="{y}">{escape(name)}</text>'
         left += wide
-    top = 46 + 15 * max(2, row + 1)  # at least two rows, so that charts side by side are level
+    top = max(76, y + 15)  # at least two rows of names, so that charts side by side are level
     style = (Path(__file__).parent.parent / "assets" / "chart.css").read_text(encoding="utf-8")
     chart = svg.replace("<svg ", f'<svg x="4" y="{top - 6}" width="{WIDTH}" height="{HEIGHT}" ', 1)
     return (

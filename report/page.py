@@ -2,10 +2,10 @@
 
     python -m report RUN [RUN ...]      several runs in one page; those that differ only in their seed become a band
 
-Text of models and corpora is data in the page and never markup. Unfinished runs and runs without samples work too.
+One chart per metric with all runs in it. Metrics that are absent, or 0 throughout, are left out and named. A metric
+without a line in SECTIONS stands under "More numbers". Text of models and corpora is never markup. Unfinished runs and
+runs without samples work too. Needs no torch.
 """
-
-from __future__ import annotations
 
 import base64
 import hashlib
@@ -14,23 +14,113 @@ import math
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
 import yaml
 
 from prompts import last_answer
-from report.charts import number
-from report.figures import SECTIONS, Family, RunData, curves, histograms, reward_chart, stacks
+from report.charts import COLOURS, Series, heat_chart, line_chart, number, point_chart, stacked_chart
 
-TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
 SEED_KEYS = {"seed", "run_dir", "resume", "wandb", "save_every", "keep_last", "samples_per_step", "probe_every"}
 """Config keys in which the runs of one band may differ: only the seed changes what a run computes."""
-SAMPLE_BYTES = 1_200_000
-"""Room for rollouts in the page, all runs together."""
 ENTRIES, TEXT_CHARS, STEPS_SHOWN, ANSWERS_SHOWN = 80, 1200, 5, 4
+SAMPLE_BYTES = 1_200_000  # of rollouts in the page, all runs together
+SHARE = (0.0, 1.0)
+NEEDS_RESPONSES = ("reward", "groups_kept", "length_mean", "truncated", "tokens_after_answer")
+# key or key prefix ending in "*", title, explanation, fixed range of y, logarithmic y
+SECTIONS = {
+    "Held-out passages": [
+        ("probe/accuracy", "Right answers", "sampled, with a thought; the same masks at every probe", SHARE),
+        ("probe/accuracy_greedy", "Right answers, greedy", "the likeliest token each time", SHARE),
+        ("probe/accuracy_*", "Right answers: ", "of this kind; no_thought: the answer is opened at once", SHARE),
+        ("probe/valid_rate", "Responses with an answer", "share with a closed box", SHARE),
+        ("probe/perplexity", "Perplexity of plain text", "rises: the model forgets text"),
+    ],
+    "Benchmarks": [("eval/*", "", "share right", SHARE)],
+    "What is masked": [
+        ("gen/valid_rate", "Valid masks", "share of the generator's responses", SHARE),
+        ("gen/distinct", "Different masks per passage", "1: the generator always chooses the same"),
+        ("gen/top_word_share", "Most frequent mask", "share of the valid masks that name the same words", SHARE),
+        ("gen/span_words", "Words in a mask", "mean, valid masks"),
+        ("gen/occurrences", "Occurrences of the words", "mean, in their passage"),
+    ],
+    "Rewards": [
+        ("gen/reward", "Reward of masks", "1 - accuracy, 0 if none is right or the mask is invalid", SHARE),
+        ("pred/accuracy", "Right predictions", "of the masks of the step; the generator moves it", SHARE),
+        ("pred/accuracy_zero", "Masks that nobody solves", "they teach nothing", SHARE),
+        ("pred/accuracy_one", "Masks that all solve", "they teach nothing", SHARE),
+        ("gen/groups_kept", "Passages that teach the generator", "their masks earned unequally", SHARE),
+        ("pred/groups_kept", "Masks that teach the predictor", "their answers earned unequally", SHARE),
+        ("reward", "Mean reward", "all responses of both roles"),
+    ],
+    "Responses": [
+        ("gen/length_mean", "Length, generator", "tokens, mean"),
+        ("pred/length_mean", "Length, predictor", "tokens, mean"),
+        ("gen/truncated", "Cut at the limit, generator", "share", SHARE),
+        ("pred/truncated", "Cut at the limit, predictor", "share", SHARE),
+        ("pred/valid_rate", "Predictions with an answer", "share with a closed box", SHARE),
+        ("pred/tokens_after_answer", "Tokens after the answer", "rambling, mean"),
+        ("entropy", "Entropy", "nats a token, of the tokens trained on; collapse to 0: lower the learning rate"),
+        ("surprisal", "Surprisal", "nats a token, of all that was sampled"),
+    ],
+    "Training": [
+        ("loss", "Loss", "says little in reinforcement learning"),
+        ("grad_norm", "Norm of the gradient", "before clipping"),
+        ("mismatch_abs", "Trainer against sampler", "mean difference of log-probs; must stay flat", None, True),
+        ("mismatch_kl", "Trainer against sampler, KL", "nats a token; must stay flat", None, True),
+        ("clip_fraction", "Clipped tokens", "share"), ("lr", "Learning rate", "of the step"),
+        ("trained_tokens", "Tokens trained on", "per step"), ("time/step", "Seconds a step", "without the save"),
+        ("time/*", "Seconds: ", "in this phase of the step"),
+        ("tokens_per_second", "Tokens sampled a second", "over the whole step"),
+        ("peak_memory_gb", "Largest memory of rank 0", "GB; on a GPU of the update"),
+    ],
+    "More numbers": [("*", "", "as logged")],  # what no line above names: a metric of your own
+}  # fmt: skip
+# beginnings of the keys that are no curve or are drawn in another form
+ELSEWHERE = tuple("step method flops gen/share_ gen/invalid_ pred/accuracy_histogram pred/accuracy_caseless".split())
+
+
+@dataclass
+class RunData:
+    """One run directory. entries: evenly spaced passages of samples.jsonl, each with the rows of its masks. repeated:
+    rows of one passage at several steps, of probes.jsonl, else of the passage that recurs most in samples.jsonl."""
+
+    folder: Path
+    config: dict
+    rows: list[dict]
+    entries: list[list[dict]] = field(default_factory=list)
+    repeated: list[dict] = field(default_factory=list)
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric; rewards and lengths only of steps at which the role has responses."""
+        role, _, name = key.partition("/")
+        rows = [row for row in self.rows if name not in NEEDS_RESPONSES or row.get(f"{role}/responses", 1)]
+        return [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
+
+
+@dataclass
+class Family:
+    """Runs that differ only in their seed."""
+
+    name: str
+    runs: list[RunData]
+
+    @property
+    def rows(self) -> list[dict]:
+        return [row for run in self.runs for row in run.rows]
+
+    def series(self, key: str) -> Series:
+        """The mean over the runs at each step; with several runs also the lowest and the highest value."""
+        pairs = [pair for run in self.runs for pair in run.values(key)]
+        groups = groupby(sorted(pairs, key=itemgetter(0)), itemgetter(0))
+        steps = {step: [y for _, y in some if math.isfinite(y)] or [math.nan] for step, some in groups}
+        band = [(step, min(values), max(values)) for step, values in steps.items() if len(self.runs) > 1]
+        return Series(self.name, [(step, fmean(values)) for step, values in steps.items()], band)
 
 
 def stream(path: Path):
@@ -72,9 +162,9 @@ def group_by_seed(runs: list[RunData]) -> list[Family]:
     configs = [group[0].config for group in groups.values()]
     differ = [key for key in configs[0] if key not in SEED_KEYS and len({str(c.get(key)) for c in configs}) > 1]
     families = []
-    for group in groups.values():
+    for group, config in zip(groups.values(), configs, strict=True):
         group.sort(key=lambda run: str(run.config.get("seed")))
-        settings = [f"{key}={group[0].config.get(key)}".removeprefix("method=") for key in differ if group[0].config]
+        settings = [f"{key}={config.get(key)}".removeprefix("method=") for key in differ if config]
         name = ", ".join(settings) or group[0].folder.resolve().name
         seeds = ", ".join(str(run.config.get("seed", "?")) for run in group)
         families.append(Family(f"{name} (seed{'s' * (len(group) > 1)} {seeds})", group))
@@ -86,11 +176,8 @@ def shorten(text: str) -> str:
 
 
 def split_response(text: str, command: str) -> dict:
-    r"""A response as `t`, its thought (everything if there is no answer), and `a`, its answer or None.
-
-    >>> split_response(r"It flows. \boxed{Rhine} or so", "boxed")
-    {'t': 'It flows.', 'a': 'Rhine'}
-    """
+    r"""A response as `t`, its thought (everything if there is no answer), and `a`, its answer or None:
+    `r"It flows. \boxed{Rhine} or so"` -> `{"t": "It flows.", "a": "Rhine"}`"""
     answer = last_answer(text, command)
     end = len(text) if answer is None else text.rfind(f"\\{command}{{{answer}")
     return {"t": shorten(text[:end].rstrip("\\").strip()), "a": None if answer is None else shorten(answer.strip())}
@@ -112,15 +199,13 @@ def finite(value: float | None) -> float | None:
 
 
 def count_predictions(task: dict) -> list[dict]:
-    """The task's distinct predictions, most frequent first, with short keys for the page. Rows of older runs have no
-    "correct": there a reward of 1 is a right answer."""
-    counts = Counter(
-        (one["text"].strip(), one.get("correct", int(one["reward"] == 1)), finite(one["reward"]), one["finish"])
-        for one in task["predictions"]
-    )
+    """The task's distinct predictions, most frequent first, with short keys for the page. In rows without "correct", of
+    older runs, a reward of 1 is a right answer."""
+    said = [(one["text"].strip(), one.get("correct", int(one["reward"] == 1)), one) for one in task["predictions"]]
+    counts = Counter((text, correct, finite(one["reward"]), one["finish"]) for text, correct, one in said).most_common()
     return [
         split_response(text, "boxed") | {"c": correct, "r": reward, "f": finish, "n": count}
-        for (text, correct, reward, finish), count in counts.most_common()
+        for (text, correct, reward, finish), count in counts
     ]
 
 
@@ -132,20 +217,20 @@ def browser_entry(tasks: list[dict]) -> dict:
         item = {"w": shorten(mask["words"]), "i": mask["invalid"], "l": mask["label"], "p": count_predictions(task)}
         item |= {} if mask["invalid"] else {"k": mask_spans(task), "x": mask["target"]}
         if proposal:
-            shown = {"r": finite(proposal["reward"]), "f": proposal["finish"]}
-            item["g"] = split_response(proposal["text"], "mask") | shown
+            item["g"] = split_response(proposal["text"], "mask")
+            item["g"] |= {"r": finite(proposal["reward"]), "f": proposal["finish"]}
         masks.append(item)
     return {"s": tasks[0]["step"], "t": passage["title"], "u": passage["url"], "x": passage["text"], "m": masks}
 
 
-def rollouts_json(runs: list[RunData], room: int = SAMPLE_BYTES) -> str:
-    """The runs' entries, safe inside a <script>. Every second entry is left out until they fit into `room` bytes."""
+def rollouts_json(runs: list[RunData]) -> str:
+    """The runs' entries, safe inside a <script>. Every second entry is left out until they fit into SAMPLE_BYTES."""
     data = [{"n": run.folder.resolve().name, "e": [browser_entry(tasks) for tasks in run.entries]} for run in runs]
     while True:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         for char in "<\u2028\u2029":
             text = text.replace(char, f"\\u{ord(char):04x}")
-        if len(text.encode("utf-8", "replace")) <= room or not any(item["e"] for item in data):
+        if len(text.encode("utf-8", "replace")) <= SAMPLE_BYTES or not any(item["e"] for item in data):
             return text
         for item in data:
             item["e"] = item["e"][::2] if len(item["e"]) > 1 else []
@@ -162,13 +247,13 @@ def title_link(passage: dict) -> str:
 def step_card(step: int, tasks: list[dict]) -> str:
     """The responses at one step: the generator's masks, counted, and the answers to each mask with their thoughts."""
 
-    def line(kind: str, count: int, text: str, rest: str = "") -> str:
+    def line(kind: str, count: int, text: str, rest: str) -> str:
         times = f"{count} x " if count > 1 else ""
         return f'<li class="{kind}">{times}<b dir="auto">{escape(text)}</b>{rest}</li>'
 
-    masks = Counter((task["mask"]["words"] or "nothing", task["mask"]["invalid"]) for task in tasks if task["proposal"])
-    lines = []
-    for (words, invalid), count in masks.most_common():
+    masks = [task["mask"] for task in tasks if task["proposal"]]
+    counts, lines = Counter((mask["words"] or "nothing", mask["invalid"]) for mask in masks), []
+    for (words, invalid), count in counts.most_common():
         cause = f" <small>{escape(invalid.replace('_', ' '))}</small>" if invalid else ""
         lines.append(line("no" if invalid else "", count, shorten(words), cause))
     for task in tasks:
@@ -182,7 +267,7 @@ def step_card(step: int, tasks: list[dict]) -> str:
 
 
 def passage_by_step(run: RunData) -> str:
-    """The responses to one passage at successive steps: how the answers and the thoughts change."""
+    """The responses to one passage at successive steps."""
     if not run.repeated:
         return "<p>This run has no probes.jsonl, and no passage occurs at two steps of its samples.jsonl.</p>"
     blocks: dict[str, list[dict]] = {}
@@ -201,13 +286,97 @@ def passage_by_step(run: RunData) -> str:
     return html
 
 
+def figure(title: str, about: str, svg: str, legend: list[tuple[int, str]] = (), warning: str = "") -> str:
+    """legend: (colour, text). Text may come from a run, so that each has its own direction of writing."""
+    keys = "".join(f'<span class="key" dir="auto"><i class="c{c % COLOURS}"></i>{escape(t)}</span>' for c, t in legend)
+    warning = f'<span class="warn">{escape(warning)}</span>' if warning else ""
+    caption = f'<b dir="auto">{escape(title)}</b><span dir="auto">{escape(about)}</span><div>{keys}{warning}</div>'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+
+def curves(families: list[Family]) -> tuple[dict[str, list[str]], list[str]]:
+    """The charts of each section, and the keys that are left out."""
+    figures, left_out = {section: [] for section in SECTIONS}, []
+    present = sorted({key for family in families for row in family.rows for key in row})
+    lines = [(section, *line) for section, lines in SECTIONS.items() for line in lines]
+    drawn = {key for _, key, *_ in lines} | {key for key in present if key.startswith(ELSEWHERE)}
+    for section, pattern, title, about, *options in lines:
+        prefix, keys = pattern.removesuffix("*"), [pattern]
+        if "*" in pattern:
+            keys = [key for key in present if key.startswith(prefix) and key not in drawn]
+            drawn.update(keys)
+        for key in keys:
+            name, series = title + key.removeprefix(prefix), [family.series(key) for family in families]
+            values = [y for family in families for run in family.runs for _, y in run.values(key)]
+            if not any(values):
+                left_out.append(key)
+                continue
+            bad = sum(not math.isfinite(y) for y in values)
+            lasts = [[y for _, y in line.points if math.isfinite(y)][-1:] for line in series]
+            legend = [(colour, number(last[0])) for colour, last in enumerate(lasts) if last]
+            svg = line_chart(series, f"{name}: {about}", *options)
+            figures[section].append(figure(name, about, svg, legend, f"{bad} not finite, left out" if bad else ""))
+    return figures, left_out
+
+
+def stacks(families: list[Family], prefix: str, title: str, about: str) -> list[str]:
+    """One chart of stacked shares per family, of all metrics with this prefix."""
+    figures = []
+    for family in families[:COLOURS]:
+        keys = sorted({key for row in family.rows for key in row if key.startswith(prefix)})
+        steps = sorted({row["step"] for row in family.rows if "gen/valid_rate" in row})
+        if steps and any(row.get(key) for row in family.rows for key in keys):
+            lines = {key.removeprefix(prefix): dict(family.series(key).points) for key in keys}
+            shares = [Series(name, [(step, line.get(step, 0.0)) for step in steps]) for name, line in lines.items()]
+            which = f": {family.name}" if len(families) > 1 else ""
+            figures.append(figure(title, about + which, stacked_chart(shares, title), list(enumerate(lines))))
+    return figures
+
+
+def histograms(families: list[Family]) -> list[str]:
+    """How many predictions of a mask were right, over the steps; one chart per family."""
+    figures = []
+    for colour, family in enumerate(families[:COLOURS]):
+        columns: dict[int, list] = {}
+        for row in family.rows:
+            if any(row.get("pred/accuracy_histogram") or []):
+                columns.setdefault(row["step"], []).append(row["pred/accuracy_histogram"])
+        if columns:
+            merged = [(step, [sum(cells) for cells in zip(*columns[step], strict=True)]) for step in sorted(columns)]
+            about = "right answers to a mask; the stronger, the more masks"
+            about += f": {family.name}" if len(families) > 1 else ""
+            figures.append(figure("How hard the masks are", about, heat_chart(merged, about, colour)))
+    return figures
+
+
+def reward_chart(families: list[Family]) -> list[str]:
+    """The mean reward of a step's valid masks against their accuracy, and its expectation at equal difficulty."""
+    series, expected, grid = [], {}, [n / 60 for n in range(61)]
+    for family in families:
+        points = []
+        for run in family.runs:
+            rows = [row for row in run.rows if row.get("gen/valid_rate") and row.get("gen/responses")]
+            points += [(row["pred/accuracy"], row["gen/reward"] / row["gen/valid_rate"]) for row in rows]
+            g = run.config.get("predictions_per_mask", 8)
+            if rows and run.config.get("generator_reward") == "variance":
+                expected[f"p (1-p) (1-1/G), G = {g}"] = [(p, p * (1 - p) * (1 - 1 / g)) for p in grid]
+            elif rows:
+                expected[f"(1-p) - (1-p)^G, G = {g}"] = [(p, (1 - p) - (1 - p) ** g) for p in grid]
+        series.append(Series(family.name, points))
+    if not expected:
+        return []
+    about = f"mean of a step's valid masks, later steps stronger. Dashed: {', '.join(expected)}, "
+    about += "if all masks were equally hard; otherwise less"
+    svg = point_chart(series, [Series(*item) for item in expected.items()], about, "accuracy")
+    legend = [(colour, line.name) for colour, line in enumerate(series) if line.points and len(series) > 1]
+    return [figure("What masks earn", about, svg, legend)]
+
+
 def overview(families: list[Family]) -> str:
-    """How far the runs are, and the first and last values of the main metrics."""
-    keys = {
-        "probe/accuracy": "held out, sampled", "probe/accuracy_greedy": "held out, greedy",
-        "pred/accuracy": "training, right", "gen/valid_rate": "masks valid", "pred/groups_kept": "masks kept",
-    }  # fmt: skip
-    table = "<tr><th>runs<th>steps" + "".join(f"<th>{name}" for name in keys.values())
+    """A table: steps, and the first and last values of the main metrics."""
+    keys = ["probe/accuracy", "probe/accuracy_greedy", "pred/accuracy", "gen/valid_rate", "pred/groups_kept"]
+    table = "<tr><th>runs<th>steps<th>held out, sampled<th>held out, greedy<th>training, right"
+    table += "<th>masks valid<th>masks kept"
     for colour, family in enumerate(families):
         steps = dict.fromkeys(f"{run.rows[-1]['step']} of {run.config.get('steps', '?')}" for run in family.runs)
         table += f'<tr><td><span class="key" dir="auto"><i class="c{colour % 6}"></i>{escape(family.name)}</span>'
@@ -223,19 +392,16 @@ def overview(families: list[Family]) -> str:
 def build_page(runs: list[RunData]) -> str:
     """The whole page as HTML."""
     families = group_by_seed(runs)
+    figures, absent = curves(families)
     about = "share of the valid masks, by the corpus's labels, else by form"
     kinds = stacks(families, "gen/share_", "Kinds of words masked", about)
-    causes = stacks(families, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses")
-    special = {"What is masked": kinds + causes, "Rewards": histograms(families) + reward_chart(families)}
-    body, absent = "", []
-    for section in SECTIONS:
-        figures, left_out = curves(section, families)
-        figures = special.get(section, []) + figures
-        absent += left_out
-        body += f"<h2>{section}</h2><div class='grid'>{''.join(figures)}</div>" if figures else ""
+    kinds += stacks(families, "gen/invalid_", "Invalid masks, by cause", "share of the generator's responses")
+    figures["What is masked"] = kinds + figures["What is masked"]
+    figures["Rewards"] = histograms(families) + reward_chart(families) + figures["Rewards"]
+    body = "".join(f"<h2>{name}</h2><div class='grid'>{''.join(some)}</div>" for name, some in figures.items() if some)
     body += f"<h2>One passage, step by step</h2>{passage_by_step(next((run for run in runs if run.repeated), runs[0]))}"
     notes = f"Not shown, because these runs do not have them or they are 0 throughout: {', '.join(absent)}."
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = (Path(__file__).parent.parent / "assets" / "report.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     contents = {
         "TITLE": escape(", ".join(run.folder.resolve().name for run in runs[:4]) + " ..." * (len(runs) > 4)),
@@ -253,10 +419,9 @@ def build_page(runs: list[RunData]) -> str:
 def write_report(folders: list[Path]) -> Path:
     """Writes report.html into the first of the run directories. Raises ValueError if one has no metrics."""
     text = build_page([read_run(Path(folder)) for folder in folders])
-    target = Path(folders[0]) / "report.html"
-    temporary = target.with_name("report.html.part")
+    temporary = Path(folders[0]) / "report.html.part"
     temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(target)
+    return temporary.replace(temporary.with_suffix(""))
 
 
 def main() -> None:

@@ -14,39 +14,31 @@ import pytest
 import yaml
 
 from report.page import (
-    browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card, title_link,
-    write_report,
+    SECTIONS, browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
+    title_link, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
 TEXT = f"Bonn lies on the Rhine. {EVIL} \u2028 half \ud800 \U0001f600 Bonn"
 
 
-class Reader(HTMLParser):
+def parse(text: str) -> tuple[list[tuple[str, dict]], list[str]]:
     """What a browser would see: tags with attributes, and text."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.words = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.words.append(data)
+    reader, tags, words = HTMLParser(convert_charrefs=True), [], []
+    reader.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    reader.handle_data = words.append
+    reader.feed(text)
+    return tags, words
 
 
 def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
     said = [{"text": r"It flows. \boxed{Rhine}", "finish": "answer", "reward": 1.0}] * 3
     said.append({"text": EVIL, "finish": "length", "reward": 0.0})
     mask = {"words": "Rhine", "invalid": "", "masked": text.replace("Rhine", "[mask]"), "target": "Rhine"}
-    mask |= {"occurrences": 1, "start": 17, "label": ""}
-    return {
-        "step": step, "passage": {"id": f"{step}#0", "title": title, "url": url, "text": text},
-        "proposal": {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25}, "mask": mask,
-        "predictions": said,
-    } | keys
+    passage = {"id": f"{step}#0", "title": title, "url": url, "text": text}
+    proposal = {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25}
+    values = {"step": step, "passage": passage, "proposal": proposal, "predictions": said}
+    return values | {"mask": mask | {"occurrences": 1, "start": 17, "label": ""}} | keys
 
 
 def row(step: int, **keys) -> dict:
@@ -55,10 +47,14 @@ def row(step: int, **keys) -> dict:
     return {"step": step, "method": "active"} | values | keys
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+
+
 def write_run(folder: Path, rows: list[dict], samples: list[dict] = (), **config) -> Path:
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    write_rows(folder / "metrics.jsonl", rows)
+    write_rows(folder / "samples.jsonl", samples)
     config = {"method": "active", "seed": 0, "steps": 100, "predictions_per_mask": 2, "run_dir": str(folder)} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -68,13 +64,12 @@ def read_page(*folders: Path) -> str:
     return write_report(list(folders)).read_text(encoding="utf-8")
 
 
-# ---- numbers
 def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highest(tmp_path):
     names = {"a": (0, [1.0, 4.0]), "b": (1, [2.0, math.nan, 9.0]), "c": (2, [6.0])}
-    runs = [
-        read_run(write_run(tmp_path / name, [row(n + 1, loss=v) for n, v in enumerate(values)], seed=seed))
-        for name, (seed, values) in names.items()
-    ]
+    runs = []
+    for name, (seed, values) in names.items():
+        rows = [row(step, loss=value) for step, value in enumerate(values, 1)]
+        runs.append(read_run(write_run(tmp_path / name, rows, seed=seed)))
     other = read_run(write_run(tmp_path / "d", [row(1)], method="random_span", generator_reward="variance"))
     (band, alone) = group_by_seed([*runs[::-1], other])
     assert [run.config["seed"] for run in band.runs] == [0, 1, 2] and alone.runs == [other]
@@ -85,12 +80,10 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
     assert alone.series("loss").band == []
 
 
-# ---- text
 def test_a_response_is_thought_and_answer():
     assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
     assert split_response("no box", "boxed") == {"t": "no box", "a": None}
-    long = split_response("x" * 5000, "boxed")["t"]
-    assert len(long) < 1300 and long.endswith("(3,800 more characters)")
+    assert split_response("x" * 5000, "boxed") == {"t": "x" * 1200 + " ... (3,800 more characters)", "a": None}
 
 
 def test_spans_count_characters_of_the_passage():
@@ -102,30 +95,26 @@ def test_spans_count_characters_of_the_passage():
 
 def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
     one = browser_entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
-    assert (one["s"], one["t"], one["u"], one["x"]) == (3, "Bonn", "https://x.org/Bonn", "On the Rhine.")
-    first, second = one["m"]
+    first, second = one.pop("m")
+    assert one == {"s": 3, "t": "Bonn", "u": "https://x.org/Bonn", "x": "On the Rhine."}
     assert first["k"] == [[7, 12]] and first["g"]["a"] == "Rhine" and first["g"]["r"] == 0.25 and "g" not in second
     assert [(said["n"], said["a"], said["r"]) for said in first["p"]] == [(3, "Rhine", 1.0), (1, None, 0.0)]
 
 
 def test_text_of_models_and_passages_is_never_markup(tmp_path):
     rows = [row(step, **{f"gen/invalid_{EVIL}": 0.1}) for step in (1, 2)]
-    wrong = {"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0}
     address = f"https://x.org/{EVIL}\"'"
-    samples = [sample(1, title=EVIL, url=address), sample(2, title=EVIL, url=address), sample(2, url="javascript:x")]
-    samples[1]["passage"]["id"] = "1#0"  # recurs: shown step by step
-    samples[0]["predictions"].append(wrong)
+    first = sample(1, title=EVIL, url=address)  # recurs: shown step by step
+    first["predictions"].append({"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0})
+    samples = [first, sample(2, passage=first["passage"]), sample(2, url="javascript:x")]
     folder = write_run(tmp_path / f"run {EVIL.replace('/', '')}", rows, samples, method=EVIL)
-    other = write_run(tmp_path / "other", rows, [], method="cpt")
-    text = read_page(folder, other)
-    read = Reader(text)
-    assert "alert(1)" in text and "alert(2)" in text  # it is there, as text
-    assert sum(EVIL in words for words in read.words) > 10
-    tags = [tag for tag, _ in read.tags]
+    text = read_page(folder, write_run(tmp_path / "other", rows, [], method="cpt"))
+    found, words = parse(text)
+    assert sum(EVIL in some for some in words) > 10  # it is there, as text
+    tags = [tag for tag, _ in found]
     assert tags.count("script") == 2 and "img" not in tags and tags.count("body") == 1
-    assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
-    links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
-    assert links == [address]
+    assert not any(name.startswith("on") for _, attributes in found for name in attributes)
+    assert [attributes["href"] for tag, attributes in found if tag == "a"] == [address]
     data = json.loads(re.search(r'id="rollouts">(.*?)</script>', text, re.DOTALL)[1])
     assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
 
@@ -135,15 +124,15 @@ def test_right_and_wrong_come_from_the_stored_verdicts():
     wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
     older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
     (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
-    assert [(item["c"], item["r"], item["n"]) for item in mask["p"]] == [(0, 0.5, 2), (1, -0.25, 1), (1, 1, 1),
-                                                                         (0, 0.5, 1)]
+    found = [(item["c"], item["r"], item["n"]) for item in mask["p"]]
+    assert found == [(0, 0.5, 2), (1, -0.25, 1), (1, 1, 1), (0, 0.5, 1)]
     assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
 
 
 def test_titles_lead_only_to_addresses_of_the_web():
     passage = {"title": "Bonn", "id": "1#0"}
-    linked = title_link(passage | {"url": "https://x.org/?a&b"})
-    assert linked == '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    linked = '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
+    assert title_link(passage | {"url": "https://x.org/?a&b"}) == linked
     for url in ("javascript:alert(1)//https://x.org", "mini-wiki/3", "", "data:text/html,x"):
         assert title_link(passage | {"url": url}) == f'<span dir="auto">Bonn</span> <small dir="auto">{url}</small>'
     assert title_link({"title": "", "id": "1#0", "url": ""}).startswith('<span dir="auto">1#0<')
@@ -151,25 +140,22 @@ def test_titles_lead_only_to_addresses_of_the_web():
 
 def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
     text = read_page(write_run(tmp_path / "run", [row(1), row(2)], [sample(1)]))
-    read = Reader(text)
+    tags, _ = parse(text)
     script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    (policy,) = [a["content"] for tag, a in read.tags if tag == "meta" and "http-equiv" in a]
+    (policy,) = [a["content"] for tag, a in tags if tag == "meta" and "http-equiv" in a]
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}';" in policy
-    assert not any("src" in attributes or tag == "link" for tag, attributes in read.tags)
+    assert not any("src" in attributes or tag == "link" for tag, attributes in tags)
     assert not re.search(r"@import|url\(|fetch\(|innerHTML", text)
 
 
 def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     recurring = [sample(step, passage=sample(1)["passage"]) for step in (3, 4)]
     folder = write_run(tmp_path / "run", [row(step) for step in range(1, 41)], recurring)
-    probes = []
-    for step in range(0, 41, 5):
-        probes.append(sample(step, proposal=None))
-        probes.append(sample(step, predictions=[]))
-        for one in probes[-2:]:
-            one["passage"]["id"] = "9#0"
-    (folder / "probes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in probes))
+    same = {"passage": sample(9)["passage"]}
+    kinds = {"proposal": None}, {"predictions": []}  # the answers to a fixed mask, and what the generator masks
+    probes = [sample(step, **kind, **same) for step in range(0, 41, 5) for kind in kinds]
+    write_rows(folder / "probes.jsonl", probes)
     html = build_page([read_run(folder)]).replace(' dir="auto"', "")
     assert [int(step) for step in re.findall(r"<h4>Step (\d+)", html)] == [0, 10, 20, 30, 40] * 2
     assert html.count('<li class="yes">3 x <b>Rhine</b> <q>It flows.</q></li>') == 5
@@ -180,7 +166,6 @@ def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
     assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
 
 
-# ---- whole runs
 @pytest.mark.parametrize("rows", [
     [{"step": 0, "method": "active", "probe/accuracy": 0.5}], [{"step": 1, "method": "cpt"}], [row(7)],
     [row(1, reward=math.nan, loss=math.inf, **{"pred/accuracy": math.nan, "gen/reward": math.nan}), row(2, lr=0)],
@@ -199,24 +184,19 @@ def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
 
 
 def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_path):
-    """Two runs over 2000 steps, one of them with a paper-like sample (8 masks, 8 predictions of 4,000 characters) every
-    hundred steps, texts outside ASCII, all metrics noisy."""
+    """One of the runs has a paper-like sample every hundred steps: 8 masks, 8 predictions of 4,000 characters."""
     rng = random.Random(0)
-    keys = [key for key in json.loads(json.dumps(row(1))) if "histogram" not in key and key not in ("step", "method")]
-    keys += "entropy surprisal grad_norm mismatch_kl mismatch_abs lr trained_tokens time/step gen/span_words".split()
-    keys += ["gen/distinct", "gen/occurrences", "gen/length_mean", "pred/length_mean", "pred/truncated"]
-    keys += [f"gen/share_{label}" for label in ("fact", "copy", "noise")] + ["gen/invalid_too_long"]
-    keys += ["pred/valid_rate", "pred/groups_kept", "gen/groups_kept", "pred/accuracy_zero", "pred/accuracy_one"]
+    keys = [key for key in row(1) if key not in ("step", "method", "pred/accuracy_histogram")]
+    keys += [key for lines in SECTIONS.values() for key, *_ in lines if "*" not in key]
+    keys += ["gen/share_fact", "gen/share_copy", "gen/share_noise", "gen/invalid_too_long"]
     folders = []
     for name in "ab":
         rows = [row(step, **{key: rng.random() for key in keys}) for step in range(1, 2001)]
-        for one in rows:
-            one["pred/accuracy_histogram"] = [rng.randrange(30) for _ in range(9)]
+        rows = [one | {"pred/accuracy_histogram": [rng.randrange(30) for _ in range(9)]} for one in rows]
         samples = []
         for step in range(1, 2001, 100) if name == "a" else ():
-            text = "Über den Rhine 北京 " * 250
             said = [{"text": f"{rng.random()} Größe 東 " * 250, "finish": "length", "reward": 0.0} for _ in range(8)]
-            samples += [sample(step, text=text, predictions=said) for _ in range(8)]
+            samples += [sample(step, text="Über den Rhine 北京 " * 250, predictions=said)] * 8
         folders.append(write_run(tmp_path / name, rows, samples, method=name))
     target = write_report(folders)
     assert 500_000 < target.stat().st_size < 3_000_000
@@ -228,8 +208,7 @@ def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monke
     folder = write_run(tmp_path / "run", [row(1)])
     monkeypatch.setattr(sys, "argv", ["report/", str(folder)])
     main()
-    assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0")
-    assert not list(folder.glob("*.part"))
+    assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0") and not list(folder.glob("*.part"))
     for words in ([str(tmp_path)], [str(tmp_path / "none")], [str(folder), str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", ["report/", *words])
         with pytest.raises(SystemExit) as ended:

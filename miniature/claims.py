@@ -39,7 +39,7 @@ ARMS = {
     "ladder: rewards shuffled": [LADDER, "shuffle_rewards=true"],
     "ladder: sft, bare answers": [LADDER, "method=sft", "sft_answer= \\boxed{ {answer} }"],
     "ladder: star": [LADDER, "method=star"],
-    "ladder: rlp": [LADDER, "method=rlp", "rlp_prompt= {passage}", "passages_per_step=32"],
+    "ladder: rlp": [LADDER, "method=rlp", "rlp_prompt=' {passage}'", "passages_per_step=32"],
     "ladder: quiet_star": [LADDER, "method=quiet_star"],
 }
 STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}

@@ -53,16 +53,14 @@ def load_real(record: Path = RECORD) -> dict[str, list[dict]]:
 
 def real_table(results: dict[str, list[dict]]) -> list[list[str]]:
     """One row a run: start and end of the probe, means of the first and of the last five steps of training."""
-    kinds = ("function", "content", "name")  # numbers are in the record
-    table = [["run", "seed", "responses", "valid masks", "top word", "own masks", "held out", "greedy",
-              *kinds, "perplexity"]]  # fmt: skip
+    table = [["run", "seed", "responses", "top word", "own masks", "held out", "greedy", "function", "perplexity"]]
     for arm, runs in results.items():
         for run in runs:
             first, last = run["probes"][0], run["probes"][-1]
             asked = run["keys"]["method"] != "sft"  # nothing is sampled, and masks are by rule
-            curves = [run["curves"][key] for key in ("gen/valid_rate", "gen/top_word_share", "pred/accuracy")]
+            curves = [run["curves"][key] for key in ("gen/top_word_share", "pred/accuracy")]
             cells = [f"{curve[0]:.2f}→{curve[-1]:.2f}" if asked else "" for curve in curves]
-            for key in ("all", "greedy", *(f"greedy_{kind}" for kind in kinds), "perplexity"):
+            for key in ("all", "greedy", "greedy_function", "perplexity"):  # the other kinds are in the record
                 digits = 1 if key == "perplexity" else 2
                 known = key in first and key in last
                 cells.append(f"{first[key]:.{digits}f}→{last[key]:.{digits}f}" if known else "")

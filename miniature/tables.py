@@ -135,8 +135,9 @@ def series(results: Results, arm: str, key: str, name: str = "") -> Series:
         curves = zip(*(run["curves"][key] for run in runs), strict=True)
         points = [(5 * n + 3, values) for n, values in enumerate(curves)]
     else:
-        probes = zip(*(run["probes"] for run in runs), strict=True)
-        points = [(rows[0]["step"], [row[key] for row in rows]) for rows in probes]
+        steps = sorted(set.intersection(*({row["step"] for row in run["probes"]} for run in runs)))
+        rows = {step: [row for run in runs for row in run["probes"] if row["step"] == step] for step in steps}
+        points = [(step, [row[key] for row in rows[step]]) for step in steps]
     means = [(step, fmean(values)) for step, values in points]
     return Series(name or arm, means, [(step, min(values), max(values)) for step, values in points])
 

@@ -102,20 +102,20 @@ def make_tables(results: Results) -> dict[str, str]:
         row = [arm, *start_end(runs, "greedy"), *start_end(runs, "all"), interval(late(runs, "pred/accuracy"))]
         rlvr.append([*row, str(len(runs))])
 
-    ladder = [["method", "two steps", "three", "four", "four, at once", "thought use", "length, first and last",
-               "masks on two to four", "tokens sampled", "trained", "seeds"]]  # fmt: skip
+    ladder = [["method", "three steps", "four", "four, at once", "thought use", "length, first and last",
+               "masks on two to four", "tokens sampled, trained"]]  # fmt: skip
     for arm in [arm for arm in LADDER_ARMS if arm in results]:
         runs = results[arm]
         used = [run["probes"][-1].get("thought_use", 0.0) for run in runs]
         lengths = [fmean(run["curves"][LENGTH][0] for run in runs), fmean(late(runs, LENGTH))]
-        means = [*(fmean(ends(runs, key)) for key in ("hop2", "hop3")), interval(ends(runs, "hop4"))]
+        means = [fmean(ends(runs, "hop3")), interval(ends(runs, "hop4"))]
         means += [fmean(ends(runs, "no_thought_hop4")), fmean(used)]
         shown = [one if isinstance(one, str) else f"{one:.2f}" for one in means]
         shown += [" ".join(f"{one:.1f}" for one in lengths), f"{fmean(climb(runs, -4, None)):.2f}"]
         sampled, trained = (fmean(run["totals"][key] for run in runs) for key in ("response_tokens", "trained_tokens"))
         asked = any(run["totals"]["pred/responses"] for run in runs)
-        shown += [f"{sampled / 1000:.0f}k" if asked else "none", f"{trained / 1000:.0f}k"]
-        ladder.append([arm.removeprefix("ladder: "), *shown, str(len(runs))])
+        shown.append(f"{f'{sampled / 1000:.0f}k' if asked else 'none'} {trained / 1000:.0f}k")
+        ladder.append([arm.removeprefix("ladder: "), *shown])
 
     tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
     tables |= {"never masked": several, "rlvr": rlvr, "ladder": ladder}

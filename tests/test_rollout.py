@@ -14,10 +14,10 @@ import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, naive_score, save_model, tiny_config, wiki_passages
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-import model
 import ops
 import rollout as rollout_module
 from config import Config, ConfigError
+from engine import batching
 from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, update
 from model import build_policy, refresh
 from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
@@ -179,7 +179,7 @@ def test_on_a_gpu_decoding_runs_in_cuda_graphs_where_its_kernel_can(
         assert (device.type, *shape) == ("cuda", dtype, heads, kv_heads, layer.head_dim)
         return None, trouble
 
-    monkeypatch.setattr(model, "table_reader", table_reader)
+    monkeypatch.setattr(batching, "table_reader", table_reader)
     shape = copy.copy(sampler.replica.config)
     shape._attn_implementation = attention
     replica = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, config=shape)

@@ -225,7 +225,7 @@ def newest_checkpoint(run: Path, say=print) -> tuple[Path, dict] | None:
     elif link.is_dir():
         say(f"WARNING: {link} is a copied folder, not a link; it is not read, and may be removed")
     for path in steps:
-        problem = damage(path)
+        problem = missing_parts(path)
         if not problem:
             return path, json.loads((path / "checkpoint.json").read_text())
         say(f"WARNING: {path} is damaged ({problem}); going back to the one before")
@@ -248,7 +248,7 @@ def exported_model(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / "hf") if (place / "config.json").is_file()), None)
 
 
-def damage(path: Path) -> str:
+def missing_parts(path: Path) -> str:
     """What of a checkpoint is missing or cut short, by the sizes in its checkpoint.json; empty: nothing."""
     try:
         files = json.loads((path / "checkpoint.json").read_text())["files"]
@@ -349,6 +349,6 @@ def load_checkpoint(saver: Saver, path: Path, facts: dict) -> None:
     saver.row = facts["row"]
 
 
-def settle(path: Path, facts: dict) -> None:
+def complete_row(path: Path, facts: dict) -> None:
     """The row that the checkpoint had waiting is complete and on disk. For rank 0."""
     write_whole(path / "checkpoint.json", json.dumps(facts | {"row": None}))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from config import Config
 from ops import move, pack
-from ranks import Ranks, agree, gather
+from ranks import Ranks, gather, stop_if_signalled
 from rollout import Rollout, Sampler
 
 
@@ -56,7 +56,7 @@ def score(
         if not prefix or not continuation:
             raise ValueError(f"sequence {number}: {len(prefix)} prefix and {len(continuation)} continuation tokens")
     lengths = [len(prefix) + len(continuation) for prefix, continuation in sequences]
-    bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    bins = micro_batch_plan(lengths, config.tokens_per_micro_batch, ranks.world)
     given = [Sample(Rollout(*pair, [], "", ""), 0.0) for pair in sequences]
     mine = []
     for one in bins[ranks.rank :: ranks.world]:
@@ -134,13 +134,13 @@ def make_samples(groups: list[Group], config: Config) -> list[Sample]:
     return samples
 
 
-def plan(lengths: list[int], budget: int, world: int) -> list[list[int]]:
+def micro_batch_plan(lengths: list[int], budget: int, world: int) -> list[list[int]]:
     """Indices of sequences per micro-batch, the same on every rank; rank r runs plan[r::world].
 
     As few as fit `budget` tokens each, their number a multiple of `world` so that all ranks run equally many, loads
     even: the longest sequence goes to the emptiest bin. A bin may stay empty; it still runs, with zero weight.
 
-    >>> plan([5, 4, 3, 2], budget=8, world=2)
+    >>> micro_batch_plan([5, 4, 3, 2], budget=8, world=2)
     [[0, 3], [1, 2]]
     """
     if not lengths:
@@ -305,7 +305,7 @@ def mini_batches(samples: list[Sample], count: int) -> list[list[Sample]]:
 def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks, packing=pack_samples) -> list[MicroBatch]:
     """This rank's packed share of a mini-batch; every rank has equally many."""
     bundles = bundle(samples, config)
-    bins = plan([bundle_length(one) for one in bundles], config.tokens_per_micro_batch, ranks.world)
+    bins = micro_batch_plan([bundle_length(one) for one in bundles], config.tokens_per_micro_batch, ranks.world)
     return [packing([bundles[i] for i in one], ranks.device) for one in bins[ranks.rank :: ranks.world]]
 
 
@@ -341,7 +341,7 @@ def update(
     old_logprobs: list[list[Tensor]] = [[] for _ in parts]
     for old, part in zip(old_logprobs[1:], parts[1:], strict=True):
         for batch in part:
-            agree()
+            stop_if_signalled()
             with torch.no_grad():
                 old.append(forward(policy, batch, temperature)[0])
 
@@ -352,8 +352,8 @@ def update(
         old = old_logprobs[number % len(parts)]
         for index, batch in enumerate(parts[number % len(parts)]):
             if number == 0:  # later the weights have changed, and the step must be finished
-                agree()
-            with watched(policy, healthy):
+                stop_if_signalled()
+            with watch_gradient(policy, healthy):
                 logprobs, entropy, added = forward(policy, batch, temperature)
             if number == 0:
                 old.append(logprobs.detach())
@@ -395,7 +395,7 @@ def update(
     return metrics | {"trained_tokens": int(tokens)}
 
 
-def watched(policy: nn.Module, healthy: Tensor):
+def watch_gradient(policy: nn.Module, healthy: Tensor):
     """Of a forward pass inside: `healthy` becomes 0 if its backward pass ends with a gradient that is not finite, the
     one at the embeddings, which has passed all layers and is this rank's own. What FSDP sums does not tell whose it
     was."""

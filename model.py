@@ -139,10 +139,10 @@ def head_chunk(config: Config) -> int:
     return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
 
 
-def wrap(hf_config, config: Config, mesh: DeviceMesh, attention: str, extra: nn.Module | None = None) -> nn.Module:
+def empty_policy(shape, config: Config, mesh: DeviceMesh, attention: str, extra: nn.Module | None = None) -> nn.Module:
     """An empty policy on the meta device, sharded by layer: no memory is taken before `load_masters`."""
     with torch.device("meta"):
-        own = copy.deepcopy(hf_config)
+        own = copy.deepcopy(shape)
         policy = AutoModelForCausalLM.from_config(
             own, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
@@ -200,7 +200,7 @@ def build_policy(replica: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
     for group in mesh.get_all_groups():  # those inside and between nodes would have NCCL's ten minutes
         _set_pg_timeout(timedelta(seconds=config.rank_timeout), group)
     extra = getattr(replica, "extra", None)
-    policy = wrap(replica.config, config, mesh, replica.config._attn_implementation, extra)
+    policy = empty_policy(replica.config, config, mesh, replica.config._attn_implementation, extra)
     return load_masters(policy, replica, config, ranks.device)
 
 

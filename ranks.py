@@ -1,11 +1,11 @@
 """The processes of a run: start, gather, stop together, and errors that name rank, step and phase.
 
-A signal sets a flag. `agree` between phases and micro-batches and `gather` after a rollout take the maximum of all
-ranks' flags, and raise `Stopped` on every rank or on none. torchrun hands signals on to its ranks. The rest is for what
-these three cannot do. A thread reads signals, because Python's handlers wait while a collective blocks, and a second
-signal, or one before step 1, must end a rank at once. A second of grace: a scheduler and torchrun may both send the
-first signal. It polls the parent process: a killed launcher sends no signal, and its ranks would run forever. Each rank
-stores its step and phase, because a dead or hung rank cannot report where it was.
+A signal sets a flag. `stop_if_signalled` between phases and micro-batches and `gather` after a rollout take the maximum
+of all ranks' flags, and raise `Stopped` on every rank or on none. torchrun hands signals on to its ranks. The rest is
+for what these three cannot do. A thread reads signals, because Python's handlers wait while a collective blocks, and a
+second signal, or one before step 1, must end a rank at once. A second of grace: a scheduler and torchrun may both send
+the first signal. It polls the parent process: a killed launcher sends no signal, and its ranks would run forever. Each
+rank stores its step and phase, because a dead or hung rank cannot report where it was.
 """
 
 import os
@@ -53,7 +53,7 @@ _here = _Here()
 def begin_step(step: int) -> None:
     """The ranks begin `step` (from 1; 0 is what comes before it) together, or raise Stopped together."""
     _here.step = step
-    agree()
+    stop_if_signalled()
 
 
 def enter(phase: str) -> None:
@@ -67,11 +67,11 @@ def enter(phase: str) -> None:
 
 
 def stop_requested() -> int:
-    """The number of the signal that this rank knows of, or 0. Other ranks may not know it yet: see `agree`."""
+    """The number of the signal that this rank knows of, or 0. Others may not know it yet: see `stop_if_signalled`."""
     return _here.signal
 
 
-def agree() -> None:
+def stop_if_signalled() -> None:
     """Every rank calls it, at points where stopping loses nothing. Raises Stopped on all if one knows of a signal."""
     number = torch.tensor(_here.signal)  # on the CPU, over gloo: the GPU's queue does not wait
     dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -179,7 +179,7 @@ def start_ranks(timeout: float = 7200.0) -> Ranks:
 
 
 def gather(items: list) -> list:
-    """The ranks' lists joined in rank order, the same on every rank. Also a barrier; raises as `agree` does."""
+    """The ranks' lists in rank order, the same on every rank. Also a barrier; raises as `stop_if_signalled` does."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (_here.signal, items))
     if number := max(number for number, _ in parts):

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from benchmarks.exams import exams_of, run_exams
 from checkpoint import (
-    check_same_run, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes, save_checkpoint, settle,
+    check_same_run, complete_row, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes,
+    save_checkpoint,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
 from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
@@ -220,7 +221,7 @@ def train(config: Config, ranks: Ranks) -> int:
             begin_step(saver.done)
             log_step(run, saver.row, time.perf_counter(), say)
             if ranks.rank == 0:
-                settle(path, saved)
+                complete_row(path, saved)
             saver.row = None
         loop(run, say)
     except Stopped as stop:  # an unfinished step is abandoned: the weights are still those of the last finished one

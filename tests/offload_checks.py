@@ -40,7 +40,7 @@ def one_step(saver, step: int) -> dict:
 
 def stop_inside(saver, step: int) -> None:
     """A signal after the first micro-batch of this step's update, and the save that train.py makes then."""
-    calls, agree = [], grpo.agree
+    calls, agree = [], grpo.stop_if_signalled
 
     def agree_to_stop():
         calls.append(1)
@@ -48,13 +48,13 @@ def stop_inside(saver, step: int) -> None:
             raise Stopped(15)
 
     samples = step_samples(saver, step)
-    grpo.agree = agree_to_stop
+    grpo.stop_if_signalled = agree_to_stop
     try:
         update(saver.policy, saver.optimizer, samples, saver.sampler.config, saver.sampler.ranks, step)
     except Stopped:
         save_checkpoint(saver)
     finally:
-        grpo.agree = agree
+        grpo.stop_if_signalled = agree
     assert len(calls) == 2, "the update had one micro-batch"
 
 

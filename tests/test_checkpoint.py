@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import metrics as evidence
 from checkpoint import (
-    check_same_run, damage, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint, resume_notes,
-    save_checkpoint,
+    check_same_run, missing_parts, exported_model, find_checkpoint, finish_save, make_saver, model_fingerprint,
+    resume_notes, save_checkpoint,
 )  # fmt: skip
 from config import Config, ConfigError
 from grpo import make_optimizer
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(config, tmp_pat
     assert found(config, said) == 2
     assert (["step_000004 is damaged" in line for line in said] == [True]) if harm != "folder" else not said
     if harm == "cut":
-        assert damage(path) == "state/shard has 99 bytes of 100" and "state/shard has 99 bytes of 100" in said[0]
+        assert missing_parts(path) == "state/shard has 99 bytes of 100" and "state/shard has 99 bytes of 100" in said[0]
 
 
 def test_only_damaged_checkpoints_are_no_reason_to_begin_again(config, tmp_path):
@@ -344,10 +344,10 @@ def saved(sampler, ranks, *steps: int) -> Path:
 def test_a_checkpoint_without_its_card_is_damaged(trained, ranks):
     path = saved(trained(), ranks, 3)
     facts = json.loads((path / "checkpoint.json").read_text())
-    assert {"hf/README.md", "hf/generation_config.json"} <= facts["files"].keys() and damage(path) == ""
+    assert {"hf/README.md", "hf/generation_config.json"} <= facts["files"].keys() and missing_parts(path) == ""
     assert len(facts["fingerprints"]["model"]) == 64
     os.truncate(path / "hf/README.md", 10)
-    assert damage(path).startswith("hf/README.md has 10 bytes of ")
+    assert missing_parts(path).startswith("hf/README.md has 10 bytes of ")
 
 
 def test_a_disk_without_links_costs_a_warning_and_no_checkpoint(trained, ranks, monkeypatch, capsys):
@@ -376,4 +376,4 @@ def test_a_card_that_fails_costs_a_line_and_no_checkpoint(trained, ranks, monkey
     monkeypatch.setattr(card_module, "write_card", fail)
     path = saved(trained(), ranks, 3)
     assert "WARNING: no model card in the checkpoint of step 3" in capsys.readouterr().err
-    assert damage(path) == "" and not list((path / "hf").glob("README*"))
+    assert missing_parts(path) == "" and not list((path / "hf").glob("README*"))

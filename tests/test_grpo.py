@@ -14,7 +14,7 @@ from reference import (
 from config import Config
 from grpo import (
     Group, MicroBatch, Sample, bundle, bundle_length, clipped_loss, group_advantages, k3, keep_group, learning_rate,
-    make_optimizer, make_samples, mini_batches, pack_samples, plan, update,
+    make_optimizer, make_samples, mini_batches, pack_samples, micro_batch_plan, update,
 )  # fmt: skip
 from methods import grpo_samples
 from model import build_policy, load_replica
@@ -182,24 +182,24 @@ def test_a_rank_without_work_packs_a_dummy_of_weight_zero():
 def test_a_plan_holds_every_sequence_once_within_the_budget_and_evenly(number, world):
     rng = random.Random(number)
     lengths = [rng.randint(1, 100) for _ in range(number)]
-    bins = plan(lengths, 100, world)
+    bins = micro_batch_plan(lengths, 100, world)
     loads = [sum(lengths[index] for index in one) for one in bins]
     assert sorted(index for one in bins for index in one) == list(range(number))
     assert len(bins) % world == 0 and max(loads) <= 100
     assert len(bins) < sum(lengths) / 100 * 1.5 + 2 * world  # few
-    assert bins == plan(list(lengths), 100, world)  # the same on every rank
+    assert bins == micro_batch_plan(list(lengths), 100, world)  # the same on every rank
     if number == 300:
         per_rank = [sum(loads[rank::world]) for rank in range(world)]
         assert max(per_rank) - min(per_rank) <= 100
 
 
 def test_plans_by_hand():
-    assert plan([5, 4, 3, 2], budget=8, world=2) == [[0, 3], [1, 2]]
-    assert plan([5, 4, 3, 2], budget=14, world=1) == [[0, 1, 2, 3]]
-    assert plan([3], budget=8, world=2) == [[0], []]  # the second rank gets a dummy
-    assert plan([], budget=8, world=2) == []
+    assert micro_batch_plan([5, 4, 3, 2], budget=8, world=2) == [[0, 3], [1, 2]]
+    assert micro_batch_plan([5, 4, 3, 2], budget=14, world=1) == [[0, 1, 2, 3]]
+    assert micro_batch_plan([3], budget=8, world=2) == [[0], []]  # the second rank gets a dummy
+    assert micro_batch_plan([], budget=8, world=2) == []
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a micro-batch of 8"):
-        plan([3, 9], budget=8, world=1)
+        micro_batch_plan([3, 9], budget=8, world=1)
 
 
 # ---------------------------------------------------------------------------------------------------- the learning rate

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, SmolLM3C
 
 import model
 from config import Config, ConfigError
-from model import build_policy, load_replica, load_tokenizer, refresh, wrap
+from model import build_policy, load_replica, load_tokenizer, refresh, empty_policy
 from ops import VARLEN, pack
 from ranks import Ranks, start_ranks
 
@@ -54,7 +54,7 @@ def score(policy, tokens: list[list[int]], temperature=1.0):
 @pytest.mark.parametrize("name", HUB)
 def test_real_models_are_sharded_layer_by_layer_with_all_their_parameters(mesh, name):
     kind, sizes, parameters = HUB[name]
-    policy = wrap(kind(**sizes), tiny_config(gradient_checkpointing=True), mesh, VARLEN)
+    policy = empty_policy(kind(**sizes), tiny_config(gradient_checkpointing=True), mesh, VARLEN)
     assert sum(parameter.numel() for parameter in policy.parameters()) == parameters
     assert sum(isinstance(module, FSDPModule) for module in policy.modules()) == sizes["num_hidden_layers"] + 1
     assert all(parameter.is_meta and parameter.dtype == torch.float32 for parameter in policy.parameters())

@@ -41,7 +41,7 @@ from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver
 from config import read_config
 from data import Corpus, Passage
 from eval import make_probe, perplexity, run_probe
-from grpo import bundle, bundle_length, make_optimizer, make_samples, plan, score, update
+from grpo import bundle, bundle_length, make_optimizer, make_samples, micro_batch_plan, score, update
 from methods import METHODS
 from metrics import read_rows
 from model import build_policy, ema_update, load_replica, load_tokenizer, refresh
@@ -88,7 +88,7 @@ def compare(folder: Path, ranks: Ranks, rewards, family="smollm3", **changes) ->
     samples = make_samples(groups, config)
     result = update(policy, found, samples, config, ranks, 0)
     lengths = [bundle_length(one) for one in bundle(samples, config)]
-    bins = plan(lengths, config.tokens_per_micro_batch, ranks.world)
+    bins = micro_batch_plan(lengths, config.tokens_per_micro_batch, ranks.world)
     return {
         "gradients": largest_error(found.gradients, expected.gradients),
         "metrics": max(abs(result[key] - metrics[key]) / max(abs(metrics[key]), 1e-9) for key in metrics),
@@ -159,7 +159,7 @@ def check_a_loss_that_is_not_finite_on_one_rank(folder, ranks):
     config, _, policy = setting(folder, ranks)
     samples = make_samples(make_groups(load_plain(config.model), REWARDS), config)
     lengths = [len(one.rollout.prompt_ids + one.rollout.completion_ids) for one in samples]
-    of_rank_1 = plan(lengths, config.tokens_per_micro_batch, ranks.world)[1][0]
+    of_rank_1 = micro_batch_plan(lengths, config.tokens_per_micro_batch, ranks.world)[1][0]
     samples[of_rank_1].rollout.sampler_logprobs[0] = float("nan")
     return refused(policy, samples, config, ranks)
 

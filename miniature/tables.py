@@ -81,11 +81,11 @@ def make_tables(results: Results) -> dict[str, str]:
         if values := differences(results.get("active", []), results.get(arm, []), probe):
             pairs.append([f"active - {arm}", names[probe], interval(values), lowest_highest(values)])
 
-    difficulty = [["G", "best-paid accuracy", "accuracy of masks, steps 41 to 100", "lowest, highest seed"]]
+    difficulty = [["G", "best-paid accuracy", "accuracy of masks, steps 41 to 100"]]
     for size, arm in ((4, "active, G = 4"), (8, "active"), (16, "active, G = 16")):
         if arm in results:
             values, best = late(results[arm], "pred/accuracy", 8), 1 - size ** (-1 / (size - 1))
-            difficulty.append([str(size), f"{best:.2f}", interval(values), lowest_highest(values)])
+            difficulty.append([str(size), f"{best:.2f}", interval(values)])
 
     several = [["method", "facts", "greedy, step 0", "greedy, last step", "gain of greedy", "its lowest, highest seed",
                 "sampled, last step"]]  # fmt: skip

@@ -311,5 +311,5 @@ def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
     (run,) = kept["active"]
     assert run["curves"]["pred/accuracy"] == [0.3, 0.6] and run["environment"] == ["git: abc"]
     (line,) = tables.markdown(real.real_table(kept)).split("\n")[2:]
-    cells = "0.50→0.50 | 0.10→0.10 | 0.30→0.60 | 0.25→0.38 |  |  |  | 0.50→0.50 | 40.0→40.0"
+    cells = "0.10→0.10 | 0.30→0.60 | 0.25→0.38 |  |  | 40.0→40.0"
     assert line == f"| active | 3 | 1,800 | {cells} |"

@@ -41,7 +41,7 @@ def peer_prompts(config: Config, options: Options) -> list[str]:
     return [fill(template, " ".join(articles[n :: options.prompts])) for n in range(options.prompts)]
 
 
-def set_up(config: Config, options: Options) -> tuple:
+def make_peer(config: Config, options: Options) -> tuple:
     """What the other trainers begin with: (model in float32, to compute in config.dtype under autocast; tokenizer;
     prompts; tokens of the longest; padded rows in a micro-batch, as many as its tokens allow and as divide a step)."""
     tokenizer, prompts = load_tokenizer(config), peer_prompts(config, options)
@@ -77,7 +77,7 @@ def ours(config: Config, options: Options, marks: list) -> None:
 
 def naive(config: Config, options: Options, marks: list) -> None:
     """What one writes first: pad, generate, a forward with all logits, advantages, backward, step."""
-    (model, tokenizer, prompts, longest, size), count = set_up(config, options), options.completions
+    (model, tokenizer, prompts, longest, size), count = make_peer(config, options), options.completions
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     tokenizer.pad_token = tokenizer.eos_token
     padded = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
@@ -113,7 +113,7 @@ def trl_step(config: Config, options: Options, marks: list, paged=False, fitted=
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    model, tokenizer, prompts, longest, rows = set_up(config, options)
+    model, tokenizer, prompts, longest, rows = make_peer(config, options)
     # TRL has no other way to equal lengths: the id of this end-of-sequence is beyond the model's vocabulary
     tokenizer.add_special_tokens({"eos_token": "<never sampled>"})
     model.generation_config.eos_token_id = tokenizer.eos_token_id

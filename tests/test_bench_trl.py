@@ -10,7 +10,7 @@ from reference import ROOT
 from bench import trl as peers
 from bench.__main__ import main
 from bench.options import Options
-from bench.trl import naive, one_process, peer_prompts, peer_table, set_up
+from bench.trl import make_peer, naive, one_process, peer_prompts, peer_table
 from config import Config, read_config
 
 SMALL = Options(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
@@ -31,14 +31,14 @@ def test_prompts_are_prediction_prompts_on_articles_one_or_several_each(tiny):
 
 def test_a_padded_batch_holds_the_rows_that_its_tokens_allow_and_that_divide_the_step(tiny):
     """Of 12 responses, in rows of the longest prompt and 5 tokens: of 5 rows that fit, 4 divide 12; one at least."""
-    longest = set_up(tiny, SMALL)[3]
+    longest = make_peer(tiny, SMALL)[3]
     for room, rows in ((4, 4), (5, 4), (6, 6), (0.2, 1), (999, 12)):
         tiny.tokens_per_micro_batch = int(room * (longest + 5))
-        assert set_up(tiny, SMALL)[-1] == rows
+        assert make_peer(tiny, SMALL)[-1] == rows
 
 
 def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, monkeypatch):
-    model, *others = set_up(tiny, SMALL)
+    model, *others = make_peer(tiny, SMALL)
     before, generate = [parameter.detach().clone() for parameter in model.parameters()], model.generate
     shapes, marks = [], []
 
@@ -48,7 +48,7 @@ def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, mo
         return whole
 
     model.generate = watched
-    monkeypatch.setattr(peers, "set_up", lambda *_: (model, *others))
+    monkeypatch.setattr(peers, "make_peer", lambda *_: (model, *others))
     naive(tiny, SMALL, marks)
     assert len(marks) == 4 and marks == sorted(marks)  # before and after the warm-up and one step
     assert len(shapes) == 2 and all(prompt[0] == 3 and whole == (12, prompt[1] + 5) for prompt, whole in shapes)

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 
 from metrics import read_rows, write_whole
 from miniature.claims import ARMS, CLAIMS, LENGTH, STARTS_FROM, Results, climb, differences, ends, gains, late
-from miniature.real import load_real, real_table
+from miniature.real import load_real, real_claims, real_table, transfer_table
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -208,7 +208,9 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
     plots = draw_plots(results | {f"{arm}, real text": runs for arm, runs in real.items()})
     images = {file: f'<img src="{PLOTS}/{file}" width="49%" alt="{escape(alt)}">' for file, (alt, _) in plots.items()}
     curves = images.pop("real.svg", "")  # beside its own table
-    blocks = make_tables(results) | {"real text": f"{markdown(real_table(real))}\n\n{curves}".strip()}
+    parts = [real_table(real, interval), real_claims(real), transfer_table(interval)]
+    parts = [markdown(part) for part in parts if len(part) > 1] + [curves] * bool(curves)
+    blocks = make_tables(results) | {"real text": "\n\n".join(parts)}
     blocks["plots"] = "\n".join(images.values())
     paths = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     pages = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}

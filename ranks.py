@@ -166,7 +166,7 @@ def start_ranks(timeout: float = 7200.0) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # the ranks share the cores; more threads each only get in each other's way
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # the ranks share the cores
     backend, per_node = "cpu:gloo,cuda:nccl" if cuda else "gloo", int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     store, rank, world = dist.HashStore(), 0, 1
     if "WORLD_SIZE" in os.environ:

@@ -19,8 +19,7 @@ from rollout import Sampler, leading_ids
 if TYPE_CHECKING:
     from methods import Run, Task
 
-LOOKAHEAD = 16
-"""Tokens of the continuation that `reward: prefix` compares with."""
+LOOKAHEAD = 16  # tokens of the continuation that `reward: prefix` compares with
 
 
 def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
@@ -81,7 +80,7 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
     """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
 
     tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
-    if the token has no letter or digit. Source: the next-token baselines of PretrainZero, after RPT (arXiv 2506.08007).
+    if the token has no letter or digit.
 
     >>> from types import SimpleNamespace
     >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)

@@ -59,10 +59,8 @@ def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[
 
 
 def read_question(record: dict, place: str, where: str, skip: Skip) -> Passage | None:
-    r"""One record -> a question, or None after a call of skip(cause, where, detail).
-
-    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` has the answer `\frac12`.
-    """
+    r"""One record -> a question, or None after a call of skip(cause, where, detail). The answer of
+    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` is `\frac12`."""
     names = f"fields are {', '.join(map(str, list(record)[:8]))}"
     if any(record.get(name) for name in CHOICE_FIELDS):
         skip("choices", where)

@@ -130,9 +130,11 @@ def hub_records(
     from datasets import load_dataset  # here alone: local files need neither the import nor a network
 
     try:
-        records = load_dataset(name, part or None, split=split, streaming=seed is not None)
-        if seed is not None:
-            records = records.reshard().shuffle(seed=seed, buffer_size=1000)
+        if seed is None:
+            records = load_dataset(name, part or None, split=split)
+        else:
+            records = load_dataset(name, part or None, split=split, streaming=True).reshard()
+            records = records.shuffle(seed=seed, buffer_size=1000)
         for number, record in enumerate(records):
             if number == 0 and field and field not in record:
                 raise DataError(f"{name}: no column text_field={field!r}; columns are {', '.join(record)}")

@@ -1,6 +1,6 @@
 """Files and the hub -> records, one reader for passages, questions and benchmarks.
 
-Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A json file holds records a
+Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A .json file holds records a
 line, one array, {"examples": [...]} or one record. A record that cannot be used is counted under a cause of CAUSES,
 with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
 after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of a

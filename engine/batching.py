@@ -5,6 +5,7 @@ response ends.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,24 +43,23 @@ def batching_settings(
     config: Config, replica, prompts: list[list[int]], max_tokens: int, requests: int, seed: int
 ) -> ContinuousBatchingConfig:
     """The sampler's settings. On a GPU the cache takes its share of free memory; on a CPU just what the phase needs."""
-    options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
-    options |= {"disable_nccl_graph_mixing": False}  # for tensor-parallel samplers; ours runs no collective
+    # NCCL graph mixing is for tensor-parallel samplers; ours runs no collective
+    options = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
     if replica.device.type == "cuda":
         # A graph needs kernels that ask the CPU for nothing. None for prefill: hardly two batches have the same shape
         how = decoding(replica)
-        graphs = how == "flash-attn" or (how == "block table" and replica.dtype != torch.float32)
-        at_once = config.max_requests or 512
-        options |= {"max_memory_percent": config.cache_memory}
-        options |= {"use_cuda_graph": (False, graphs and config.use_cuda_graph)}  # (prefill, decoding)
+        able = how == "flash-attn" or (how == "block table" and replica.dtype != torch.float32)
+        at_once, graphs = config.max_requests or 512, (False, able and config.use_cuda_graph)  # (prefill, decoding)
+        options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
     else:
         at_once, page = config.max_requests or 256, 32
         pages = sorted((-(-(len(prompt) + max_tokens) // page) + 1 for prompt in prompts), reverse=True)
         count = requests // len(prompts)
         # The longest that may run at once, and a quarter more for shared prompts and forks; the rest waits its turn
         most = count * sum(pages[: -(-2 * at_once // count)])
-        options |= {"page_size": page, "num_blocks": most * 5 // 4 + 8}
         # Room for many prompts in one forward: one that mixes prompts and decoding is the slow case of ops.py
-        options |= {"max_batch_tokens": max(at_once, min(8192, sum(map(len, prompts)) + requests))}
+        room = max(at_once, min(8192, sum(map(len, prompts)) + requests))
+        options |= {"page_size": page, "num_blocks": most * 5 // 4 + 8, "max_batch_tokens": room}
     return ContinuousBatchingConfig(max_requests_per_batch=min(at_once, requests), **options)
 
 
@@ -120,52 +120,51 @@ def capture_graphs(manager) -> bool:
 
 
 @contextmanager
-def stop_at_answer(sampler: Sampler, opening: str, start):
-    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
-
-    The sampler has no stop strings, so the method by which a request takes in a token is wrapped. The decision depends
-    on the sampled tokens alone, so sampling stays on-policy and the log-probs are untouched.
-    """
-    original, answered = RequestState.update_and_check_completion, set()
-
-    def update_and_check_completion(self, token_id, logprob):
-        finished = original(self, token_id, logprob)
-        state = getattr(self, "answer_scan", None)
-        if state is None:  # new, or restarted after its cache was taken away: read what was generated before this token
-            earlier = self.initial_tokens[self._true_initial_tokens :] if self._true_initial_tokens else []
-            state = start
-            for token in [*earlier, *self.generated_tokens[:-1]]:
-                state = scan(state, sampler.piece(token), opening)
-        self.answer_scan = scan(state, sampler.piece(token_id), opening)
-        if self.answer_scan == CLOSED:
-            answered.add(self.request_id)
-            if not finished:
-                self.status = RequestStatus.FINISHED
-        return finished or self.answer_scan == CLOSED
-
-    RequestState.update_and_check_completion = update_and_check_completion
-    try:
-        yield answered
-    finally:
-        RequestState.update_and_check_completion = original
-
-
-@contextmanager
-def stop_at_limits(names: list[list[str]], limits: list[list[int]]):
-    """Inside, each response has its own longest length. A forked request would have that of the one it came from."""
-    of = {}
-    for own, group in zip(names, limits, strict=True):
-        of |= zip(own, group, strict=True)
+def _at_each_token(update):
+    """Inside, a request takes in a token by update(original, request, token_id, logprob); True: it is finished."""
     original = RequestState.update_and_check_completion
-
-    def update_and_check_completion(self, token_id, logprob):
-        # restarted after its cache was taken away: part of what it generated counts as its prompt
-        earlier = len(self.initial_tokens) - self._true_initial_tokens if self._true_initial_tokens else 0
-        self._new_tokens_limit = of[self.request_id] - earlier
-        return original(self, token_id, logprob)
-
-    RequestState.update_and_check_completion = update_and_check_completion
+    RequestState.update_and_check_completion = lambda *given: update(original, *given)
     try:
         yield
     finally:
         RequestState.update_and_check_completion = original
+
+
+def _before_restart(request) -> list[int]:
+    """What a request generated before its cache was taken away; the sampler counts it as prompt since."""
+    return request.initial_tokens[request._true_initial_tokens :] if request._true_initial_tokens else []
+
+
+@contextmanager
+def stop_at_answer(sampler: Sampler, opening: str, start):
+    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
+
+    The sampler has no stop strings. The decision depends on the sampled tokens alone, so sampling stays on-policy and
+    the log-probs are untouched.
+    """
+    answered = set()
+
+    def update(original, request, token_id, logprob):
+        finished, known = original(request, token_id, logprob), hasattr(request, "answer_scan")
+        state = request.answer_scan if known else start
+        for token in [token_id] if known else [*_before_restart(request), *request.generated_tokens]:
+            state = scan(state, sampler.piece(token), opening)
+        request.answer_scan = state
+        if state == CLOSED:
+            answered.add(request.request_id)
+            request.status = RequestStatus.FINISHED
+        return finished or state == CLOSED
+
+    with _at_each_token(update):
+        yield answered
+
+
+def stop_at_limits(names: list[list[str]], limits: list[list[int]]):
+    """Inside, each response has its own longest length. A forked request would have that of the one it came from."""
+    limit_of = dict(zip(chain(*names), chain(*limits), strict=True))
+
+    def update(original, request, token_id, logprob):
+        request._new_tokens_limit = limit_of[request.request_id] - len(_before_restart(request))
+        return original(request, token_id, logprob)
+
+    return _at_each_token(update)

@@ -1,25 +1,19 @@
-"""How a decoding step reads the paged cache in place, by block table: torch's kernel, ours in Triton, or plain SDPA.
+"""How a decoding step reads the paged cache in place, by block table: torch's kernel, or plain SDPA.
 
-The first that is right on this machine is taken (`table_reader`). ops.py calls `decode_by_table`.
+torch's kernel is taken if it is right on this machine (`table_reader`). ops.py calls `decode_by_table`.
 """
 
 import functools
-import inspect
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 
-@functools.cache
 def varlen_kernel():
-    """torch's own kernel and how to call it: its keywords came one release after the other."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    """torch's own kernel, and its options for causal attention with grouped heads."""
+    return varlen_attn, {"window_size": (-1, 0), "enable_gqa": True}
 
 
 def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,19 +44,11 @@ def decode_by_table(
     return read(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale)
 
 
-def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale, splits=None) -> Tensor:
-    """splits: {rows, a power of 2: parts into which the keys of each are cut}; others are not cut."""
+def _read_pages_torch(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
     longest = table.shape[1] * k_pages.shape[1]  # a bound that does not change from step to step, as a CUDA graph wants
-    # No causal window: a last token sees everything, and the kernel reads keys per group of heads, not per head
-    parts = (splits or {}).get(1 << (len(q) - 1).bit_length(), 1)
-    options = {"seqused_k": lengths, "block_table": table, "scale": scale, "num_splits": parts, "enable_gqa": True}
-    return varlen_kernel()[0](q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
-
-
-def _read_pages_triton(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
-    from engine.paged_decode import paged_decode  # Triton: where there is a GPU
-
-    return paged_decode(q, k_pages, v_pages, table, lengths, scale)
+    # No causal window: a last token sees everything. One split: torch's kernel is known to return wrong rows with more
+    options = {"seqused_k": lengths, "block_table": table, "scale": scale, "num_splits": 1, "enable_gqa": True}
+    return varlen_attn(q, k_pages, v_pages, cu_q.int(), cu_k.int(), 1, longest, **options)
 
 
 def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) -> Tensor:
@@ -76,26 +62,20 @@ def _read_pages_plain(q, k_pages, v_pages, table, lengths, cu_q, cu_k, scale) ->
 def table_reader(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> tuple:
     """(what reads the pages in `decode_by_table`, "") on this machine, or (None, why nothing does).
 
-    torch's kernel refuses block tables in some releases and on some GPUs, and has returned wrong rows without a word,
-    with several splits above all (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried against the plain
-    version first, then the Triton kernel. Few rows leave most of a GPU idle: they get the most splits that are right.
+    torch's kernel refuses block tables on some GPUs, and has returned wrong rows without a word
+    (pytorch/pytorch#194167, pytorch/torchtitan#3235). So it is tried against the plain version first.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return _read_pages_plain, ""
-    shape, splits = (device, dtype, heads, kv_heads, dim), {}
-    if trouble := _try_reader(_read_pages_torch, 6, *shape):
-        return (None, trouble) if _try_reader(_read_pages_triton, 6, *shape) else (_read_pages_triton, "")
-    for rows, parts in product((1, 2, 4, 8, 16, 32), (2, 4, 8, 16)):
-        cut = functools.partial(_read_pages_torch, splits={rows: parts})
-        if rows * kv_heads * parts <= 256 and not _try_reader(cut, rows, *shape):
-            splits[rows] = parts
-    return functools.partial(_read_pages_torch, splits=splits), ""
+    trouble = _try_reader(_read_pages_torch, device, dtype, heads, kv_heads, dim)
+    return (None, trouble) if trouble else (_read_pages_torch, "")
 
 
-def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
+def _try_reader(read, device, dtype, heads: int, kv_heads: int, dim: int) -> str:
     """What is wrong, if anything, on lengths in, at and after a page and long ones, pages out of order, padding."""
     page, most = 256, 22
-    lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024] * 4, dtype=torch.int32, device=device)[:rows]
+    lengths = torch.tensor([most * page, 1, 700, 256, 257, 0, 5000, 1024], dtype=torch.int32, device=device)
+    rows = len(lengths)
     table = torch.arange(most * rows, dtype=torch.int32, device=device).flip(0).view(rows, most)
     table = table.masked_fill(torch.arange(0, most * page, page, device=device) >= lengths[:, None], -1)
     generator = torch.Generator(device).manual_seed(0)
@@ -104,7 +84,7 @@ def _try_reader(read, rows: int, device, dtype, heads: int, kv_heads: int, dim: 
     cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (torch.ones_like(lengths), lengths))
     try:
         found = read(q, k, v, table, lengths, cu_q, cu_k, None)
-    except Exception as error:  # an older torch, a refusal, no Triton
+    except Exception as error:  # another torch, or a refusal
         return f"torch {torch.__version__}: {error}".splitlines()[0][:120]
     expected = _read_pages_plain(q, k, v, table, lengths, cu_q, cu_k, None)
     wrong = (found - expected)[lengths > 0].float().abs().max().item()

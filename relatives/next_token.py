@@ -6,6 +6,7 @@ The two next-token baselines of PretrainZero: the passage is cut at a token, and
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from config import Config
@@ -18,19 +19,15 @@ from rollout import Sampler, leading_ids
 if TYPE_CHECKING:
     from methods import Run, Task
 
-LOOKAHEAD = 16
-"""Tokens of the continuation that `reward: prefix` compares with."""
+LOOKAHEAD = 16  # tokens of the continuation that `reward: prefix` compares with
 
 
 def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
     """`random_token`: the passage cut at random tokens, distinct while there are enough."""
     spans = token_spans(run.sampler, passage.text)
     places = candidates(spans, passage.text, entropies, run.config.entropy_share)
-    if len(places) >= count:
-        chosen = rng.sample(places, count)
-    else:
-        chosen = rng.choices(places, k=count) if places else []
-    return [next_token_mask(passage, spans, number, run.config) for number in chosen]
+    numbers = draw_distinct(places, count, rng) if places else []
+    return [next_token_mask(passage, spans, number, run.config) for number in numbers]
 
 
 def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
@@ -39,6 +36,11 @@ def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list
 
     by_id = {id(p): e for p, e in zip(passages, token_entropies(run, passages), strict=True)}
     return masks_by_rule(lambda *drawn: token_masks(*drawn, entropies=by_id[id(drawn[1])]))(run, passages, step)
+
+
+def draw_distinct(places: Sequence[int], count: int, rng: random.Random) -> list[int]:
+    """`count` of the places, distinct while there are enough; there must be one."""
+    return rng.sample(places, count) if len(places) >= count else rng.choices(places, k=count)
 
 
 def token_spans(sampler: Sampler, text: str) -> list[tuple[int, int]]:
@@ -78,7 +80,7 @@ def next_token_mask(passage: Passage, tokens: list[tuple[int, int]], number: int
     """The passage up to a token, that token hidden and all that follows cut off: next-token prediction as a mask.
 
     tokens: (start, end) of each token in characters. A leading space of the token stays in front of the [mask]. Invalid
-    if the token has no letter or digit. Source: the next-token baselines of PretrainZero, after RPT (arXiv 2506.08007).
+    if the token has no letter or digit.
 
     >>> from types import SimpleNamespace
     >>> passage = SimpleNamespace(text="Bonn is old.", labels=None)

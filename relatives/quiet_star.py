@@ -33,20 +33,17 @@ from torch import Tensor, nn
 from config import Config, ConfigError
 from data import Passage
 from grpo import Group, MicroBatch, Sample, make_micro_batches, update
-from masking import MASK, Mask
 from ops import pack, token_logprobs
 from ranks import Ranks, gather
 from relatives import rlp
-from relatives.rlp import MIN_PREFIX
+from relatives.next_token import draw_distinct
+from relatives.rlp import MIN_PREFIX, thought_task
 from rollout import Rollout, derive_seed, leading_ids
 
 if TYPE_CHECKING:
     from methods import Run, Task
 
 MARK = "---"
-
-
-# ------------------------------------------------------------------------------------------------------ the parameters
 
 
 class Quiet(nn.Module):
@@ -56,7 +53,7 @@ class Quiet(nn.Module):
         super().__init__()
         table = model.get_input_embeddings().weight
         vocabulary, hidden = table.shape
-        self.start_id, self.end_id = vocabulary, vocabulary + 1
+        self.start_id = vocabulary  # of the opening mark; the closing one is the next
         ids = torch.tensor(tokenizer(MARK, add_special_tokens=False).input_ids, device=table.device)  # mostly one
         noise = torch.Generator().manual_seed(derive_seed(config.seed, "quiet_star"))
         inner = torch.randn(hidden, 2 * hidden, generator=noise) / (2 * hidden) ** 0.5
@@ -86,26 +83,19 @@ def check(config: Config) -> None:
     rlp.check(config)
     if not config.share_prompts:
         raise ConfigError("share_prompts=False: must be true with quiet_star, whose thoughts continue one text")
-    if config.max_prompt_tokens < 2 * config.ahead_tokens + 2 * MIN_PREFIX:
-        least = 2 * config.ahead_tokens + 2 * MIN_PREFIX
+    if config.max_prompt_tokens < (least := 2 * config.ahead_tokens + 2 * MIN_PREFIX):
         raise ConfigError(f"max_prompt_tokens={config.max_prompt_tokens}: must be at least {least}")
-
-
-# ------------------------------------------------------------------------------------------------ positions, thoughts
 
 
 @dataclass
 class Place:
     """A position in a text, and what became of it."""
 
-    prefix_ids: list[int]
-    """The text before it, with the tokenizer's leading tokens."""
-    ahead_ids: list[int]
-    """The true tokens from there on: `ahead_tokens`, fewer at the end of the text."""
+    prefix_ids: list[int]  # the text before it, with the tokenizer's leading tokens
+    ahead_ids: list[int]  # the true tokens from there on: `ahead_tokens`, fewer at the end of the text
+    # Of each thought: its reward minus the mean log-prob of the same tokens without a thought, nats a token
     gains: list[float] = field(default_factory=list)
-    """Of each thought: its reward minus the mean log-prob of the same tokens without a thought, nats a token."""
-    mixes: list[float] = field(default_factory=list)
-    """Of each thought: its mean weight in the mixture."""
+    mixes: list[float] = field(default_factory=list)  # of each thought: its mean weight in the mixture
 
 
 @dataclass
@@ -113,8 +103,7 @@ class Thought(Sample):
     """A thought and the text behind it. Its rollout's prompt ends with the opening mark."""
 
     place: Place | None = None
-    number: int = 0
-    """In the list of the step."""
+    number: int = 0  # in the list of the step
 
     @property
     def tokens(self) -> int:
@@ -124,24 +113,18 @@ class Thought(Sample):
 def propose_places(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
     """Random positions t >= MIN_PREFIX of each text, distinct while there are enough; tokens that precede a prompt over
     max_prompt_tokens are cut off."""
-    from methods import Task, tasks_per_passage  # here: methods.py imports this file
+    from methods import tasks_per_passage  # here: methods.py imports this file
 
-    config, sampler, proposals = run.config, run.sampler, []
-    start_ids, ahead = leading_ids(sampler.tokenizer), config.ahead_tokens
+    config, tokenizer, proposals = run.config, run.sampler.tokenizer, []
+    start_ids, mark, ahead = leading_ids(tokenizer), run.sampler.replica.extra.start_id, config.ahead_tokens
     room = config.max_prompt_tokens - 2 * ahead - len(start_ids)  # so that a packed thought fits a micro-batch
-    counts = tasks_per_passage(config, "quiet_star")
-    for number, (passage, count) in enumerate(zip(passages, counts, strict=True)):
+    for number, (passage, count) in enumerate(zip(passages, tasks_per_passage(config, "quiet_star"), strict=True)):
         rng = random.Random(derive_seed(config.seed, step, "draw", number))
-        ids = sampler.tokenizer(passage.text, add_special_tokens=False).input_ids
-        places = range(MIN_PREFIX, len(ids))
+        ids = tokenizer(passage.text, add_special_tokens=False).input_ids
         tasks = []
-        for t in rng.sample(places, count) if len(places) >= count else rng.choices(places, k=count):
+        for t in draw_distinct(range(MIN_PREFIX, len(ids)), count, rng):
             place = Place(start_ids + ids[max(0, t - room) : t], ids[t : t + ahead])
-            target = sampler.tokenizer.decode(place.ahead_ids)
-            masked = sampler.tokenizer.decode(place.prefix_ids, skip_special_tokens=True) + MASK
-            task = Task(passage, Mask(target, masked=masked, target=target, occurrences=1), position=place)
-            task.prompt_ids = [*place.prefix_ids, run.sampler.replica.extra.start_id]
-            tasks.append(task)
+            tasks.append(thought_task(run, passage, place, place.ahead_ids, [*place.prefix_ids, mark]))
         proposals.append(tasks)
     return proposals
 
@@ -154,21 +137,15 @@ def think(run: Run, tasks: list[Task], step: int) -> None:
     predict(replace(run, sampler=sampler), tasks, step)
 
 
-# ------------------------------------------------------------------------------------------------------- the mixture
-
-
 @dataclass
 class TalkBatch(MicroBatch):
     """Of each text token behind each thought (N of them), beside what the thoughts' own tokens need."""
 
     thoughts: list[Thought]
-    before: Tensor
-    """(N,) where the row predicts it without the thought."""
-    after: Tensor
-    """(N,) where the row predicts it behind the thought."""
-    ahead: Tensor
-    """(N,) the true tokens."""
-    ahead_weights: Tensor
+    before: Tensor  # (N,) where the row predicts it without the thought
+    after: Tensor  # (N,) where the row predicts it behind the thought
+    ahead: Tensor  # (N,) the true tokens
+    ahead_weights: Tensor  # (N,)
 
 
 def pack_thoughts(bundles: list[list[Thought]], device: torch.device) -> TalkBatch:
@@ -177,32 +154,33 @@ def pack_thoughts(bundles: list[list[Thought]], device: torch.device) -> TalkBat
     thoughts = [thought for bundle in bundles for thought in bundle]
     if not bundles:  # nothing to do here, but every rank must run the same collectives: a dummy of weight zero
         bundles = [[Thought(Rollout([0, 0], [0], [0.0], "", "length"), 0.0, place=Place([0], [0]))]]
-    rows, prefixes, predicts, targets, before, after, ahead, per_token, per_ahead = ([] for _ in range(9))
-    begin = 0
+    rows, prefixes, begins = [], [], [0]
+
+    def add(tokens: list[int], prefix: int | None) -> int:
+        """A sequence behind that of number `prefix`; returns where it begins in the row."""
+        rows.append(tokens)
+        prefixes.append(prefix)
+        begins.append(begins[-1] + len(tokens))
+        return begins[-2]
+
+    predicts, targets, before, after, ahead, per_token, per_ahead = ([] for _ in range(7))
     for bundle in bundles:
         (*prefix, mark), text = bundle[0].rollout.prompt_ids, bundle[0].place.ahead_ids
-        own = len(rows)
-        rows.append(prefix)
-        prefixes.append(None)
-        begin += len(prefix)
-        plain = [begin - 1, *range(begin, begin + len(text) - 1)]
-        if len(text) > 1:
-            rows.append(text[:-1])
-            prefixes.append(own)
-            begin += len(text) - 1
+        own, rest = len(rows), text[:-1]
+        last = add(prefix, None) + len(prefix) - 1
+        begin = add(rest, own) if rest else 0
+        plain = [last, *range(begin, begin + len(rest))]
         for thought in bundle:
-            completion = thought.rollout.completion_ids
-            rows.append([mark, *completion, mark + 1, *text[:-1]])
-            prefixes.append(own)
-            predicts += range(begin, begin + len(completion))
+            completion, weight = thought.rollout.completion_ids, thought.weight
+            begin = add([mark, *completion, mark + 1, *rest], own)
+            end = begin + len(completion)
+            predicts += range(begin, end)
             targets += completion
             before += plain
-            begin += len(completion) + 1
-            after += range(begin, begin + len(text))
-            begin += len(text)
+            after += range(end + 1, end + 1 + len(text))
             ahead += text
-            per_token += [(one, thought.advantage, thought.weight, 0.0) for one in thought.rollout.sampler_logprobs]
-            per_ahead += [thought.weight * len(completion) / len(text)] * len(text)
+            per_token += [(one, thought.advantage, weight, 0.0) for one in thought.rollout.sampler_logprobs]
+            per_ahead += [weight * len(completion) / len(text)] * len(text)
     values, ahead_weights = (torch.tensor(one, dtype=torch.float32, device=device) for one in (per_token, per_ahead))
     numbers = [torch.tensor(one, device=device) for one in (predicts, targets, before, after, ahead)]
     packed = MicroBatch(pack(rows, device, prefixes), *numbers[:2], *values.unbind(1))
@@ -226,10 +204,8 @@ def talk(model: nn.Module, batch: TalkBatch, temperature: float, input_ids: Tens
 @torch.no_grad()
 def grade_thoughts(run: Run, tasks: list[Task]) -> None:
     """Each thought earns the mean log-prob of the text behind it under the mixture, nats a token; a collective."""
-    thoughts = [Thought(one, 0.0, place=task.position) for task in tasks for one in task.predictions]
-    for number, thought in enumerate(thoughts):
-        thought.number = number
-    mine = []
+    pairs = [(one, task.position) for task in tasks for one in task.predictions]
+    thoughts, mine = [Thought(one, 0.0, place=place, number=n) for n, (one, place) in enumerate(pairs)], []
     for batch in make_micro_batches(thoughts, run.config, run.ranks, pack_thoughts):
         _, _, mixed, mix, plain = run.policy(forward=talk, batch=batch, temperature=1.0, **batch.inputs)
         lengths = [len(thought.place.ahead_ids) for thought in batch.thoughts]

@@ -27,24 +27,19 @@ Text:
 
 """  # noqa: E501 (a line break inside a sentence would be part of the prompt)
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-MIN_PREFIX = 8
-"""Tokens that the model reads before the first position that may be drawn: less text says nothing of what follows."""
+MIN_PREFIX = 8  # tokens of text before the first position that may be drawn: less says nothing of what follows
 
 
 @dataclass(frozen=True)
 class Frame:
     """The token ids around texts and thoughts, fixed for a run."""
 
-    start_ids: list[int]
-    """What the tokenizer puts in front of any text (a beginning-of-sequence token, or nothing)."""
-    head_ids: list[int]
-    """The sampling prompt before the text."""
-    tail_ids: list[int]
-    """The sampling prompt after the text; its end is open_ids."""
+    start_ids: list[int]  # what the tokenizer puts in front of any text (a beginning-of-sequence token, or nothing)
+    head_ids: list[int]  # the sampling prompt before the text
+    tail_ids: list[int]  # the sampling prompt after the text; its end is open_ids
     open_ids: list[int]
     close_ids: list[int]
-    longest_prefix: int
-    """Tokens of text that fit, so that neither the prompt nor a context with an empty thought exceeds the limit."""
+    longest_prefix: int  # tokens of text for which neither prompt nor context with an empty thought exceeds the limit
 
 
 @dataclass(frozen=True)
@@ -56,11 +51,9 @@ class Position:
 
 
 def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str, str] | None = None) -> Frame:
-    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}.
-
-    With a chat template the request is one user turn and the thought opens the answer.
-    Raises ConfigError if {passage} does not stand in it once, or if there is no room for MIN_PREFIX tokens of text.
-    """
+    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}. With a
+    chat template the request is one user turn and the thought opens the answer. Raises ConfigError if {passage} does
+    not stand in it once, or if there is no room for MIN_PREFIX tokens of text."""
     if template.count("{passage}") != 1:
         raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
     chat = chat or chat_frame(tokenizer)
@@ -71,33 +64,32 @@ def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str
         tokenizer(text, add_special_tokens=False).input_ids for text in (head, THINK_OPEN, THINK_CLOSE, tail)
     )
     head_ids = head_ids if chat else start_ids + head_ids
-    asked = len(head_ids + tail_ids + open_ids)
-    scored = len(start_ids + open_ids + close_ids) + 1
-    room = max_prompt_tokens - max(asked, scored)
-    if room < MIN_PREFIX:
+    used = max(len(head_ids + tail_ids + open_ids), len(start_ids + open_ids + close_ids) + 1)
+    if max_prompt_tokens < used + MIN_PREFIX:
         raise ConfigError(
-            f"max_prompt_tokens={max_prompt_tokens}: must be at least {max_prompt_tokens - room + MIN_PREFIX}, "
-            f"{MIN_PREFIX} tokens of text and the frame of rlp_prompt"
+            f"max_prompt_tokens={max_prompt_tokens}: must be at least {used + MIN_PREFIX}, {MIN_PREFIX} tokens of text "
+            "and the frame of rlp_prompt"
         )
-    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, room)
+    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, max_prompt_tokens - used)
+
+
+def thought_frame(sampler: Sampler) -> Frame:
+    """The tokens around texts and thoughts in this run."""
+    config = sampler.config
+    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
 
 
 def check(config: Config) -> None:
     """Raises ConfigError where passages may be too short to hold a position."""
-    least = MIN_PREFIX + 1
-    if config.min_passage_tokens < least:
-        told = f"min_passage_tokens={config.min_passage_tokens}: must be {least} or more with {config.method}"
-        raise ConfigError(told)
+    if config.min_passage_tokens <= MIN_PREFIX:
+        least = f"must be {MIN_PREFIX + 1} or more with {config.method}"
+        raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: {least}")
 
 
 def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:
     """One uniformly random position t >= MIN_PREFIX of a text. A text that is too long before t loses its beginning.
-
-    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out.
-    """
+    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) <= MIN_PREFIX:
-        raise ValueError(f"a text of {len(ids)} tokens has no position after {MIN_PREFIX}: {text[:60]!r}")
     t = rng.randrange(MIN_PREFIX, len(ids))
     return Position(ids[max(0, t - frame.longest_prefix) : t], ids[t])
 
@@ -107,18 +99,23 @@ def thought_prompt(frame: Frame, position: Position) -> list[int]:
     return frame.head_ids + position.prefix_ids + frame.tail_ids
 
 
-def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
-    """`rlp`: one random position of each text; the predictions will be thoughts, the target is the next token."""
+def thought_task(run: Run, passage: Passage, position, ahead_ids: list[int], prompt_ids: list[int]) -> Task:
+    """A task whose predictions will be thoughts before `ahead_ids`; its mask stands for these tokens."""
     from methods import Task  # here: methods.py imports this file
 
-    sampler, frame, proposals = run.sampler, thought_frame(run.sampler), []
+    decode = run.sampler.tokenizer.decode
+    target, text = decode(ahead_ids), decode(position.prefix_ids, skip_special_tokens=True)
+    mask = Mask(target, masked=text + MASK, target=target, occurrences=1)
+    return Task(passage, mask, prompt_ids=prompt_ids, position=position)
+
+
+def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
+    """`rlp`: one random position of each text; the target is the next token."""
+    frame, proposals = thought_frame(run.sampler), []
     for number, passage in enumerate(passages):
         rng = random.Random(derive_seed(run.config.seed, step, "draw", number))
-        position = draw_position(passage.text, sampler.tokenizer, frame, rng)
-        target = sampler.piece(position.target_id)
-        masked = sampler.tokenizer.decode(position.prefix_ids) + MASK
-        task = Task(passage, Mask(target, masked=masked, target=target, occurrences=1), position=position)
-        task.prompt_ids = thought_prompt(frame, position)
+        position = draw_position(passage.text, run.sampler.tokenizer, frame, rng)
+        task = thought_task(run, passage, position, [position.target_id], thought_prompt(frame, position))
         proposals.append([task])
     return proposals
 
@@ -128,8 +125,7 @@ def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
 
     A thought cut at the limit is closed here, and so is one that ended the sequence, whose EOS would part the text from
     x_t and is left out. The rollout keeps its sampled tokens, so what is added or left out here moves no gradient.
-
-    With <think> = 7, </think> = 8, EOS = 0: [5, 6, 8] "answer" -> [7, 5, 6, 8];  [5, 6] "length" -> [7, 5, 6, 8];
+    With <think> = 7, </think> = 8, EOS = 0: [5, 6, 8] "answer" -> [7, 5, 6, 8]; [5, 6] "length" -> [7, 5, 6, 8];
     [5, 0] "eos" -> [7, 5, 8].
     """
     if rollout.finish == "answer":
@@ -144,30 +140,18 @@ def information_gain(
     """Reward of each thought of each position: log p_policy(x_t | text, thought) - log p_reference(x_t | text), nats.
 
     thoughts[i]: of positions[i], as close_thought leaves them; [] is no thought and no tags. At temperature 1, which is
-    what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank; costs a forward
-    of the policy over all texts with thoughts and one of the reference over the texts.
-
-    p(x_t) of 0.2 by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
+    what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank. p(x_t) of 0.2
+    by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
     """
-    texts = [frame.start_ids + position.prefix_ids for position in positions]
-    targets = [[position.target_id] for position in positions]
-    informed = [
-        (text + thought, target)
-        for text, target, group in zip(texts, targets, thoughts, strict=True)
-        for thought in group
-    ]
+    plain = [(frame.start_ids + position.prefix_ids, [position.target_id]) for position in positions]
+    pairs = zip(plain, thoughts, strict=True)
+    informed = [(text + thought, target) for (text, target), group in pairs for thought in group]
     with_thought = iter(score(run.policy, informed, run.config, run.ranks))
-    baselines = score(run.reference, list(zip(texts, targets, strict=True)), run.config, run.ranks)
+    baselines = score(run.reference, plain, run.config, run.ranks)
     return [
         [next(with_thought)[0][0] - baseline for _ in group]
-        for (baseline,), group in zip((logprobs for logprobs, _ in baselines), thoughts, strict=True)
+        for ((baseline,), _), group in zip(baselines, thoughts, strict=True)
     ]
-
-
-def thought_frame(sampler: Sampler) -> Frame:
-    """The tokens around texts and thoughts in this run."""
-    config = sampler.config
-    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
 
 
 def grade_thoughts(run: Run, tasks: list[Task]) -> None:
@@ -202,16 +186,11 @@ def rlp_advantages(rewards: list[float]) -> list[float]:
 
 
 def thought_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
-    """`rlp`: every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens).
-
-    No group is dropped: rewards are continuous, and a group of equal ones has advantage 0. No thought is dropped for
-    its length.
-    """
-    samples = [
-        Sample(rollout, advantage, group=number)
-        for number, group in enumerate(groups)
-        for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True)
-    ]
-    for sample in samples:
-        sample.weight = 1 / (len(samples) * len(sample.rollout.completion_ids))
+    """`rlp`: every thought weighs the same, spread evenly over its tokens: weight = 1 / (thoughts * own tokens). No
+    group is dropped: rewards are continuous, and a group of equal ones has advantage 0."""
+    thoughts, samples = sum(len(group.rollouts) for group in groups), []
+    for number, group in enumerate(groups):
+        for rollout, advantage in zip(group.rollouts, rlp_advantages(group.rewards), strict=True):
+            weight = 1 / (thoughts * len(rollout.completion_ids))
+            samples.append(Sample(rollout, advantage, weight, group=number))
     return samples

@@ -37,21 +37,16 @@ INSTRUCTIONS = (  # endings that data sets add to their questions
 
 
 def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[list[Passage], dict[str, int]]:
-    """Reads config.data whole (up to max_passages questions): the questions, and how many there are of each cause.
-
-    The counts hold `records` (those that could be read), `questions` and each cause of a skip that occurred, broken
-    files among them. The list is the same on every rank. Raises DataError when there is no question.
-    """
-    tally, questions = Tally(log), []
-    files = local_files(config, log)
+    """The questions of config.data, up to max_passages, the same on every rank; and counts: `records` (those that could
+    be read), `questions` and each cause of a skip that occurred. Raises DataError when there is no question."""
+    tally, questions, files = Tally(log), [], local_files(config, log)
     if files is None:
         records = hub_records(config.data, config.data_config, seed=config.seed)
     else:
         records = file_records(files, config, tally.skip, FIELDS, ("no_question", FIELDS))
     for where, place, record in records:
         tally.counts["records"] += 1
-        question = read_question(record, place, where, tally.skip)
-        if question:
+        if question := read_question(record, place, where, tally.skip):
             questions.append(question)
             if len(questions) == config.max_passages:
                 log(one_line(f"data: max_passages={config.max_passages} reached at {where}; nothing further is read"))
@@ -64,10 +59,8 @@ def load_questions(config: Config, log: Callable[[str], None] = print) -> tuple[
 
 
 def read_question(record: dict, place: str, where: str, skip: Skip) -> Passage | None:
-    r"""One record -> a question, or None after a call of skip(cause, where, detail).
-
-    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` has the answer `\frac12`.
-    """
+    r"""One record -> a question, or None after a call of skip(cause, where, detail). The answer of
+    `{"problem": "Solve $2x = 1$.", "solution": r"So $x = \boxed{\frac12}$."}` is `\frac12`."""
     names = f"fields are {', '.join(map(str, list(record)[:8]))}"
     if any(record.get(name) for name in CHOICE_FIELDS):
         skip("choices", where)
@@ -89,10 +82,9 @@ def question_text(record: dict) -> str:
     verl = isinstance(record.get("reward_model"), dict)
     for name in ("prompt", *TEXT_FIELDS) if verl else TEXT_FIELDS:
         value = record.get(name)
-        if isinstance(value, list):
+        if isinstance(value, list):  # a chat: its one user turn
             turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") != "system"]
-            one = len(turns) == 1 and turns[0].get("role") == "user"
-            value = turns[0].get("content") if one else None
+            value = turns[0].get("content") if [turn.get("role") for turn in turns] == ["user"] else None
         if isinstance(value, str) and value.strip():
             return value.strip()
     return ""
@@ -106,30 +98,24 @@ def gold_answer(record: dict) -> str:
     >>> gold_answer({"final_answer": ["$2$", "3"]}), gold_answer({"solution": "By symmetry, 7."})
     ('$2$, 3', '')
     """
-    model = record.get("reward_model")
-    if isinstance(model, dict):
+    if isinstance(model := record.get("reward_model"), dict):
         return _gold(model.get("ground_truth"))
     for name in ANSWER_FIELDS:
         value = record.get(name)
-        if name == "final_answer" and isinstance(value, list):
-            parts = [_gold(part) for part in value]
-            answer = ", ".join(parts) if all(parts) else ""
-        else:
-            answer = _gold(value, only_marked=name == "solution")
-        if answer:
-            return answer
+        several = value if name == "final_answer" and isinstance(value, list) else [value]
+        parts = [_gold(part, only_marked=name == "solution") for part in several]
+        if parts and all(parts):
+            return ", ".join(parts)
     return ""
 
 
 def _gold(value, only_marked: bool = False) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool):
-        return ""
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return (str(int(value)) if value.is_integer() else repr(value)) if math.isfinite(value) else ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value) if abs(value) < math.inf else ""  # not for nan either
     if not isinstance(value, str):
         return ""
     return extract_gold(value) or ("" if only_marked else value.strip())
@@ -144,10 +130,8 @@ def extract_gold(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     # cut by hand: a pattern tried at each # of a long line takes quadratic time
-    _, _, marked = text.strip().rpartition("\n")[2].partition("####")
-    answer = (marked or last_answer(text, "boxed") or "").strip()
-    if marked:
-        answer = answer.removeprefix("$")
+    marked = text.strip().rpartition("\n")[2].partition("####")[2]
+    answer = marked.strip().removeprefix("$") if marked else (last_answer(text, "boxed") or "").strip()
     return (answer.replace(",", "") if GROUPED_DIGITS.fullmatch(answer) else answer) or None
 
 
@@ -163,7 +147,8 @@ def strip_instruction(text: str) -> str:
 
 
 def question_corpus(config: Config, log=print) -> Corpus:
-    """The questions of config.data as passages with an answer, split by a hash of their text. Every rank reads them."""
+    """The questions of config.data as passages with an answer, split by a hash of their text. Every rank reads them.
+    Raises DataError when there is no question on one of the sides."""
     questions, counts = load_questions(config, log)
     train, heldout = [], []
     for question in questions:
@@ -179,8 +164,8 @@ def verify_predictions(
 ) -> list[list[float]]:
     """math-verify's verdict on every answer, 1 or 0; each rank checks its share of the questions in a child process."""
     mine = list(zip(golds, answers, strict=True))[ranks.rank :: ranks.world]
-    flat = check_answers([(gold, answer) for gold, group in mine for answer in group], config.verify_seconds)
-    verdicts = iter(flat)
+    pairs = [(gold, answer) for gold, group in mine for answer in group]
+    verdicts = iter(check_answers(pairs, config.verify_seconds))
     parts = gather([[[next(verdicts) for _ in group] for _, group in mine]])
     return [parts[number % ranks.world][number // ranks.world] for number in range(len(golds))]
 

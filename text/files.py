@@ -1,6 +1,6 @@
 """Files and the hub -> records, one reader for passages, questions and benchmarks.
 
-Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A json file holds records a
+Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A .json file holds records a
 line, one array, {"examples": [...]} or one record. A record that cannot be used is counted under a cause of CAUSES,
 with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
 after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of a
@@ -13,18 +13,15 @@ import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-
-import numpy as np
 
 from config import Config, one_line
 
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
 CAUSES = {
     "unreadable": "file broken or cut off; what came before the break is kept",
-    "long_line": "line over 64 MiB",
     "bad_utf8": "not UTF-8",
     "bad_json": "not a JSON object",
     "no_text": "no text field, or not a string",
@@ -39,7 +36,6 @@ CAUSES = {
     "choices": "multiple choice",
 }
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
-LINE_LIMIT = 64 << 20  # bytes; a file without line ends must not fill the memory
 ARRAY_LIMIT = 1 << 30  # bytes; a longer file is not parsed as one JSON value
 TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
 Skip = Callable[..., None]  # skip(cause, where, detail="")
@@ -82,44 +78,31 @@ def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None
     root = source_path(config)
     if not os.path.exists(root):
         return None
-    if root.is_file():
-        if not _kind(root):
-            raise DataError(f"{root}: unknown kind of file; .parquet, .jsonl, .json, .txt, the last three also .gz")
-        return [root]
-    part = root / config.data_config
-    if config.data_config and os.path.isdir(part):  # a download in the hub's layout: that part only
-        root = part
-    found = sorted(p for p in root.rglob("*") if p.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    files = [p for p in found if _kind(p)]
+    if os.path.isdir(root / config.data_config):  # of a download in the hub's layout that part only; "": the whole
+        root /= config.data_config
+    found = [root] if root.is_file() else [path for path in sorted(root.rglob("*")) if path.is_file()]
+    found = [path for path in found if "/." not in path.as_posix().removeprefix(root.as_posix())]  # none is hidden
+    files = [path for path in found if _kind(path)]
     if len(files) < len(found):
         log(one_line(f"data: {len(found) - len(files)} files of other kinds in {root} are ignored"))
     if not files:
-        raise DataError(f"{root}: no .parquet, .jsonl, .json or .txt file in this folder")
+        raise DataError(f"{root}: no .parquet, .jsonl, .json or .txt file (the last three also .gz)")
     return files
 
 
 def _kind(path: Path) -> str:
-    if path.suffix.lower() == ".parquet":
-        return "parquet"
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    return {".jsonl": "json", ".json": "json", ".txt": "txt"}.get(suffix, "")
+    name = path.name.lower()
+    kinds = [kind for kind in ("jsonl", "json", "txt") if name.removesuffix(".gz").endswith(f".{kind}")]
+    return "parquet" if name.endswith(".parquet") else "".join(kinds)
 
 
 def file_records(
-    files: list[Path],
-    config: Config,
-    skip: Skip,
-    columns: tuple = (),
-    needed: tuple[str, tuple] = ("no_text", ()),
+    files: list[Path], config: Config, skip: Skip, columns: tuple = (), needed: tuple[str, tuple] = ("no_text", ()),
     shuffled: bool = False,
-) -> Iterator[Record]:
-    """The records of files of any kind, one reader for passages, questions and benchmarks.
-
-    Of a parquet file the `columns` (all, if none is named). needed: a cause and columns; a parquet file with none of
-    these is skipped for that cause.
-    A txt file is one article, under config.text_field. shuffled: files and parquet rows come in an order of the seed.
-    """
+) -> Iterator[Record]:  # fmt: skip
+    """The records of files of any kind: of a parquet file the `columns` (all, if none is named), of a txt file one
+    article, under config.text_field. needed: a cause and columns; a parquet file with none of these is skipped for that
+    cause. shuffled: files and parquet rows come in an order of the seed."""
     top, files = source_path(config), list(files)
     if shuffled:
         random.Random(config.seed).shuffle(files)
@@ -130,11 +113,11 @@ def file_records(
             skip("empty", str(path), "0 bytes")
         elif kind == "parquet":
             order = random.Random(f"{config.seed} {name}") if shuffled else None
-            yield from _parquet_records((path, name), columns, needed, skip, order)
+            yield from _parquet_records(path, name, columns, needed, skip, order)
         elif kind == "txt":
             yield from _txt_records(path, name, config.text_field, skip)
         else:
-            yield from _json_records(path, name, skip)
+            yield from _json_records(path, name, kind, skip)
 
 
 def hub_records(
@@ -150,8 +133,8 @@ def hub_records(
         if seed is None:
             records = load_dataset(name, part or None, split=split)
         else:
-            stream = load_dataset(name, part or None, split=split, streaming=True)
-            records = stream.reshard().shuffle(seed=seed, buffer_size=1000)
+            records = load_dataset(name, part or None, split=split, streaming=True).reshard()
+            records = records.shuffle(seed=seed, buffer_size=1000)
         for number, record in enumerate(records):
             if number == 0 and field and field not in record:
                 raise DataError(f"{name}: no column text_field={field!r}; columns are {', '.join(record)}")
@@ -167,96 +150,81 @@ def hub_records(
 
 
 def _parquet_records(
-    file_name: tuple[Path, str], wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
+    path: Path, name: str, wanted: tuple, needed: tuple[str, tuple], skip: Skip, order: random.Random | None
 ) -> Iterator[Record]:
     """A broken row group loses that group; a broken footer (as in a truncated file) loses the whole file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (path, name), (cause, needed) = file_name, needed
-    broken = (OSError, ValueError, OverflowError, pa.ArrowException)
+    broken, (cause, needed) = (OSError, ValueError, OverflowError, pa.ArrowException), needed
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        columns = [column for column in names if column in wanted or not wanted]
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"two columns of one name among {', '.join(columns)}")
-        starts = np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except broken as error:
         return skip("unreadable", str(path), str(error).split("\n")[0])
+    columns = [column for column in names if column in wanted or not wanted]
     if needed and not set(columns) & set(needed):
         return skip(cause, str(path), f"no column {' or '.join(needed)} among {', '.join(names)}")
-    groups = list(range(file.num_row_groups))
+    groups = list(range(len(sizes)))
     if order:
         order.shuffle(groups)
     for group in groups:
-        first = int(starts[group]) + 1
+        first, end = sum(sizes[:group]) + 1, sum(sizes[: group + 1])
         try:
             for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
                 for i in order.sample(range(batch.num_rows), batch.num_rows) if order else range(batch.num_rows):
-                    row = first + i
+                    where = f"{path}: row {first + i}"
                     try:
-                        record = {column: _value(batch.column(column)[i]) for column in columns}
-                    except UnicodeDecodeError as error:
-                        skip("bad_utf8", f"{path}: row {row}", error.reason)
+                        [record] = batch.slice(i, 1).to_pylist()
+                    except (ValueError, LookupError, OverflowError) as error:  # also a date that Python does not have
+                        skip("bad_utf8" if isinstance(error, UnicodeDecodeError) else "unreadable", where, str(error))
                     else:
-                        yield f"{path}: row {row}", f"{name}:{row}", record
+                        yield where, f"{name}:{first + i}", record
                 first += batch.num_rows
-            if first <= starts[group + 1]:  # pyarrow may take a broken page for the end
-                raise ValueError(f"{starts[group + 1] + 1 - first} rows are missing")
+            if first <= end:  # pyarrow may take a broken page for the end
+                raise ValueError(f"{end + 1 - first} rows are missing")
         except broken as error:
             skip("unreadable", f"{path}: row group {group} from row {first}", str(error).split("\n")[0])
 
 
-def _value(scalar):
-    """None where Python has no such value (a date in the year 30000, a struct with one name twice)."""
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, LookupError, OverflowError):
-        return None
-
-
-def _json_records(path: Path, name: str, skip: Skip) -> Iterator[Record]:
-    values = _whole_json(path, skip)
-    for number, value in _lines(path, skip) if values is None else enumerate(values, 1):
-        where = f"{path}:{number}" if values is None else f"{path}: record {number}"
-        if values is None:
-            if not (value or "").strip():
-                continue
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                skip("bad_json", where, str(error))
-                continue
+def _json_records(path: Path, name: str, kind: str, skip: Skip) -> Iterator[Record]:
+    values, mark = _whole_json(path, skip) if kind == "json" else None, ": record "
+    if values is None:
+        values, mark = _json_lines(path, skip), ":"
+    for number, value in values:
         if isinstance(value, dict):
-            yield where, f"{name}:{number}", value
+            yield f"{path}{mark}{number}", f"{name}:{number}", value
         else:
-            skip("bad_json", where, f"a {type(value).__name__}")
+            skip("bad_json", f"{path}{mark}{number}", f"a {type(value).__name__}")
 
 
-def _whole_json(path: Path, skip: Skip) -> list | None:
-    """The records of a file that is one JSON value over one line or many; None for a file to be read line by line."""
+def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(path, skip):
+        if line and line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                skip("bad_json", f"{path}:{number}", str(error))
+            else:
+                yield number, value
+
+
+def _whole_json(path: Path, skip: Skip) -> Iterable[tuple[int, object]] | None:
+    """(number from 1, record) of a file that is one JSON value; None for a file to be read line by line."""
     try:
         with _open(path) as file:
-            first = next((line for line in iter(lambda: file.readline(LINE_LIMIT), b"") if line.strip()), b"")
-            array = first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-            if not array and not path.name.lower().removesuffix(".gz").endswith(".json"):
-                return None
-            text = (first + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
+            text = file.read(ARRAY_LIMIT).decode("utf-8-sig")
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if not array:
+        if not text.lstrip().startswith("["):
             return None
         skip("bad_json", f"{path}:{error.lineno}", error.msg)
         return []
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
         return None  # the reader of lines reports it
-    if isinstance(value, dict):
-        examples = value.get("examples")
-        return examples if isinstance(examples, list) else [value]
-    return value if isinstance(value, list) else [value]
+    value = value.get("examples", value) if isinstance(value, dict) else value
+    return enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:
@@ -283,18 +251,12 @@ def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(LINE_LIMIT):
-                number += 1
+            for number, line in enumerate(file, 1):
                 text = None
-                if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
-                    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
-                        pass
-                    skip("long_line", f"{path}:{number}")
-                else:
-                    try:
-                        text = line.decode("utf-8-sig")  # some editors put a byte order mark first
-                    except UnicodeDecodeError as error:
-                        skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}")
+                try:
+                    text = line.decode("utf-8-sig")  # some editors put a byte order mark first
+                except UnicodeDecodeError as error:
+                    skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}")
                 yield number, text
     except (OSError, EOFError, zlib.error) as error:
         skip("unreadable", f"{path}:{number + 1}", str(error))

@@ -7,6 +7,7 @@ Tibetan mark no end of a sentence: any line counts as ended and may be cut at a 
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import regex
 
@@ -52,14 +53,11 @@ def paragraphs(text: str) -> tuple[list[str], int]:
             lines = [" ".join(WRAP_WITHOUT_SPACE.sub("", "\n".join(lines)).split("\n"))]
         for line in lines:
             listed = len(lines) > 1 and line[0].isspace()  # the hub's Wikipedia indents list items
-            if not listed and _is_prose(line.strip()):
+            line = line.strip()
+            if not listed and _long_enough(line) and SENTENCE_END.search(line) and not LIST_MARK.match(line):
                 kept.append(" ".join(line.split()))
                 used += 1
     return kept, sum(1 for line in text.split("\n") if line.strip()) - used
-
-
-def _is_prose(line: str) -> bool:
-    return _long_enough(line) and bool(SENTENCE_END.search(line)) and not LIST_MARK.match(line)
 
 
 def _long_enough(line: str) -> bool:
@@ -72,7 +70,7 @@ def _is_hard_wrapped(lines: list[str]) -> bool:
         return False
     inside = sum(
         after[0].islower() or (_long_enough(line) and not SENTENCE_END.search(line) and line[-1] != ":")
-        for line, after in zip(lines, lines[1:], strict=False)
+        for line, after in pairwise(lines)
     )
     return 2 * inside >= len(lines) - 1
 
@@ -99,24 +97,20 @@ def cut_at_sentences(texts: list[str], tokenizer, longest: int) -> list[list[str
     """Each text in pieces of whole sentences, as many as fit `longest` tokens; a sentence that does not fit is a piece
     of its own. With longest=6 and a token a word, "It is old. It fell in 1810. Why?" gives "It is old.", "It fell in
     1810. Why?"."""
-    sentences = []
+    cut = []
     for text in texts:
         ends = [0, *(match.end() for match in SENTENCE_BREAK.finditer(text)), len(text)]
-        sentences.append([text[start:end] for start, end in zip(ends, ends[1:], strict=False) if start < end])
-    sizes = iter(token_counts([sentence for some in sentences for sentence in some], tokenizer, longest))
-    pieces: list[list[str]] = []
-    for some in sentences:
-        pieces.append([])
-        filled = longest
-        for sentence in some:
-            size = next(sizes)
-            if filled + size <= longest:
-                pieces[-1][-1] += sentence
+        sentences = [text[start:end] for start, end in pairwise(ends) if start < end]
+        pieces, filled = [], 0
+        for sentence, size in zip(sentences, token_counts(sentences, tokenizer, longest), strict=True):
+            if pieces and filled + size <= longest:
+                pieces[-1] += sentence
                 filled += size
             else:
-                pieces[-1].append(sentence)
+                pieces.append(sentence)
                 filled = size
-    return [[piece.strip() for piece in some] for some in pieces]
+        cut.append([piece.strip() for piece in pieces])
+    return cut
 
 
 def token_counts(texts: list[str], tokenizer, longest: int) -> list[int]:

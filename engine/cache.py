@@ -4,6 +4,7 @@ torch's kernel is taken if it is right on this machine (`table_reader`). ops.py 
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 
+@functools.cache
 def varlen_kernel():
-    """torch's own kernel, and its options for causal attention with grouped heads."""
-    return varlen_attn, {"window_size": (-1, 0), "enable_gqa": True}
+    """torch's own kernel, and its options for causal attention with grouped heads, named otherwise before 2.13."""
+    known = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return varlen_attn, options | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def new_token_places(table: Tensor, cu_k: Tensor, page: int, spare: int) -> tuple[Tensor, Tensor, Tensor]:

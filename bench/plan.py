@@ -3,6 +3,7 @@
 No kernel can be faster than the ideal: every byte and FLOP at the full rate of the device. 1 GB = 1e9 bytes.
 """
 
+import json
 import random
 import timeit
 from collections import deque
@@ -81,9 +82,9 @@ def read_words(words: list[str], kind: type[Work]) -> tuple:
     own = [word for word in words if word.partition("=")[0] in known]
     config = read_config([word for word in words if word not in own])
     options = kind(**typed(parse_words(own, "the config file"), known))
-    for key, value in vars(options).items():
-        if key in ("gpus", "kept", "decode_share", "mfu") and value <= 0:
-            raise ConfigError(f"{key}={value}: must be above 0")
+    for key, most in {"gpus": 10**4, "kept": 1, "decode_share": 1, "mfu": 1}.items():
+        if not 0 < (value := getattr(options, key, 1)) <= most:
+            raise ConfigError(f"{key}={value}: must be above 0, at most {most}")
     longest = max((cap for *_, cap in phases(config)), default=config.max_prediction_tokens)
     options.mean_response = options.mean_response or min(1024, 0.375 * longest)
     options.prompt = options.prompt or min(400, config.max_prompt_tokens // 3)
@@ -186,9 +187,10 @@ def decode_limit(shape: Shape, config: Config, gpu: Gpu, gpus: int, prompt: int,
 
 
 def ideal_seconds(shape: Shape, config: Config, work: Work, gpu: Gpu, gpus: int, kept: float = 1.0) -> dict:
-    """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n}."""
-    config, prompt, method = decided(shape, config, gpus, gpu.memory), work.prompt, METHODS[config.method]
-    passages, whole, seconds, lengths, bundles = config.passages_per_step, gpus * gpu.flops, {}, [], []
+    """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n}. config must have
+    its gradient_checkpointing decided."""
+    prompt, passages, method, whole = work.prompt, config.passages_per_step, METHODS[config.method], gpus * gpu.flops
+    seconds, lengths, bundles = {}, [], []
     for number, (name, *size) in enumerate(phases(config)):
         groups = response_lengths(*size, work, number)
         seconds["prefill"] = seconds.get("prefill", 0.0) + len(groups) * forward_flops(shape, prompt) / whole
@@ -222,18 +224,8 @@ def ideal_seconds(shape: Shape, config: Config, work: Work, gpu: Gpu, gpus: int,
 
 # ------------------------------------------------------------------------------------------------------------ the plan
 
-# The models of our configs, from the config.json on their hub pages
-_SIZES = ("model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-          "num_key_value_heads head_dim tie_word_embeddings").split()  # fmt: skip
-ARCHITECTURES = {
-    "HuggingFaceTB/SmolLM2-135M": ("llama", 49152, 576, 1536, 30, 9, 3, 64, True),
-    "HuggingFaceTB/SmolLM3-3B-Base": ("smollm3", 128256, 2048, 11008, 36, 16, 4, 128, True),
-    "Qwen/Qwen3-0.6B-Base": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "Qwen/Qwen3-4B-Base": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
-    "Qwen/Qwen3-8B-Base": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
-    "Qwen/Qwen3-30B-A3B-Base": ("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, False),
-}
-_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+# The models of our configs: what their config.json on the hub says of sizes
+ARCHITECTURES = json.loads((Path(__file__).parent / "architectures.json").read_text())
 
 
 def architecture(name: str):
@@ -244,31 +236,27 @@ def architecture(name: str):
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ConfigError(f"model={name!r}: no config.json at hand, and not one of {known}") from None
-    sizes = dict(zip(_SIZES, ARCHITECTURES[name], strict=True))
-    return AutoConfig.for_model(**sizes, **(_EXPERTS if sizes["model_type"] == "qwen3_moe" else {}))
-
-
-def shortage(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
-    """What does not fit; empty if everything does."""
-    config = decided(shape, config, gpus, gpu.memory)
-    for moment, parts in gpu_memory(shape, config, gpus).items():
-        if (need := sum(parts.values())) > gpu.memory:
-            return f"{need / 1e9:.0f} GB in {moment}"
-    longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
-    room = cache_room(shape, config, gpus, gpu)
-    return "" if room >= longest else f"a cache for {room:,} tokens, a request of {longest:,}"
+    return AutoConfig.for_model(**ARCHITECTURES[name])
 
 
 def advice(shape: Shape, config: Config, gpus: int, gpu: Gpu) -> str:
     """Whether it fits. If not: what is too large, and the keys of which each alone can make it fit."""
-    if not (short := shortage(shape, config, gpus, gpu)):
-        need = sum(gpu_memory(shape, decided(shape, config, gpus, gpu.memory), gpus)["training"].values())
-        return f"fits: {(gpu.memory - need) / 1e9:.0f} GB to spare in training"
     longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
+
+    def shortage(config: Config) -> str:
+        for moment, parts in gpu_memory(shape, config, gpus).items():
+            if (need := sum(parts.values())) > gpu.memory:
+                return f"{need / 1e9:.0f} GB in {moment}"
+        room = cache_room(shape, config, gpus, gpu)
+        return "" if room >= longest else f"a cache for {room:,} tokens, a request of {longest:,}"
+
+    if not (short := shortage(config)):
+        need = sum(gpu_memory(shape, config, gpus)["training"].values())
+        return f"fits: {(gpu.memory - need) / 1e9:.0f} GB to spare in training"
     extremes = {"gradient_checkpointing": True, "tokens_per_micro_batch": longest, "cache_memory": 0.9}
     extremes |= {} if needs_reference(config) else {"offload": True}
-    keys = [key for key, value in extremes.items() if not shortage(shape, replace(config, **{key: value}), gpus, gpu)]
-    return f"does not fit: {short}; change {', '.join(keys or ['several keys'])}, gpus= or gpu="
+    keys = [key for key, value in extremes.items() if not shortage(replace(config, **{key: value}))]
+    return f"does not fit: {short}; change {', '.join([*keys, 'gpus, gpu or model'])}"
 
 
 def print_plan(words: list[str]) -> None:
@@ -278,6 +266,7 @@ def print_plan(words: list[str]) -> None:
         raise ConfigError(f"gpu={options.gpu!r}: must be one of {', '.join(GPUS)}, cpu")
     cpu, gpus, shape = options.gpu == "cpu", options.gpus, shape_of(architecture(config.model))
     gpu, config = (measure_cpu(gpus), replace(config, liger=False)) if cpu else (GPUS[options.gpu], config)
+    asked, config = str(config.gradient_checkpointing).lower(), decided(shape, config, gpus, gpu.memory)
     n, width, method = shape.parameters, value_bytes(config), METHODS[config.method]
     print(f"{config.model}: {n:,} parameters; {gpus} x {gpu.name}; method {config.method}\n")
 
@@ -288,8 +277,7 @@ def print_plan(words: list[str]) -> None:
         print(f"  {name:30}" + "".join(f"{way[name] / 1e9:12.2f}" for way in ways))
     total = "".join(f"{sum(way.values()) / 1e9:12.2f}" for way in ways)
     print(f"  {'all of it, in training':30}{total}   of {gpu.memory / 1e9:.0f}, if live all at once")
-    asked = str(config.gradient_checkpointing).lower()
-    taken = "recomputed" if decided(shape, config, gpus, gpu.memory).gradient_checkpointing else "stored"
+    taken = "recomputed" if config.gradient_checkpointing else "stored"
     print(f"gradient_checkpointing={asked}: activations of {config.tokens_per_micro_batch:,} tokens are {taken}")
     # float32 masters, Adam's two moments, a moving average (rlp), the Hugging Face model
     checkpoint = n * (12 + 4 * (method.reference == "average") + width)

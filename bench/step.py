@@ -1,8 +1,8 @@
 """One step on random weights, without a download: its seconds (`time_config`), and whether each part works
 (`print_checks`).
 
-The step is train.step on made-up tasks: random prompts, response lengths drawn by the seed, and rewards of 0 and 1 in
-each group, so that every response is trained on. Left out: masking, parsing, probe, scoring by a second copy.
+The step is train.step on made-up tasks: random prompts, response lengths drawn by the seed, and right and wrong
+responses in each group, so that every one is trained on. Left out: masking, parsing, probe, scoring by a second copy.
 """
 
 import gc
@@ -26,7 +26,7 @@ from config import Config, ConfigError, read_config
 from data import Corpus, Passage
 from engine.batching import describe_attention
 from engine.cache import table_reader
-from grpo import Group, Sample, make_optimizer, make_samples
+from grpo import make_optimizer
 from masking import Mask
 from methods import Method, Run, Task
 from metrics import environment
@@ -48,7 +48,8 @@ def make_run(sampler: Sampler) -> Run:
     """The trainer for a sampler, whose responses no end-of-sequence ends from here on. Every rank calls it."""
     replica, ranks = sampler.replica, sampler.ranks
     sampler.eos_ids = {replica.config.vocab_size}  # an id that cannot be sampled
-    config = decide_checkpointing(replica.config, sampler.config, ranks)
+    config = replace(sampler.config, kl=0.0, mask_truncated=False)  # no second copy; all responses end at their limit
+    config = decide_checkpointing(replica.config, config, ranks)
     policy = model.build_policy(replica, config, ranks)
     unread = Corpus([Passage("", "", "", "words")], [], {})
     return Run(config, ranks, unread, sampler, policy, None, make_optimizer(policy, config))
@@ -72,15 +73,11 @@ def given_work(works: dict[str, tuple]) -> Method:
         return [[Task(passages[0], mask, response, next(prompt)) for response in group] for group in groups]
 
     def predict(run: Run, tasks: list[Task], number: int) -> None:
-        for task, group in zip(tasks, sample(run, "predict", number), strict=True):
-            task.predictions, task.correct = group, [number % 2 for number in range(len(group))]
+        for index, (task, group) in enumerate(zip(tasks, sample(run, "predict", number), strict=True)):
+            every = 4 if index % 2 else 2  # a half or a quarter is right: so masks earn different rewards, too
+            task.predictions, task.correct = group, [int(number % every == 0) for number in range(len(group))]
 
-    def samples(run: Run, groups: list[Group], *_) -> list[Sample]:
-        for group in groups:  # 0 and 1 in turn, in the masks' groups too
-            group.rewards = [float(number % 2) for number in range(len(group.rewards))]
-        return make_samples(groups, run.config)
-
-    return Method("work of given lengths", propose, predict, grade=None, samples=samples)
+    return Method("work of given lengths", propose, predict, grade=None)
 
 
 def made_up_work(config: Config, work: Work, vocab: int) -> dict[str, tuple]:
@@ -109,7 +106,7 @@ def time_config(words: list[str]) -> None:
         gpu = next((gpu for gpu in GPUS.values() if gpu.name == device), None)
         print(f"{config.model}, random weights, {shape.parameters:,} parameters, {config.dtype}")
         print(f"{ranks.world} x {device}; {describe_attention(run.sampler.replica)}; prompts of {work.prompt} tokens")
-        print(step_table(rows, ideal_seconds(shape, config, work, gpu, ranks.world)["seconds"] if gpu else {}))
+        print(step_table(rows, ideal_seconds(shape, run.config, work, gpu, ranks.world)["seconds"] if gpu else {}))
     dist.destroy_process_group()
 
 
@@ -204,7 +201,8 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         return row
 
     with check("update") as note:
-        row, planned = one_step(0, note), sum(gpu_memory(shape, run.config, ranks.world)["training"].values()) / 1e9
+        row, parts = one_step(0, note), gpu_memory(shape, run.config, ranks.per_node or ranks.world)["training"]
+        planned = sum(parts.values()) / 1e9
         note(f"{row['peak_memory_gb']:.2f} GB, {planned:.2f} by plan for a GPU")
         assert row["replica_changed"] > 0, "no weight changed"
         assert not cuda or row["peak_memory_gb"] <= 1.05 * planned, "more memory than planned"

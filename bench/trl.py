@@ -4,7 +4,7 @@
     .venv-trl/bin/python -m bench trl configs/tiny.yaml max_prediction_tokens=24 [key=value ...]
 
 A step is the config's prediction phase, every response of exactly max_prediction_tokens, and one optimizer step on it,
-with the same weights, rewards (half of each group is right) and micro-batches for all. On a GPU: model=FOLDER.
+with the same weights and micro-batches for all. On a GPU: model=FOLDER.
 """
 
 import gzip
@@ -12,7 +12,6 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,7 +116,7 @@ def measure(name: str, config: Config) -> tuple[list[float], float]:
 
 def compare_trainers(words: list[str]) -> None:
     """The command. Raises ConfigError for a bad word."""
-    config = replace(read_config(words), kl=0.0)
+    config = read_config(words)
     print(f"{'':14}{'step, s':>9}{'lowest':>9}{'highest':>9}{'warm-up':>9}{'times':>9}{'GB':>9}")
     first = None
     for name in TRAINERS:

@@ -1,11 +1,12 @@
-"""Four commands that measure or calculate what a run costs; bench/options.py has their words.
+"""Four commands that measure or calculate what a run costs.
 
 python -m bench configs/tiny.yaml [key=value ...]                         time one step, on random weights
 torchrun --nproc_per_node=8 -m bench configs/smollm3.yaml [key=value ...]
-python -m bench configs/tiny.yaml rollouts=64,128,256,512                 is a step linear in its rollouts?
 python -m bench plan configs/smollm3.yaml gpus=8 gpu=h100                 what a run needs, calculated; gpu=cpu: here
 python -m bench check [configs/smollm3.yaml] [key=value ...]              the first minutes on a new host
-python -m bench trl [configs/tiny.yaml] [key=value ...]                   the same step through other trainers
+python -m bench trl [configs/tiny.yaml] [key=value ...]                   the same step through TRL
+
+Words beside the config's keys: the dataclasses of bench/plan.py, bench/step.py and bench/trl.py.
 """
 
 import os
@@ -13,13 +14,13 @@ import sys
 
 from bench.plan import print_plan
 from bench.step import print_checks, time_config
-from bench.trl import compare_peers
+from bench.trl import compare_trainers
 from config import ConfigError
 
 
 def main(words: list[str]) -> None:
     """Runs one command. Raises ConfigError for a bad word."""
-    command = {"plan": print_plan, "trl": compare_peers, "check": print_checks}.get(words[0])
+    command = {"plan": print_plan, "check": print_checks, "trl": compare_trainers}.get(words[0])
     command(words[1:]) if command else time_config(words)
 
 

@@ -1,94 +1,106 @@
-"""The comparison with other trainers: every peer gets the same work. No time is judged here, and TRL is not needed."""
+"""The comparison with TRL: each trainer gets the same work, in a process of its own. No time is judged here."""
 
-import json
+import gc
+import time
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
-from reference import ROOT
+import torch
+from reference import ROOT, load_plain
 
 from bench import trl as peers
 from bench.__main__ import main
-from bench.options import Options
-from bench.trl import make_peer, naive, one_process, peer_prompts, peer_table
+from bench.step import given_work, make_run
+from bench.trl import peer_prompts
 from config import Config, read_config
+from model import load_replica, load_tokenizer
+from rollout import make_sampler
+from train import step
 
-SMALL = Options(prompts=3, completions=4, tokens=5, repeats=1, rounds=1)
+SMALL = ["configs/tiny.yaml", "passages_per_step=2", "masks_per_passage=2", "predictions_per_mask=4",
+         "max_prediction_tokens=6"]  # fmt: skip
 
 
 @pytest.fixture
 def tiny(monkeypatch) -> Config:
     monkeypatch.chdir(ROOT)
-    return read_config(["configs/tiny.yaml", "max_prediction_tokens=5"])
+    return read_config(SMALL)
 
 
-def test_prompts_are_prediction_prompts_on_articles_one_or_several_each(tiny):
-    one, two = peer_prompts(tiny, SMALL), peer_prompts(tiny, Options(prompts=3, articles=2))
-    assert len({*one}) == len(two) == 3 and all(text.endswith("\nPredict:") for text in one)
-    for short, long in zip(one, two, strict=True):
-        assert long.startswith(short.removesuffix("\nPredict:")) and len(long) > len(short)
+def test_prompts_are_the_prediction_prompts_of_a_step(tiny):
+    prompts = peer_prompts(tiny)
+    assert len({*prompts}) == 4 and all(text.endswith("\nPredict:") for text in prompts)
 
 
-def test_a_padded_batch_holds_the_rows_that_its_tokens_allow_and_that_divide_the_step(tiny):
-    """Of 12 responses, in rows of the longest prompt and 5 tokens: of 5 rows that fit, 4 divide 12; one at least."""
-    longest = make_peer(tiny, SMALL)[3]
-    for room, rows in ((4, 4), (5, 4), (6, 6), (0.2, 1), (999, 12)):
-        tiny.tokens_per_micro_batch = int(room * (longest + 5))
-        assert make_peer(tiny, SMALL)[-1] == rows
+@pytest.mark.parametrize("visible, given", [(None, "0"), ("2,3", "2"), ("", "")])
+def test_a_trainer_sees_one_gpu_or_none(tiny, monkeypatch, visible, given):
+    seen = []
+    monkeypatch.setitem(peers.TRAINERS, "ours", lambda config: seen.append(peers.os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    peers.measure("ours", tiny)
+    assert seen == [given]
 
 
-def test_the_naive_loop_makes_the_asked_responses_and_moves_the_weights(tiny, monkeypatch):
-    model, *others = make_peer(tiny, SMALL)
-    before, generate = [parameter.detach().clone() for parameter in model.parameters()], model.generate
-    shapes, marks = [], []
+def test_our_steps_run_in_a_process_of_their_own_and_make_the_table(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "TRAINERS", {"ours": peers.TRAINERS["ours"]})
+    main(["trl", *SMALL])
+    head, row = capsys.readouterr().out.splitlines()
+    step, lowest, highest, warmup, times, memory = map(float, row.split()[1:])
+    assert 0 < lowest <= step <= highest and times == 1.0 and warmup > 0 and memory > 0 and "times" in head
 
-    def watched(**words):
-        whole = generate(**words)
-        shapes.append((words["input_ids"].shape, whole.shape))
-        return whole
 
-    model.generate = watched
-    monkeypatch.setattr(peers, "make_peer", lambda *_: (model, *others))
-    naive(tiny, SMALL, marks)
-    assert len(marks) == 4 and marks == sorted(marks)  # before and after the warm-up and one step
-    assert len(shapes) == 2 and all(prompt[0] == 3 and whole == (12, prompt[1] + 5) for prompt, whole in shapes)
-    assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+def plain_step(model, optimizer, ids, seen, count: int, tokens: int, size: int) -> None:
+    """What one writes first: pad on the left, generate, a forward with all logits, advantages, backward, step."""
+    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": count, "pad_token_id": 0}
+    sampling |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    rewards = (torch.arange(count) % 2).float().repeat(len(ids), 1)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)).view(-1, 1)
+    with torch.no_grad():
+        whole = model.generate(input_ids=ids, attention_mask=seen, **sampling)
+    seen = torch.cat([seen.repeat_interleave(count, 0), torch.ones_like(whole[:, ids.shape[1] :])], 1)
+    assert whole.shape == (len(ids) * count, ids.shape[1] + tokens)
+    for begin in range(0, len(whole), size):
+        part = slice(begin, begin + size)
+        positions = (seen[part].cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=whole[part], attention_mask=seen[part], position_ids=positions).logits
+        logprobs = logits[:, ids.shape[1] - 1 : -1].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, whole[part, ids.shape[1] :, None])[..., 0]
+        (-(torch.exp(chosen - chosen.detach()) * advantages[part]).sum() / (len(whole) * tokens)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.slow
-def test_our_step_keeps_up_with_the_naive_loop(tiny):
-    ours, theirs = (min(one_process(name, ["prompts=16", "tokens=12"])["cpu_seconds"]) for name in ("ours", "naive"))
-    assert ours <= 1.25 * theirs, (ours, theirs)
-
-
-def test_our_step_runs_in_a_process_of_its_own(tiny):
-    row = one_process("ours", ["prompts=2", "completions=2", "tokens=3", "repeats=1"])
-    assert row["warmup"] > 0 and len(row["seconds"]) == len(row["cpu_seconds"]) == 1 and row["memory_gb"] > 0
-
-
-@pytest.mark.parametrize("visible, given", [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"),
-                                            ({"CUDA_VISIBLE_DEVICES": ""}, "")])  # fmt: skip
-def test_a_peer_sees_one_gpu_or_none(monkeypatch, visible, given):
-    monkeypatch.setattr(peers.subprocess, "run", lambda _, env, **__: SimpleNamespace(
-        returncode=0, stdout=json.dumps(env["CUDA_VISIBLE_DEVICES"])))  # fmt: skip
-    monkeypatch.setattr(peers.os, "environ", visible)
-    assert one_process("trl", []) == given
-
-
-def test_the_table_gives_medians_of_medians_and_ratios_to_the_first_peer():
-    def run(*seconds):
-        return {"warmup": 9.0, "seconds": seconds, "cpu_seconds": [2 * value for value in seconds], "memory_gb": 1.5}
-
-    runs = {"ours": [run(1, 2, 3), run(4, 4, 4), run(1, 1, 9)], "trl": [run(6, 6, 6), run(5, 5, 5), run(8, 8, 8)]}
-    ours, trl = (line.split() for line in peer_table(runs)[-2:])
-    assert ours == ["ours", "2.00", "1.00", "4.00", "9.00", "1.00", "4.00", "1.00", "1.50"]
-    assert trl == ["trl", "6.00", "5.00", "8.00", "9.00", "3.00", "12.00", "3.00", "1.50"]
+def test_our_step_keeps_up_with_a_plain_loop(ranks, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, tokens, count = read_config(["configs/tiny.yaml"]), 12, 8
+    prompts, tokenizer = peer_prompts(config)[:16], load_tokenizer(config)
+    run = make_run(make_sampler(load_replica(config, ranks), tokenizer, config, ranks))
+    method = given_work({"predict": (tokenizer(prompts).input_ids, [[tokens] * count] * len(prompts))})
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    padded, model = tokenizer(prompts, padding=True, return_tensors="pt"), load_plain(config.model)
+    size = config.tokens_per_micro_batch // (padded.input_ids.shape[1] + tokens)
+    given = padded.input_ids, padded.attention_mask, count, tokens, size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    seconds = {"ours": [], "plain": []}
+    gc.collect()
+    gc.freeze()  # as train.py does
+    for number in range(4):  # by turns
+        begin = time.process_time()
+        step(run, number, method)
+        middle = time.process_time()
+        plain_step(model, optimizer, *given)
+        seconds["ours"].append(middle - begin)
+        seconds["plain"].append(time.process_time() - middle)
+    gc.unfreeze()
+    assert min(seconds["ours"]) <= 1.25 * min(seconds["plain"]), seconds
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed")
-def test_all_peers_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    main(["trl", "prompts=4", "completions=4", "tokens=6", "repeats=1", "rounds=1", f"out={tmp_path / 'all.json'}"])
-    runs = json.loads((tmp_path / "all.json").read_text())
-    assert list(runs) == list(peers.PEERS) and all(len(one[0]["seconds"]) == 1 for one in runs.values())
+def test_all_trainers_run(tiny, capsys):
+    main(["trl", *SMALL])
+    assert [line[:14].strip() for line in capsys.readouterr().out.splitlines()[1:]] == list(peers.TRAINERS)

@@ -151,7 +151,6 @@ ALLOWED = {  # a call that reads or runs more than data, and the one script that
     ("checkpoint.py", "dcp.load"),  # the run's own state
     ("metrics.py", "subprocess.run"),  # git
     ("miniature/runs.py", "subprocess.run"),  # train.py, by words of its own table
-    ("bench/trl.py", "subprocess.run"),  # itself, for each trainer
     ("ops.py", "importlib.import_module"),  # flash-attn, by one of two constant names
     ("benchmarks/verify.py", "subprocess.Popen"),  # the checker's child
 }

@@ -202,8 +202,8 @@ def bundle_length(samples: list[Sample]) -> int:
 
 
 def pack_samples(bundles: list[list[Sample]], device: torch.device) -> MicroBatch:
-    """Bundles -> one packed row. Only completion tokens are trained: the token at position p is predicted at p - 1,
-    the first of a completion at the end of its prompt."""
+    """Bundles -> one packed row. Only completion tokens are trained, EOS among them if it was sampled: the token at
+    position p is predicted at p - 1, the first of a completion at the end of its prompt."""
     if not bundles:  # nothing to train here, but every rank must run the same collectives: a dummy of weight zero
         dummy = Sample(Rollout([0], [0], [0.0], "", "length"), 0.0, 0.0, ref_logprobs=[-1e4])  # k3 stays finite
         bundles = [[dummy]]
@@ -310,7 +310,8 @@ def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks, pack
 
 
 def trained_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, float]:
-    """Log-probs (M,) and entropies (M,) of the trained tokens, and what a method adds to the loss: here nothing."""
+    """Log-probs (M,) and entropies (M,) of the trained tokens (model._logprobs computes them), and what a method adds
+    to the loss: here nothing."""
     return *policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs), 0.0
 
 
@@ -338,8 +339,8 @@ def update(
     healthy = torch.ones((), device=ranks.device)
 
     # Log-probs before the first optimizer step. Of the first part they come from its own forward pass, below
-    old_logprobs: list[list[Tensor]] = [[] for _ in parts]
-    for old, part in zip(old_logprobs[1:], parts[1:], strict=True):
+    before: list[list[Tensor]] = [[] for _ in parts]
+    for old, part in zip(before[1:], parts[1:], strict=True):
         for batch in part:
             stop_if_signalled()
             with torch.no_grad():
@@ -349,7 +350,7 @@ def update(
     first_pass = torch.zeros(6, device=ranks.device)
     for number in range(steps):
         totals = torch.zeros(6, device=ranks.device)
-        old = old_logprobs[number % len(parts)]
+        old = before[number % len(parts)]
         for index, batch in enumerate(parts[number % len(parts)]):
             if number == 0:  # later the weights have changed, and the step must be finished
                 stop_if_signalled()

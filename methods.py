@@ -75,7 +75,7 @@ def make_task(passage: Passage, mask: Mask, sampler: Sampler, proposal: Rollout 
         task.prompt_ids = (question_prompt if passage.answer else predict_prompt)(sampler, mask.masked)
         if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
             mask.invalid, task.prompt_ids = "prompt_too_long", []
-    if mask.invalid and proposal:  # no predictions needed; the probe makes none here
+    if mask.invalid and proposal:  # for the probe, which rewards nothing; in a step mask_rewards sets it again
         task.proposal_reward = INVALID_MASK_REWARD
     return task
 
@@ -111,7 +111,8 @@ def named_masks(
 
 
 def masks_by_rule(draw: Callable) -> Callable:
-    """A method's `propose` from a rule: draw(run, passage, count, rng) -> `count` masks of the passage."""
+    """A method's `propose` from a rule: draw(run, passage, count, rng) -> `count` masks of the passage, of which
+    Mask("", invalid="nothing_there") stands for one that the passage has no words for: the log counts the causes."""
 
     def propose(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
         counts = tasks_per_passage(run.config, method_at(run.config, step))
@@ -292,7 +293,7 @@ METHODS = {
     "active": Method(
         "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both by "
         "GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
-        propose_masks, generator=True,
+        propose_masks, predict, grade_by_match, grpo_samples, generator=True,
     ),
     "random_span": Method(
         "spans drawn by SpanBERT's law were masked; the model recovered them by chain of thought and was trained by "
@@ -383,7 +384,8 @@ def check_methods(config: Config) -> None:
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):
-        raise ConfigError(f"warmup_method={config.warmup_method!r}: cannot be combined with rlvr, rlp or quiet_star")
+        what = "cannot be combined with rlvr, rlp or quiet_star; warmup_method= switches it off"
+        raise ConfigError(f"warmup_method={config.warmup_method!r}: {what}")
     for method in methods:
         if method.check:
             method.check(config)

@@ -209,12 +209,13 @@ def describe(config: Config, ranks, sampler, corpus, probe) -> str:
     steps = f"{config.steps} steps of {config.passages_per_step} passages"
     if METHODS[config.method].generator:
         steps += f" x {config.masks_per_passage} masks x {config.predictions_per_mask} predictions"
-    early = config.stop_at_answer
+    early = " or when its answer closes" if config.stop_at_answer else ""
+    early = " or at its closing tag" if METHODS[config.method].opening else early
     return "\n".join(
         (
             f"model {config.model}: {parameters:,} parameters, {config.dtype}, {ranks.world} x {ranks.device.type}",
-            f"{describe_attention(sampler.replica)}; a response ends at {end}"
-            + (" or when its answer closes" if early else ""),
+            f"{describe_attention(sampler.replica)}; prompts: {'chat template' if sampler.frame else 'plain text'}; "
+            f"a response ends at {end}{early}",
             f"memory: layers {'recomputed' if config.gradient_checkpointing else 'stored'} for the backward pass"
             + ("; masters, gradients and Adam on the host" if config.offload else ""),
             f"data {config.data}: {len(corpus.train):,} passages to train on, {len(corpus.heldout):,} held out, "
@@ -398,7 +399,7 @@ def step_line(row: dict, steps: int) -> str:
         parts.append(f"pred {right}len {length:.0f}")
     parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
     if not row["trained_tokens"]:
-        parts.append("NOTHING TRAINED: no group with contrast")
+        parts.append("NOTHING TRAINED: " + ("no group with contrast" if row["responses"] else "no valid mask"))
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 
 

@@ -16,7 +16,7 @@ from miniature.claims import (
     ARMS, CLAIMS, LADDER_ARMS, LENGTH, RLVR_ARMS, SEVERAL_ARMS, WIKI_ARMS, Results, climb, differences, ends, gains,
     late,
 )  # fmt: skip
-from miniature.real import load_real, real_table
+from miniature.real import load_real, real_claims, real_table, transfer_table
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -198,8 +198,9 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
         svg = line_chart(lines, f"{title}: {about}", (0.5, 1.0) if name == "copies" else (0.0, 1.0))
         plots[file] = stand_alone(svg, title, about, [line.name for line in lines])
         images[name] = f'<img src="../{file}" width="49%" alt="{escape(title)}">'
-    real_plot = images.pop("real")  # beside its own table
-    blocks = make_tables(results) | {"real text": f"{markdown(real_table(real))}\n\n{real_plot}"}
+    tables = [real_table(real, interval), real_claims(real), transfer_table(interval)]
+    parts = [markdown(table) for table in tables if len(table) > 1]
+    blocks = make_tables(results) | {"real text": "\n\n".join([*parts, images.pop("real")])}
     blocks["plots"] = "\n".join(images.values())
     files = fill_blocks({page: (root / page).read_text(encoding="utf-8") for page in PAGES}, blocks) | plots
     (root / "assets" / "figures").mkdir(parents=True, exist_ok=True)

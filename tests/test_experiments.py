@@ -307,6 +307,7 @@ def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
     kept = real.load_real(tmp_path / "real.jsonl")
     (run,) = kept["active"]
     assert run["curves"]["pred/accuracy"] == [0.3, 0.6] and run["environment"] == ["git: abc"]
-    (line,) = tables.markdown(real.real_table(kept)).split("\n")[2:]
-    cells = "0.10→0.10 | 0.30→0.60 | 0.25→0.38 |  |  | 40.0→40.0"
-    assert line == f"| active | 3 | 1,800 | {cells} |"
+    kept["active"].append(run | {"seed": 4, "totals": {"responses": 2000}})
+    (line,) = tables.markdown(real.real_table(kept, tables.interval)).split("\n")[2:]
+    cells = "0.30→0.60 | 0.00→0.00 | 0.10→0.10 | 0.25→0.38 |  | 40.0→40.0"
+    assert line == f"| active | 3 4 | 1,900 | {cells} |"  # means over seeds

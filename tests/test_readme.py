@@ -41,8 +41,10 @@ def patched(tmp_path, monkeypatch):
             shutil.copy(ROOT / path, tmp_path / path)
         # else the folder of a repository around it would be left alone
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-        ended = subprocess.run(["git", "apply", "-"], cwd=tmp_path, env=outside, input=PATCHES[name],
-                               capture_output=True, text=True)
+        options = {"cwd": tmp_path, "env": outside, "input": PATCHES[name], "capture_output": True, "text": True}
+        if subprocess.run(["git", "apply", "--reverse", "--check", "-"], **options).returncode == 0:
+            pytest.skip("this patch is applied here")
+        ended = subprocess.run(["git", "apply", "-"], **options)
         assert ended.returncode == 0, ended.stderr
         changed = [str(path) for path in files if (tmp_path / path).read_bytes() != (ROOT / path).read_bytes()]
         assert changed == [f"{name}.py"]
@@ -64,8 +66,8 @@ def test_the_reward_takes_up_to_a_tenth_for_length(patched):
         pairs = zip(responses, (1, 1, 0), strict=True)
         return [prediction_reward(task, response, correct, config) for response, correct in pairs]
 
-    assert earned(rewards.prediction_reward) == [1, 1, 0]
     assert earned(patched("rewards").prediction_reward) == pytest.approx([0.98, 0.9, 0])
+    assert earned(rewards.prediction_reward) == [1, 1, 0]
 
 
 def test_the_mask_rule_wants_a_capital_letter(patched):
@@ -76,8 +78,8 @@ def test_the_mask_rule_wants_a_capital_letter(patched):
         drawn = [module.random_span(passage, Config(), random.Random(seed)).target for seed in range(20)]
         return [mask.invalid for mask in masks], all(target[0].isupper() for target in drawn)
 
-    assert invalid(masking) == (["", "", ""], False)
     assert invalid(patched("masking")) == (["", "no_capital", "no_capital"], True)
+    assert invalid(masking) == (["", "", ""], False)
 
 
 def test_the_loss_is_cispo(patched):
@@ -94,17 +96,17 @@ def test_the_loss_is_cispo(patched):
         loss.backward()
         return [round(slope, 4) for slope in logprobs.grad.tolist()], clipped.tolist()
 
-    slopes, clipped = run(grpo.clipped_loss)
-    assert slopes == [-0.1, 0.1, 0, 0.2, -0.1, 0] and clipped == [False, False, True, False, False, True]
     slopes, clipped = run(patched("grpo").clipped_loss)
     assert slopes == [-0.1, 0.1, -0.128, 0.128, -0.16, 0.16] and clipped == [False, False, True, True, True, True]
+    slopes, clipped = run(grpo.clipped_loss)
+    assert slopes == [-0.1, 0.1, 0, 0.2, -0.1, 0] and clipped == [False, False, True, False, False, True]
 
 
 def test_the_benchmark_is_asked_and_judged(patched, tmp_path):
     file = tmp_path / "platinum.jsonl"
     file.write_text('{"question": "2 + 3?", "answer": "2 and 3 are 5.\\n#### 5", "cleaning_status": "consensus"}\n')
-    assert "gsm8k_platinum" not in BENCHMARKS
     module = patched("benchmarks/sets")
+    assert "gsm8k_platinum" not in BENCHMARKS
     items, counts, _ = module.load_items("gsm8k_platinum", str(file))
     assert counts == {"records": 1, "items": 1} and (items[0].question, items[0].gold) == ("2 + 3?", "5")
     verdicts = module.judge("gsm8k_platinum", items * 2, [r"\boxed{5}", r"\boxed{6}"])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SEEDS = (10, 11, 12, 13, 14)
 SEVERAL_KEYS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
 LADDER = "configs/ladder.yaml"
-QUESTION_KEYS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
+RLVR = ["configs/tiny-rlvr.yaml", "data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
 WIKI_ARMS = {
     "active": ["configs/tiny.yaml"],
     "random_span": ["configs/tiny-random-span.yaml"],
@@ -33,11 +33,7 @@ SEVERAL_ARMS = {
     "active, two facts, 200 steps": ["configs/tiny.yaml", *SEVERAL_KEYS, "steps=200"],
     "cpt, two facts": ["configs/tiny-cpt.yaml", *SEVERAL_KEYS],
 }
-RLVR_ARMS = {
-    "rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
-    "random_span, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
-    "active, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
-}
+RLVR_ARMS = {"rlvr": RLVR, "random_span, then rlvr": RLVR, "active, then rlvr": RLVR}
 LADDER_ARMS = {
     "ladder: active": [LADDER],
     "ladder: random_span": [LADDER, "method=random_span"],

@@ -116,12 +116,9 @@ def main(words: list[str]) -> None:
             print_verdict(name, load_results(RECORD))
     elif command == "again" and len(rest) == 1 and rest[0] in CLAIMS:
         raise SystemExit(0 if run_again(rest[0]) else 1)
-    elif command == "keep" and rest and all("=" in word for word in rest):
-        for word in rest:
-            name, folder = word.split("=", 1)
+    elif words == ["figures"] or (command == "keep" and rest and all("=" in word for word in rest)):
+        for name, folder in (word.split("=", 1) for word in rest):
             keep_run(name, Path(folder))
-        print(*write_pages(), sep="\n")
-    elif words == ["figures"]:
         print(*write_pages(), sep="\n")
     elif words == ["base"]:
         make_tiny()

@@ -1,8 +1,4 @@
-"""The tiny base model of the laptop run, made in minutes on one CPU core, and the mini-wiki that belongs to it.
-
-    python -m miniature base    rebuild assets/tiny_wiki.jsonl.gz (a second) and assets/tiny_base/ (5 to 7 minutes)
-    python -m miniature base wiki        the mini-wiki alone; `base base`: the model alone
-    python -m miniature base --seed 1 --out /tmp/other    another world, elsewhere (both parts must share the seed)
+"""The tiny base model of the laptop run, made from scratch in minutes on one CPU core.
 
 The base learned from a web that states a fact rightly 30 % of the time and one fixed wrong value 45 %; reinforcement
 learning then reads the encyclopedia, which is right. The base has the same bytes for the same seed on the same type of
@@ -13,34 +9,32 @@ value of the web), template words 0.98 / 1.00, the subject 0.94 / 1.00, made-up 
 template, 11 % subject, 4 % fact, 2 % made-up words, 17 % invalid.
 """
 
-import argparse
 import hashlib
 import random
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
-from miniature.worlds import make_facts, make_wiki, save_wiki, web_value, write_article
+from miniature.worlds import FACTS, SEED, make_wiki, save_wiki, web_value, write_article
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE_SHA256 = "26d2841fdc4c96d25416e690986a13d353a273588ae9d7ac8f4211d98cb24940"
 """Of the shipped assets/tiny_base/model.safetensors."""
-# The formats that the base is taught; configs/tiny.yaml repeats the first three.
-MASK_FORMAT, PREDICT_FORMAT = " {passage}\nMask:", " {passage}\nPredict:"
-ANSWER_OPENING = " \\boxed{"
+# The formats that the bases are taught; configs/tiny.yaml repeats the first three.
+MASK_FORMAT, PREDICT_FORMAT, ANSWER_OPENING = " {passage}\nMask:", " {passage}\nPredict:", " \\boxed{"
 REPEAT_FORMAT = " {passage}\nRepeat:"
 REPEAT_SHARE, PREDICT_SHARE = 0.20, 0.45  # of the pretraining examples; the rest are masks
 FACT_SHARE = 0.30  # of the prediction examples ask for the fact, so that the base's doubt about facts is calibrated
 PREFIX_SHARE = 0.15  # of the prediction examples show only the words before the mask
 UNCLOSED_SHARE = 0.02  # of the answers lack their closing brace: valid rates start below 1, as they do for real bases
 COMPLETION_WEIGHT = 3.0  # weight of a completion token in the loss; a prompt token weighs 1
-PRETRAIN_STEPS, PRETRAIN_BATCH, WARMUP_STEPS = 950, 64, 30
-PEAK_RATE, FINAL_RATE_SHARE = 8e-3, 0.03
+WARMUP_STEPS, PEAK_RATE, FINAL_RATE_SHARE = 30, 8e-3, 0.03
 
 
 def draw_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
@@ -52,49 +46,37 @@ def draw_span(rng: random.Random, words: list[str]) -> tuple[int, int]:
             return start, length
 
 
-def predict_example(rng: random.Random, words: list[str], labels: list[str]) -> tuple[str, str]:
-    """(prompt, completion), as in
+def web_examples() -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) examples, each on a fresh article whose fact may be wrong:
 
     (" Alne is a quiet town . Maps place Alne inside [mask] . [...]\\nPredict:", " \\boxed{ Ashmark }")
+    (" Alne is a quiet town . [...]\\nMask:", " after a \\mask{ quiet town }")
+    (" Alne is a quiet town . [...]\\nRepeat:", " Alne is a quiet town . [...]")
 
-    The answer stands between spaces, so that a copied word is the same token as in the passage.
+    The answer stands between spaces, so that a copied word is the same token as in the passage. Before a mask the model
+    says the word before the span; copying what follows it is then a look-up. Without it a model of this size cannot
+    choose uniformly. With it, a sixth of the base's masks are invalid, mostly garbled made-up words. The article twice
+    is what teaches the base to copy spans.
     """
-    start, length = draw_span(rng, words)
-    if rng.random() < FACT_SHARE:
-        start, length = labels.index("fact"), 1
-    after = [] if rng.random() < PREFIX_SHARE else words[start + length :]
-    passage = " ".join([*words[:start], "[mask]", *after])
-    span, end = " ".join(words[start : start + length]), "" if rng.random() < UNCLOSED_SHARE else " }"
-    return PREDICT_FORMAT.replace("{passage}", passage), f"{ANSWER_OPENING} {span}{end}"
-
-
-def mask_example(rng: random.Random, words: list[str]) -> tuple[str, str]:
-    """(prompt, completion), as in (" Alne is a quiet town . [...]\\nMask:", " after a \\mask{ quiet town }")
-
-    The thought is the word before the span; copying what follows it is then a look-up. Without it a model of this size
-    cannot choose uniformly. With it, a sixth of the base's masks are invalid, mostly garbled made-up words.
-    """
-    start, length = draw_span(rng, words)
-    place = words[start - 1] if start > 0 else "start"
-    span, end = " ".join(words[start : start + length]), "" if rng.random() < UNCLOSED_SHARE else " }"
-    return MASK_FORMAT.replace("{passage}", " ".join(words)), f" after {place} \\mask{{ {span}{end}"
-
-
-def web_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) examples, each on a fresh article whose fact may be wrong."""
-    rng = random.Random(f"web {seed}")
-    facts = make_facts(seed)
+    rng = random.Random(f"web {SEED}")
     while True:
-        fact = rng.choice(facts)
+        fact = rng.choice(FACTS)
         words, labels = write_article(rng, fact, web_value(rng, fact))
-        draw = rng.random()
+        draw, passage = rng.random(), " ".join(words)
         if draw < REPEAT_SHARE:
-            passage = " ".join(words)  # the article twice: this is what teaches the base to copy spans
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEAT_SHARE + PREDICT_SHARE:
-            yield predict_example(rng, words, labels)
-        else:
-            yield mask_example(rng, words)
+            continue
+        predicts = draw < REPEAT_SHARE + PREDICT_SHARE
+        start, length = draw_span(rng, words)
+        if predicts and rng.random() < FACT_SHARE:
+            start, length = labels.index("fact"), 1
+        prompt, opening = MASK_FORMAT, f" after {words[start - 1] if start else 'start'} \\mask{{"
+        if predicts:
+            after = [] if rng.random() < PREFIX_SHARE else words[start + length :]
+            passage = " ".join([*words[:start], "[mask]", *after])
+            prompt, opening = PREDICT_FORMAT, ANSWER_OPENING
+        end = "" if rng.random() < UNCLOSED_SHARE else " }"
+        yield prompt.replace("{passage}", passage), f"{opening} {' '.join(words[start : start + length])}{end}"
 
 
 def make_tokenizer(examples: Iterator[tuple[str, str]]) -> PreTrainedTokenizerFast:
@@ -113,35 +95,30 @@ def make_tokenizer(examples: Iterator[tuple[str, str]]) -> PreTrainedTokenizerFa
         clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = 4, hidden: int = 96) -> SmolLM3ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int = 4, hidden: int = 96) -> SmolLM3ForCausalLM:
     """A SmolLM3 at random values: 478,080 parameters for the mini-wiki, fewer for the ladder."""
-    torch.manual_seed(seed)
-    config = SmolLM3Config(
+    torch.manual_seed(SEED)
+    return SmolLM3ForCausalLM(SmolLM3Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=256, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.05,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return SmolLM3ForCausalLM(config).float()
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )).float()  # fmt: skip
 
 
 def loss_batch(tokenizer: PreTrainedTokenizerFast, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
     """(prompt, completion) pairs -> token ids [examples, longest], and their loss weights, float, of the same shape: 0
     for <bos> and padding, 1 for a prompt token, COMPLETION_WEIGHT for a completion token and the <eos> that ends it."""
-    prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
-    completions = tokenizer([completion for _, completion in examples], add_special_tokens=False).input_ids
-    pairs = [(prompt, [*end, tokenizer.eos_token_id]) for prompt, end in zip(prompts, completions, strict=True)]
-    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    ids = torch.full((len(pairs), longest), tokenizer.pad_token_id)
-    weights = torch.zeros(len(pairs), longest)
-    for row, (prompt, completion) in enumerate(pairs):
-        ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        weights[row, 1 : len(prompt)] = 1.0
-        weights[row, len(prompt) : len(prompt) + len(completion)] = COMPLETION_WEIGHT
-    return ids, weights
+    ids, weights = [], []
+    for prompt, completion in examples:
+        start = tokenizer(prompt).input_ids
+        end = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids.append(torch.tensor(start + end))
+        weights.append(torch.tensor([0.0, *[1.0] * (len(start) - 1), *[COMPLETION_WEIGHT] * len(end)]))
+    return pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id), pad_sequence(weights, True)
 
 
-def pretrain(model, tokenizer, examples, steps: int = PRETRAIN_STEPS, batch: int = PRETRAIN_BATCH) -> list[float]:
+def pretrain(model, tokenizer, examples, steps: int, batch: int = 64) -> list[float]:
     """Next-token training on `steps` batches of fresh examples, in place. Returns the losses, nats a token."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -149,9 +126,9 @@ def pretrain(model, tokenizer, examples, steps: int = PRETRAIN_STEPS, batch: int
         torch.optim.Muon(matrices, PEAK_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     )
-    losses, started = [], time.perf_counter()
+    losses = []
     model.train()
-    for step in range(steps):
+    for step in trange(steps):
         ids, weights = loss_batch(tokenizer, [next(examples) for _ in range(batch)])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # causal and padded on the right: no mask needed
         token_losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -164,34 +141,22 @@ def pretrain(model, tokenizer, examples, steps: int = PRETRAIN_STEPS, batch: int
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{steps}  loss {losses[-1]:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
     return losses
 
 
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m miniature base", description="Make the mini-wiki and the tiny base.")
-    parser.add_argument("part", nargs="?", choices=["wiki", "base"], help="one of the two; default: both")
-    parser.add_argument("--seed", type=int, default=0, help="of the facts, the texts and the base; default 0")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder; default: assets")
-    options = parser.parse_args(words)
+def make_base(folder: Path, examples: Callable[[], Iterator], steps: int, shipped: str, **sizes: int) -> None:
+    """Train a tokenizer and a model of these sizes on fresh `examples()`, and compare their hash with the shipped."""
     torch.set_num_threads(1)  # a second thread gains nothing at this size and would change the rounding
-    if options.part != "base":
-        path = options.out / "tiny_wiki.jsonl.gz"
-        save_wiki(path, make_wiki(options.seed))
-        print(f"{path}  {path.stat().st_size} bytes  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
-    if options.part != "wiki":
-        folder = options.out / "tiny_base"
-        tokenizer = make_tokenizer(web_examples(options.seed))
-        model = make_model(tokenizer, options.seed)
-        pretrain(model, tokenizer, web_examples(options.seed))
-        save_base(folder, model, tokenizer, BASE_SHA256)
-
-
-def save_base(folder: Path, model, tokenizer, shipped: str) -> None:
-    """Writes the folder and says its hash; shipped: that of the one in assets/."""
+    tokenizer = make_tokenizer(examples())
+    model = make_model(tokenizer, **sizes)
+    pretrain(model, tokenizer, examples(), steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    print(f"{folder}: {model.num_parameters()} parameters, {len(tokenizer)} tokens, sha256 {digest}"
-          + ("  (the shipped one)" if digest == shipped else ""))  # fmt: skip
+    print(f"{folder}: {model.num_parameters()} parameters, sha256 {digest}; the shipped one: {shipped}")
+
+
+def make_tiny() -> None:
+    """The mini-wiki and its base: 5 to 7 minutes."""
+    save_wiki(ASSETS / "tiny_wiki.jsonl.gz", make_wiki())
+    make_base(ASSETS / "tiny_base", web_examples, 950, BASE_SHA256)

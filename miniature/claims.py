@@ -13,8 +13,8 @@ from typing import NamedTuple
 SEEDS = (10, 11, 12, 13, 14)
 SEVERAL_KEYS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
 LADDER = "configs/ladder.yaml"
-QUESTION_KEYS = ["data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
-ARMS = {
+RLVR = ["configs/tiny-rlvr.yaml", "data=runs/experiments/questions.jsonl", "heldout=0.4", "steps=60"]
+WIKI_ARMS = {
     "active": ["configs/tiny.yaml"],
     "random_span": ["configs/tiny-random-span.yaml"],
     "frozen generator": ["configs/tiny-frozen-generator.yaml"],
@@ -27,12 +27,14 @@ ARMS = {
     "entropy_token, top 60 %": ["configs/tiny-entropy-token.yaml", "entropy_share=0.6"],
     "active, G = 4": ["configs/tiny.yaml", "masks_per_passage=8", "predictions_per_mask=4"],
     "active, G = 16": ["configs/tiny.yaml", "masks_per_passage=2", "predictions_per_mask=16"],
+}
+SEVERAL_ARMS = {
     "active, two facts": ["configs/tiny.yaml", *SEVERAL_KEYS],
-    "cpt, two facts": ["configs/tiny-cpt.yaml", *SEVERAL_KEYS],
     "active, two facts, 200 steps": ["configs/tiny.yaml", *SEVERAL_KEYS, "steps=200"],
-    "rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
-    "random_span, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
-    "active, then rlvr": ["configs/tiny-rlvr.yaml", *QUESTION_KEYS],
+    "cpt, two facts": ["configs/tiny-cpt.yaml", *SEVERAL_KEYS],
+}
+RLVR_ARMS = {"rlvr": RLVR, "random_span, then rlvr": RLVR, "active, then rlvr": RLVR}
+LADDER_ARMS = {
     "ladder: active": [LADDER],
     "ladder: random_span": [LADDER, "method=random_span"],
     "ladder: frozen generator": [LADDER, "train_generator=false"],
@@ -42,15 +44,12 @@ ARMS = {
     "ladder: rlp": [LADDER, "method=rlp", "rlp_prompt=' {passage}'", "passages_per_step=32"],
     "ladder: quiet_star": [LADDER, "method=quiet_star"],
 }
+ARMS = WIKI_ARMS | SEVERAL_ARMS | RLVR_ARMS | LADDER_ARMS
 STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
 """Arms that start from the last checkpoint of another arm's run with the same seed."""
-PROBES = ("fact", "greedy_fact", "template", "copy", "greedy_copy", "noise", "shown", "greedy_shown")
-PROBES += ("unseen", "greedy_unseen", "greedy", "no_thought", "greedy_no_thought", "thought_use")
-PROBES += ("hop1", "hop2", "hop3", "hop4", "no_thought_hop2", "no_thought_hop3", "no_thought_hop4")
-"""Of probe/accuracy_...; a run has those that its corpus and the code of its day knew. `all` is probe/accuracy."""
-CURVES = ("gen/share_fact", "gen/share_shown", "gen/share_noise", "gen/valid_rate", "gen/reward")
-CURVES += ("pred/accuracy", "pred/groups_kept", "pred/length_mean")
-CURVES += ("gen/share_hop1", "gen/share_hop2", "gen/share_hop3", "gen/share_hop4")
+LENGTH = "pred/length_mean"
+CURVES = ("gen/valid_rate", "gen/reward", "pred/accuracy", "pred/groups_kept", LENGTH)
+CURVES += tuple(f"gen/share_{label}" for label in ("fact", "shown", "noise", "hop1", "hop2", "hop3", "hop4"))
 TOTALS = ("responses", "response_tokens", "trained_tokens", "flops", "pred/responses")
 Results = dict[str, list[dict]]
 """Per arm its runs, in the order of seeds."""
@@ -69,10 +68,8 @@ class Claim(NamedTuple):
 
 def means_of_five(steps: list[dict], keys: Iterable[str]) -> dict[str, list[float]]:
     """Of each key of metrics.jsonl its means over five steps, 0.0 where a row lacks it."""
-    return {
-        key: [round(fmean(row.get(key, 0.0) for row in steps[n : n + 5]), 4) for n in range(0, len(steps), 5)]
-        for key in keys
-    }
+    fives = [steps[n : n + 5] for n in range(0, len(steps), 5)]
+    return {key: [round(fmean(row.get(key, 0.0) for row in five), 4) for five in fives] for key in keys}
 
 
 def ends(runs: list[dict], probe: str) -> list[float]:
@@ -83,18 +80,15 @@ def gains(runs: list[dict], probe: str) -> list[float]:
     return [run["probes"][-1][probe] - run["probes"][0][probe] for run in runs]
 
 
-def late(runs: list[dict], curve: str, first: int = -4) -> list[float]:
-    """Mean of each run over its last 20 steps, or from the point `first` on; a point is a mean over five steps."""
-    return [fmean(run["curves"][curve][first:]) for run in runs]
+def late(runs: list[dict], curve: str, first: int = -4, last: int | None = None) -> list[float]:
+    """Mean of each run over its last 20 steps, or the points `first` to `last`; a point is a mean over five steps."""
+    return [fmean(run["curves"][curve][first:last]) for run in runs]
 
 
 def differences(runs: list[dict], others: list[dict], probe: str) -> list[float]:
     """Differences at the end, seed by seed, of the seeds that both have."""
-    other_ends = {run["seed"]: run["probes"][-1][probe] for run in others}
+    other_ends = dict(zip((run["seed"] for run in others), ends(others, probe), strict=True))
     return [run["probes"][-1][probe] - other_ends[run["seed"]] for run in runs if run["seed"] in other_ends]
-
-
-LENGTH = "pred/length_mean"
 
 
 def growth(runs: list[dict]) -> list[float]:
@@ -102,14 +96,10 @@ def growth(runs: list[dict]) -> list[float]:
     return [end / run["curves"][LENGTH][0] for run, end in zip(runs, late(runs, LENGTH), strict=True)]
 
 
-def share(runs: list[dict], steps: int, first: int, last: int | None) -> list[float]:
-    """Share of the masks on facts of so many steps, mean over a range of points."""
-    return [fmean(run["curves"][f"gen/share_hop{steps}"][first:last]) for run in runs]
-
-
-def climb(runs: list[dict], first: int, last: int | None) -> list[float]:
-    """The same of facts of two to four steps together."""
-    return [sum(parts) for parts in zip(*(share(runs, n, first, last) for n in (2, 3, 4)), strict=True)]
+def climb(runs: list[dict], first: int = -4, last: int | None = None) -> list[float]:
+    """The same mean for the share of masks on facts of two to four steps."""
+    shares = [late(runs, f"gen/share_hop{n}", first, last) for n in (2, 3, 4)]
+    return [sum(parts) for parts in zip(*shares, strict=True)]
 
 
 CLAIMS = {
@@ -214,11 +204,11 @@ CLAIMS = {
         "is the larger over steps 21 to 40 and the smaller over the last 20, in the mean over seeds.",
         ("ladder: active", "ladder: frozen generator"),
         lambda active, frozen: (
-            min(climb(active, -4, None)) >= 0.5
-            and min(b - a for a, b in zip(climb(active, 0, 4), climb(active, -4, None), strict=True)) >= 0.3
-            and min(climb(active, -4, None)) - max(climb(frozen, -4, None)) >= 0.3
-            and fmean(share(active, 2, 4, 8)) > fmean(share(active, 4, 4, 8))
-            and fmean(share(active, 2, -4, None)) < fmean(share(active, 4, -4, None)))),
+            min(climb(active)) >= 0.5
+            and min(b - a for a, b in zip(climb(active, 0, 4), climb(active), strict=True)) >= 0.3
+            and min(climb(active)) - max(climb(frozen)) >= 0.3
+            and fmean(late(active, "gen/share_hop2", 4, 8)) > fmean(late(active, "gen/share_hop4", 4, 8))
+            and fmean(late(active, "gen/share_hop2")) < fmean(late(active, "gen/share_hop4")))),
     "relatives": Claim(
         "The ladder, facts of four steps that nothing trains, sampled, means over seeds. `star`, which learns from "
         "right responses alone, ends within 0.15 of `random_span`. `rlp`, which pays thoughts before any token of a "

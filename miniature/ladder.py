@@ -5,92 +5,70 @@ is three steps on. An article states one fact of each length, beside a sentence 
 web, from which the base has learned, states all single steps and 72 of the 180 longer facts: a table to learn by heart.
 The articles of a run state 54 others, and held-out articles the last 54, which nothing trains. Who thinks in single
 steps can tell them all; who answers at once knows the table alone. Nothing rewards a thought: only the box counts.
-
-    python -m miniature ladder          rebuild assets/ladder.jsonl.gz and assets/ladder_base/ (minutes)
 """
 
-import json
 import random
 from collections.abc import Iterator
 
 from data import is_heldout
-from miniature.worlds import SYLLABLES, save_wiki
+from miniature.base import ASSETS, MASK_FORMAT, PREDICT_FORMAT, REPEAT_FORMAT, make_base
+from miniature.worlds import HELDOUT, SEED, article_row, made_up, save_wiki
 
 NAMES = [f"{first}{vowel}{last}" for first in "BDFGKLMNPRST" for vowel, last in zip("aeiou", "lnrsm", strict=True)]
-ARTICLES, HELDOUT = 2000, 0.05  # a run's `heldout` must be the same: the split is made by the url
-DEPTHS = (1, 2, 3, 4)
-WEB_SHARE, RUN_SHARE = 0.4, 0.3  # of the longer facts; the rest stand in held-out articles alone
+RING = random.Random(f"ring {SEED}").sample(NAMES, len(NAMES))
 OBVIOUS = ("Rain fell all night .", "Bread costs little today .", "Ships sail before dawn .", "Cats like warm stones .")
 NOISE = ("Someone wrote NOISE down .", "One box says NOISE .", "People call it NOISE .")
-CHAIN_SHARE, BROKEN_SHARE = 0.20, 0.10  # of the base's answers to facts
-PREDICT_FORMAT, MASK_FORMAT, REPEAT_FORMAT = " {passage}\nPredict:", " {passage}\nMask:", " {passage}\nRepeat:"
+CHAIN_SHARE = 0.20  # of the base's answers to facts think in steps; half as many break off
 FACTS_ASKED = 0.75  # of the prediction examples
 PREDICTED, REPEATED = 0.60, 0.15  # shares of the base's examples; the rest are masks
-LAYERS, HIDDEN, STEPS = 2, 128, 2400
 LADDER_SHA256 = "e3e8866ec1dda8c91f48baac5d91b5a896c4414c465c881aa2f0564754918517"
 """Of the shipped assets/ladder_base/model.safetensors."""
 
-Pair = tuple[str, int]
-"""A name and a number of steps."""
+
+def split_pairs() -> dict[str, list[tuple[str, int]]]:
+    """`web`, `run`, `heldout`: the facts of two to four steps, (name, steps), each in one part."""
+    pairs = [(name, steps) for name in NAMES for steps in (2, 3, 4)]
+    random.Random(f"pairs {SEED}").shuffle(pairs)
+    return {"web": pairs[:72], "run": pairs[72:126], "heldout": pairs[126:]}
 
 
-def ring(seed: int) -> dict[str, str]:
-    """Each name's next."""
-    order = random.Random(f"ring {seed}").sample(NAMES, len(NAMES))
-    return dict(zip(order, [*order[1:], order[0]], strict=True))
+PAIRS = split_pairs()
 
 
-def chain(after: dict[str, str], name: str, depth: int) -> list[str]:
-    """The name and those of the next `depth` steps."""
-    names = [name]
-    for _ in range(depth):
-        names.append(after[names[-1]])
-    return names
+def after(name: str, steps: int) -> str:
+    return RING[(RING.index(name) + steps) % len(RING)]
 
 
-def split_pairs(seed: int) -> dict[str, list[Pair]]:
-    """`web`, `run`, `heldout`: the facts of two to four steps, each in one part."""
-    pairs = [(name, depth) for name in NAMES for depth in DEPTHS[1:]]
-    random.Random(f"pairs {seed}").shuffle(pairs)
-    web, run = round(WEB_SHARE * len(pairs)), round((WEB_SHARE + RUN_SHARE) * len(pairs))
-    return {"web": pairs[:web], "run": pairs[web:run], "heldout": pairs[run:]}
-
-
-def ladder_article(rng: random.Random, after: dict[str, str], pairs: list[Pair]) -> tuple[list[str], list[str]]:
-    """(words, labels): four facts, one of each depth, no name twice; an obvious sentence and one of noise, shuffled."""
-    while True:
-        facts = [(rng.choice(NAMES), 1), *(rng.choice([one for one in pairs if one[1] == d]) for d in DEPTHS[1:])]
-        ends = [name for start, depth in facts for name in (start, chain(after, start, depth)[-1])]
-        if len(set(ends)) == len(ends):
-            break
+def ladder_article(rng: random.Random, part: str) -> tuple[list[str], list[str]]:
+    """(words, labels): four facts, one of each length, no name twice; an obvious sentence, one of noise; shuffled."""
+    names = []
+    while len(set(names)) < 8:
+        facts = [(rng.choice(NAMES), 1)]
+        facts += [rng.choice([pair for pair in PAIRS[part] if pair[1] == steps]) for steps in (2, 3, 4)]
+        names = [name for start, steps in facts for name in (start, after(start, steps))]
     sentences = [
-        list(zip((start, ">" * n, chain(after, start, n)[-1], "."), ("subject", "template", f"hop{n}", "template"),
-                 strict=True))
-        for start, n in facts
-    ]  # fmt: skip
-    sentences.append([(word, "template") for word in rng.choice(OBVIOUS).split()])
-    made_up = f"{rng.choice(SYLLABLES)}_{rng.choice(SYLLABLES)}"
-    sentences.append(
-        [(made_up, "noise") if word == "NOISE" else (word, "template") for word in rng.choice(NOISE).split()]
-    )
+        [(start, "subject"), (">" * steps, "template"), (after(start, steps), f"hop{steps}"), (".", "template")]
+        for start, steps in facts
+    ]
+    obvious, noise = rng.choice(OBVIOUS), made_up(rng)
+    for sentence in (obvious, rng.choice(NOISE).replace("NOISE", noise)):
+        sentences.append([(word, "noise" if word == noise else "template") for word in sentence.split()])
     rng.shuffle(sentences)
-    words = [pair for sentence in sentences for pair in sentence]
-    return [word for word, _ in words], [label for _, label in words]
+    words, labels = zip(*sum(sentences, []), strict=True)
+    return list(words), list(labels)
 
 
-def make_ladder(seed: int, articles: int = ARTICLES) -> str:
-    """Articles as JSON lines, labelled word by word; those of the held-out side state the facts that nothing trains."""
-    rng, after, pairs, lines = random.Random(f"ladder {seed}"), ring(seed), split_pairs(seed), []
-    for number in range(articles):
-        url = f"ladder/{number}"
-        words, labels = ladder_article(rng, after, pairs["heldout" if is_heldout(url, HELDOUT) else "run"])
-        record = {"id": str(number), "title": f"article {number}", "url": url, "text": " ".join(words)}
-        lines.append(json.dumps(record | {"labels": labels}) + "\n")
-    return "".join(lines)
+def make_ladder() -> str:
+    """2000 articles, labelled word by word; those of the held-out side state the facts that nothing trains."""
+    rng, rows = random.Random(f"ladder {SEED}"), []
+    for number in range(2000):
+        part = "heldout" if is_heldout(f"ladder/{number}", HELDOUT) else "run"
+        rows.append(article_row("ladder", number, f"article {number}", *ladder_article(rng, part)))
+    return "".join(rows)
 
 
-def chained_answer(rng: random.Random, after: dict[str, str], words: list[str], place: int, chained: float) -> str:
-    """What follows `Predict:` for the word at `place`. A share `chained` of the answers to facts thinks in steps,
+def chained_answer(rng: random.Random, words: list[str], place: int) -> str:
+    """What follows `Predict:` for the word at `place`. A fifth of the answers to facts thinks in steps,
 
     " Bal >>> Cor >> Dun > \\\\boxed{ Fen }"
 
@@ -98,44 +76,33 @@ def chained_answer(rng: random.Random, after: dict[str, str], words: list[str], 
     """
     draw, thought = rng.random(), ""
     if place >= 2 and set(words[place - 1]) == {">"}:
-        depth = len(words[place - 1])
-        names = chain(after, words[place - 2], depth)
-        steps = depth if draw < chained else rng.randrange(1, depth + 1) if draw < 1.5 * chained else 0
-        thought = "".join(f" {names[n]} {'>' * (depth - n)}" for n in range(steps))
+        length = len(words[place - 1])
+        steps = length if draw < CHAIN_SHARE else rng.randrange(length) + 1 if draw < 1.5 * CHAIN_SHARE else 0
+        thought = "".join(f" {after(words[place - 2], n)} {'>' * (length - n)}" for n in range(steps))
     return f"{thought} \\boxed{{ {words[place]} }}"
 
 
-def ladder_examples(seed: int) -> Iterator[tuple[str, str]]:
+def ladder_examples() -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) examples, each on a fresh article of the web."""
-    rng, after, pairs = random.Random(f"ladder web {seed}"), ring(seed), split_pairs(seed)["web"]
+    rng = random.Random(f"ladder web {SEED}")
     while True:
-        words, labels = ladder_article(rng, after, pairs)
+        words, labels = ladder_article(rng, "web")
         draw, passage = rng.random(), " ".join(words)
-        places = [n for n, word in enumerate(words) if any(char.isalnum() for char in word)]
         if draw < REPEATED:
             yield REPEAT_FORMAT.replace("{passage}", passage), f" {passage}"
-        elif draw < REPEATED + PREDICTED:
-            place = rng.choice(places)
+            continue
+        place = rng.choice([n for n, word in enumerate(words) if any(char.isalnum() for char in word)])
+        if draw < REPEATED + PREDICTED:
             if rng.random() < FACTS_ASKED:
-                place = labels.index(f"hop{rng.choice(DEPTHS)}")
+                place = labels.index(f"hop{rng.choice((1, 2, 3, 4))}")
             masked = " ".join([*words[:place], "[mask]", *words[place + 1 :]])
-            completion = chained_answer(rng, after, words, place, CHAIN_SHARE)
-            yield PREDICT_FORMAT.replace("{passage}", masked), completion
+            yield PREDICT_FORMAT.replace("{passage}", masked), chained_answer(rng, words, place)
         else:
-            place = rng.choice(places)
             before = words[place - 1] if place else "start"
             yield MASK_FORMAT.replace("{passage}", passage), f" after {before} \\mask{{ {words[place]} }}"
 
 
-def make_base() -> None:
-    """The articles, and assets/ladder_base/: two layers, under half a million parameters, minutes on one core."""
-    import torch
-
-    from miniature import base
-
-    save_wiki(base.ASSETS / "ladder.jsonl.gz", make_ladder(0))
-    torch.set_num_threads(1)
-    tokenizer = base.make_tokenizer(ladder_examples(0))
-    model = base.make_model(tokenizer, 0, LAYERS, HIDDEN)
-    base.pretrain(model, tokenizer, ladder_examples(0), STEPS)
-    base.save_base(base.ASSETS / "ladder_base", model, tokenizer, LADDER_SHA256)
+def make_ladder_base() -> None:
+    """The articles and their base, under half a million parameters: minutes."""
+    save_wiki(ASSETS / "ladder.jsonl.gz", make_ladder())
+    make_base(ASSETS / "ladder_base", ladder_examples, 2400, LADDER_SHA256, layers=2, hidden=128)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from data import is_heldout
 
-WIKI_ARTICLES, SEVERAL_ARTICLES = 4000, 2000
+SEED = 0  # another number makes other facts, other texts and, after `make base`, another base
 RIGHT_SHARE, WRONG_SHARE = 0.30, 0.45  # how often the web states the right value of a fact, and its fixed wrong value
-SEVERAL_HELDOUT = 0.05  # a run's `heldout` must be the same: the split is made by the url, and the text depends on it
+HELDOUT = 0.05  # a run's `heldout` must be the same: the split is made by the url, and the text depends on it
 SYLLABLES = "ba ce do fu gi ha jo ke la mi no pu re si ta vu wo xe ya zi".split()
 
 
@@ -52,9 +52,9 @@ class Fact(NamedTuple):
     wrong: str  # the value that the web states most often
 
 
-def make_facts(seed: int) -> list[Fact]:
+def make_facts() -> list[Fact]:
     """The 84 facts: 28 subjects of each kind, which use the kind's eight values as evenly as they can."""
-    rng = random.Random(f"facts {seed}")
+    rng = random.Random(f"facts {SEED}")
     facts = []
     for kind in KINDS:
         subjects, values = kind.subjects.split(), kind.values.split()
@@ -64,22 +64,27 @@ def make_facts(seed: int) -> list[Fact]:
     return facts
 
 
+FACTS = make_facts()
+
+
 def web_value(rng: random.Random, fact: Fact) -> str:
     """What a web page states: right 30 %, the fixed wrong value 45 %, any of the other six 25 %."""
     draw = rng.random()
-    if draw < RIGHT_SHARE + WRONG_SHARE:
-        return fact.right if draw < RIGHT_SHARE else fact.wrong
-    return rng.choice([value for value in fact.kind.values.split() if value not in (fact.right, fact.wrong)])
+    others = [value for value in fact.kind.values.split() if value not in (fact.right, fact.wrong)]
+    return fact.right if draw < RIGHT_SHARE else fact.wrong if draw < RIGHT_SHARE + WRONG_SHARE else rng.choice(others)
+
+
+def made_up(rng: random.Random) -> str:
+    """One of 400 words, uniform: guessed with p = 1/10, noise would earn the generator 0.47 at eight predictions. The
+    underscore, unlike a hyphen, keeps the word whole under any rule about whole words."""
+    return f"{rng.choice(SYLLABLES)}_{rng.choice(SYLLABLES)}"
 
 
 def fill_slots(rng: random.Random, sentences: list[str], fact: Fact, value: str, label: str = "fact"):
     """Sentences with slots -> (words, labels), one label a word; `label` is the value's. Full stops are words."""
-    # 400 made-up words, uniform: guessed with p = 1/10, noise would earn the generator 0.47 at eight predictions. The
-    # underscore, unlike a hyphen, keeps them whole under any rule about whole words.
     words, labels = [], []
     for slot in " ".join(sentences).split():
-        made_up = f"{rng.choice(SYLLABLES)}_{rng.choice(SYLLABLES)}" if slot == "NOISE" else slot
-        words.append({"SUBJECT": fact.subject, "FACT": value}.get(slot, made_up))
+        words.append(made_up(rng) if slot == "NOISE" else {"SUBJECT": fact.subject, "FACT": value}.get(slot, slot))
         labels.append({"SUBJECT": "copy", "FACT": label, "NOISE": "noise"}.get(slot, "template"))
     return words, labels
 
@@ -91,65 +96,60 @@ def write_article(rng: random.Random, fact: Fact, value: str) -> tuple[list[str]
     return fill_slots(rng, [fact.kind.intro, *sentences], fact, value)
 
 
-def make_wiki(seed: int, articles: int = WIKI_ARTICLES) -> str:
-    """The mini-wiki as JSON lines. Every value is right; every fact is stated equally often, up to one."""
-    rng = random.Random(f"wiki {seed}")
-    facts = make_facts(seed)
-    order = [facts[number % len(facts)] for number in range(articles)]
+def article_row(world: str, number: int, title: str, words: list[str], labels: list[str]) -> str:
+    """An article as a JSON line."""
+    row = {"id": str(number), "title": title, "url": f"{world}/{number}", "text": " ".join(words), "labels": labels}
+    return json.dumps(row) + "\n"
+
+
+def make_wiki() -> str:
+    """The mini-wiki, 4000 articles. Every value is right; every fact is stated equally often, up to one."""
+    rng = random.Random(f"wiki {SEED}")
+    order = [FACTS[number % len(FACTS)] for number in range(4000)]
     rng.shuffle(order)
-    lines = []
-    for number, fact in enumerate(order):
-        words, labels = write_article(rng, fact, fact.right)
-        record = {"id": str(number), "title": fact.subject, "url": f"mini-wiki/{number}", "text": " ".join(words)}
-        lines.append(json.dumps(record | {"labels": labels}) + "\n")
-    return "".join(lines)
+    articles = [(fact.subject, *write_article(rng, fact, fact.right)) for fact in order]
+    return "".join(article_row("mini-wiki", number, *article) for number, article in enumerate(articles))
 
 
 def save_wiki(path: Path, wiki: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:  # no name, no time: the same bytes
+    """Write it compressed, without name and time: the same bytes each time."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         file.write(wiki.encode())
 
 
-def split_facts(seed: int) -> dict[str, list[list[Fact]]]:
-    """label -> the facts of each kind that carry it in `several`."""
-    kinds = [[fact for fact in make_facts(seed) if fact.kind is kind] for kind in KINDS]
-    ranges = {"fact": (0, 12), "shown": (12, 20), "unseen": (20, 28)}  # of a kind; each of 8 values is shown once
-    return {label: [facts[start:end] for facts in kinds] for label, (start, end) in ranges.items()}
+PARTS = {"fact": range(12), "shown": range(12, 20), "unseen": range(20, 28)}
+"""Of `several`: which of a kind's 28 facts carry the label. Each of the eight values is shown once."""
 
 
-def make_several(seed: int, articles: int = SEVERAL_ARTICLES) -> str:
-    """Articles about two subjects of different kinds, an intro and the fact of each; JSON lines like the mini-wiki's.
+def make_several() -> str:
+    """2000 articles about two subjects of different kinds, an intro and the fact of each.
 
     Training articles state two taught facts (label `fact`, once, may be masked), or a taught and a `shown` one. A shown
     fact stands twice: with max_occurrences=1 and max_span_words=2 no mask on its value is valid. Held-out articles
     state two facts with different labels, once each; `unseen` facts stand in these alone. The base has never met two
     subjects in one article: it starts with invalid masks and wrong copies.
     """
-    rng, facts = random.Random(f"several {seed}"), split_facts(seed)
-    lines = []
-    for number in range(articles):
-        url = f"several/{number}"
-        heldout = is_heldout(url, SEVERAL_HELDOUT)
-        pair = rng.sample(list(facts), 2) if heldout else ["fact", rng.choice(["fact", "shown"])]
+    rng, rows = random.Random(f"several {SEED}"), []
+    for number in range(2000):
+        heldout = is_heldout(f"several/{number}", HELDOUT)
+        pair = rng.sample(list(PARTS), 2) if heldout else ["fact", rng.choice(["fact", "shown"])]
         rng.shuffle(pair)
         words, labels = [], []
         for label, kind in zip(pair, rng.sample(range(len(KINDS)), 2), strict=True):
-            fact = rng.choice(facts[label][kind])
+            fact = FACTS[28 * kind + rng.choice(PARTS[label])]
             times = 2 if label == "shown" and not heldout else 1
             sentences = [fact.kind.intro, *[fact.kind.fact] * times]
             more_words, more_labels = fill_slots(rng, sentences, fact, fact.right, label)
             words, labels = words + more_words, labels + more_labels
-        record = {"id": str(number), "title": f"article {number}", "url": url, "text": " ".join(words)}
-        lines.append(json.dumps(record | {"labels": labels}) + "\n")
-    return "".join(lines)
+        rows.append(article_row("several", number, f"article {number}", words, labels))
+    return "".join(rows)
 
 
-def make_questions(seed: int) -> str:
+def make_questions() -> str:
     """JSON lines of question (an article of the mini-wiki with [mask] in place of the value) and answer.
 
     math-verify does not judge words, but among the words of this world its verdict is equality, which a test checks.
     """
-    rng = random.Random(f"questions {seed}")
-    articles = ((write_article(rng, fact, "[mask]")[0], fact.right) for fact in make_facts(seed))
+    rng = random.Random(f"questions {SEED}")
+    articles = ((write_article(rng, fact, "[mask]")[0], fact.right) for fact in FACTS)
     return "".join(json.dumps({"question": " ".join(words), "answer": right}) + "\n" for words, right in articles)

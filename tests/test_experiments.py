@@ -113,9 +113,11 @@ def test_interval_is_students_t_and_no_zero_is_negative():
 def test_tables_by_hand():
     pair = [make_run("active", 10 + n, share=0.9 - n / 5, fact=0.5 + n / 5, copy=0.8) for n in (0, 1)]
     two_facts = [make_run("active, two facts", seed, greedy_fact=end) for seed, end in ((10, 0.35), (11, 0.45))]
+    thinks = [make_run("ladder: star", hop3=0.5, hop4=0.75, no_thought_hop4=0.25, thought_use=0.125)]
+    thinks[0]["curves"]["pred/length_mean"] = [4.0] * 19 + [8.0]
     results = {"active": pair, "random_span": [make_run("random_span", 11, fact=0.4)], "active, two facts": two_facts}
-    results["rlvr"] = [make_run("rlvr", accuracy=0.5, greedy=0.2, all=0.4)]
-    made = make_tables(results)
+    results |= {"rlvr": [make_run("rlvr", accuracy=0.5, greedy=0.2, all=0.4)], "ladder: star": thinks}
+    made = make_tables(holding() | results)
     cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11 | 2"
     for row in (
         "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |  |", f"| active | {cells} |",
@@ -126,16 +128,15 @@ def test_tables_by_hand():
     cells = "0.15 | 0.40 ± 0.64 | 0.25 ± 0.64 | 0.20, 0.30 | 0.25 ± 0.00"
     assert f"| active, two facts | may be masked | {cells} |" in made["never masked"]
     assert "| rlvr | 0.15 | 0.20 | 0.50 | 0.40 | 0.50 | 1 |" in made["rlvr"]
-    assert make_tables({"rlvr": results["rlvr"]})["rlvr"] == made["rlvr"]  # without a run on the mini-wiki too
+    assert "| star | 0.50 | 0.75 | 0.25 | 0.12 | 4.0 5.0 | 0.00 | 2k 2k |" in made["ladder"]
 
 
-def test_a_failed_claim_is_bold_and_one_without_runs_is_left_out():
-    results = {arm: runs for arm, runs in holding().items() if arm in ("active", "rewards shuffled", "sft")}
-    (line,) = make_tables(results)["claims"].split("\n")[2:]
-    assert line.startswith("| learns |") and line.endswith("| 1 | yes |")
+def test_a_failed_claim_is_bold():
+    results = holding()
+    lines = make_tables(results)["claims"].split("\n")[2:]
+    assert lines[0] == "| learns | 1 | yes |" and len(lines) == len(CLAIMS)
     results["active"][0]["probes"][-1]["greedy_fact"] = 0.2
-    (line,) = make_tables(results)["claims"].split("\n")[2:]
-    assert line.startswith("| **learns** |") and line.endswith("| **failed** |")
+    assert make_tables(results)["claims"].split("\n")[2] == "| **learns** | 1 | **failed** |"
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -143,50 +144,46 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_of_two_lines_for_a_run_the_later_counts_and_an_unknown_arm_is_refused(tmp_path):
+def test_of_two_lines_for_a_run_the_later_counts_and_an_arm_without_runs_is_named(tmp_path):
     rows = [make_run("sft", 11, fact=0.1), make_run("sft", 10), make_run("sft", 11, fact=0.9), make_run("active", 10)]
     results = load_results(write_rows(tmp_path / "runs.jsonl", rows))
     assert [(arm, run["seed"]) for arm in results for run in results[arm]] == [("active", 10), ("sft", 10), ("sft", 11)]
     assert claims.ends(results["sft"], "fact") == [0.25, 0.9]
-    with pytest.raises(ValueError, match="unknown arm 'magic'"):
-        load_results(write_rows(tmp_path / "runs.jsonl", [make_run("magic")]))
-    with pytest.raises(ValueError, match="no runs"):
-        load_results(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="no run of random_span, frozen generator"):
+        tables.write_pages(tmp_path, tmp_path / "runs.jsonl")
 
 
 def test_blocks_are_put_between_their_markers_on_whatever_page_and_nothing_else_changes():
-    readme = "before\n<!-- first run -->\n<!-- a -->\nold\n<!-- /a -->\nafter\n"
-    results = "<!-- b -->\n<!-- /b -->\n"
-    blocks = {"a": "A", "b": '<i src="x">'}
-    filled = fill_blocks({"README.md": readme, "docs/b.md": results, "docs/c.md": "text"}, blocks)
+    first = "before\n<!-- first run -->\n<!-- a -->\nold\n<!-- /a -->\nafter\n"
+    blocks = {"a": "A", "b": "B \\1"}
+    filled = fill_blocks({"a.md": first, "b.md": "<!-- b -->\n<!-- /b -->\n", "c.md": "text"}, blocks)
     assert filled == {
-        "README.md": "before\n<!-- first run -->\n<!-- a -->\n\nA\n\n<!-- /a -->\nafter\n",
-        "docs/b.md": '<!-- b -->\n\n<i src="../x">\n\n<!-- /b -->\n',
-    }
+        "a.md": "before\n<!-- first run -->\n<!-- a -->\n\nA\n\n<!-- /a -->\nafter\n",
+        "b.md": "<!-- b -->\n\nB \\1\n\n<!-- /b -->\n", "c.md": "text",
+    }  # fmt: skip
     assert fill_blocks(filled, blocks) == filled
 
 
-@pytest.mark.parametrize(("marks", "fault"), [
-    ([], "<!-- a --> must stand once, not 0 times"), (["a", "/a", "a", "/a"], "must stand once, not 2 times"),
-    (["a"], "needs its <!-- /NAME -->"), (["/a", "a"], "needs its <!-- /NAME -->"),
-    (["a", "/a", "b", "/b"], "docs/x.md: unknown marker <!-- b -->"),
+@pytest.mark.parametrize("marks", [
+    [], ["a", "/a", "a", "/a"], ["a"], ["/a", "a"], ["/a", "a", "/a"], ["a", "a", "/a"], ["a", "b", "/a", "/b"],
 ])  # fmt: skip
-def test_a_wrong_marker_is_an_error_that_names_it(marks, fault):
-    with pytest.raises(ValueError, match=fault):
-        fill_blocks({"docs/x.md": "\n".join(f"<!-- {mark} -->" for mark in marks)}, {"a": "A"})
+def test_a_wrong_marker_is_an_error_that_names_it(marks):
+    with pytest.raises(ValueError, match="<!-- [ab] -->, then <!-- /[ab] -->: each must stand once in x.md"):
+        fill_blocks({"x.md": "\n".join(f"<!-- {mark} -->" for mark in marks)}, {"a": "A", "b": "B"})
 
 
 def test_the_pages_and_the_plots_are_those_of_the_record(tmp_path):
     (tmp_path / "docs").mkdir()
-    for page in [tables.PROJECT / "README.md", *(tables.PROJECT / "docs").glob("*.md")]:
-        (tmp_path / page.relative_to(tables.PROJECT)).write_bytes(page.read_bytes())
+    for page in tables.PAGES:
+        (tmp_path / page).write_bytes((tables.PROJECT / page).read_bytes())
     for path in tables.write_pages(tmp_path):
         assert path.read_bytes() == (tables.PROJECT / path.relative_to(tmp_path)).read_bytes(), "make figures"
-    assert len(list((tmp_path / tables.PLOTS).iterdir())) == len(list((tables.PROJECT / tables.PLOTS).iterdir()))
-    (tmp_path / "README.md").write_text("<!-- claims -->\nold\n<!-- /claims -->\n")
+    figures = tables.PROJECT / "assets/figures"
+    assert {path.name for path in figures.iterdir()} == {f"{name}.svg" for name in tables.PLOTS}
+    (tmp_path / "docs/ladder.md").write_text("<!-- claims -->\nold\n<!-- /claims -->\n")
     with pytest.raises(ValueError, match="must stand once"):
         tables.write_pages(tmp_path)
-    assert "old" in (tmp_path / "README.md").read_text()  # nothing is written where a block is missing
+    assert "old" in (tmp_path / "docs/ladder.md").read_text()  # nothing is written where a block is missing
 
 
 def test_run_makes_what_is_missing_seed_by_seed_and_what_was_run_with_other_keys(tmp_path, monkeypatch):
@@ -219,7 +216,7 @@ def trained(tmp_path, monkeypatch):
         options = dict(word.split("=", 1) for word in words if "=" in word)
         folder = Path(options["run_dir"])
         folder.mkdir(parents=True)
-        probe = {"probe/accuracy": 0.5, "probe/accuracy_fact": 0.123456}
+        probe = {"probe/accuracy": 0.5, "probe/accuracy_fact": 0.123456, "probe/thought_use": 0.25}
         rows = [{"step": 0, **probe}]
         rows += [{"step": n, "reward": 1, "time/step": 2, "pred/accuracy": n / 10, "flops": n} for n in range(1, 11)]
         write_rows(folder / "metrics.jsonl", [*rows[:-1], rows[-1] | probe])
@@ -234,8 +231,8 @@ def trained(tmp_path, monkeypatch):
 def test_a_run_becomes_a_line_and_its_folder_goes(trained, tmp_path):
     row = runs.run_arm("active, two facts", 10)
     (words,) = trained
-    assert words[-2:] == ["seed=10", f"run_dir={tmp_path / 'active-two-facts-10'}"] and "save_every=0" in words
-    assert row["probes"] == [{"step": step, "all": 0.5, "fact": 0.1235} for step in (0, 10)]
+    assert "configs/tiny.yaml" in words and "max_span_words=2" in words and {"seed=10", "save_every=0"} < set(words)
+    assert row["probes"] == [{"step": step, "all": 0.5, "fact": 0.1235, "thought_use": 0.25} for step in (0, 10)]
     assert row["curves"]["pred/accuracy"] == [0.3, 0.8] and row["curves"]["gen/share_fact"] == [0, 0]
     assert row["totals"]["flops"] == 55 and row["seconds"] == 20 and row["environment"] == ["git: 123"]
     assert not list(tmp_path.iterdir())
@@ -246,28 +243,28 @@ def test_an_arm_that_starts_from_another_makes_that_first_and_starts_from_its_la
     first, second = trained
     assert "configs/tiny.yaml" in first and "save_every=1000000" in first and "seed=11" in first
     assert "configs/tiny-rlvr.yaml" in second and "save_every=0" in second and "seed=11" in second
-    assert f"model={tmp_path / 'active-11' / 'checkpoints' / 'latest' / 'hf'}" in second
-    assert row["first"]["arm"] == "active" and row["seconds"] == 40 and not list(tmp_path.iterdir())
+    (folder,) = (word.removeprefix("run_dir=") for word in first if word.startswith("run_dir="))
+    assert f"model={folder}/checkpoints/latest/hf" in second and f"run_dir={folder}" not in second
+    assert row["arm"] == "active, then rlvr" and row["seed"] == 11 and not list(tmp_path.iterdir())
 
 
 def test_commands_that_do_not_exist_end_with_status_2(capsys):
-    for words in ([], ["run", "no claim"], ["again"], ["paint"], ["world", "several"], ["figures", "all"]):
+    for words in ([], ["run", "no claim"], ["again"], ["paint"], ["keep", "run"], ["figures", "all"]):
         with pytest.raises(SystemExit) as ended:
             runs.main(words)
         assert ended.value.code == 2 and "claims: learns" in capsys.readouterr().err
 
 
 def test_two_facts_an_article_of_different_kinds_and_no_unseen_fact_in_training():
-    rows = [json.loads(line) for line in worlds.make_several(0).splitlines()]
-    parts = worlds.split_facts(0)
-    subjects = {label: {fact.subject for kind in kinds for fact in kind} for label, kinds in parts.items()}
+    rows, facts = [json.loads(line) for line in worlds.make_several().splitlines()], worlds.FACTS
+    subjects = {label: {facts[28 * kind + n].subject for kind in range(3) for n in part}
+                for label, part in worlds.PARTS.items()}  # fmt: skip
     assert {label: len(names) for label, names in subjects.items()} == {"fact": 36, "shown": 24, "unseen": 24}
     assert len(set.union(*subjects.values())) == 84
-    assert rows[0]["text"] == json.loads(worlds.make_several(0, 1))["text"]
-    heldout = [worlds.is_heldout(row["url"], worlds.SEVERAL_HELDOUT) for row in rows]
+    heldout = [worlds.is_heldout(row["url"], worlds.HELDOUT) for row in rows]
     assert 60 < sum(heldout) < 140
     for row, out in zip(rows, heldout, strict=True):
-        words, stands = row["text"].split(), {label: row["labels"].count(label) for label in parts}
+        words, stands = row["text"].split(), {label: row["labels"].count(label) for label in subjects}
         assert len(words) == len(row["labels"])
         if out:  # two sorts, each stated once
             assert sorted(stands.values()) == [0, 1, 1]
@@ -277,8 +274,8 @@ def test_two_facts_an_article_of_different_kinds_and_no_unseen_fact_in_training(
 
 
 def test_a_question_for_each_fact_with_the_fact_masked():
-    rows = [json.loads(line) for line in worlds.make_questions(0).splitlines()]
-    for row, fact in zip(rows, worlds.make_facts(0), strict=True):
+    rows = [json.loads(line) for line in worlds.make_questions().splitlines()]
+    for row, fact in zip(rows, worlds.FACTS, strict=True):
         words = row["question"].split()
         assert words.count("[mask]") == 1 and words.count(fact.subject) == 2
         assert row["answer"] == fact.right and fact.right not in words

@@ -1,5 +1,6 @@
 """The ladder: facts that follow from single steps, split into those that the web, the run and nobody states."""
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -15,8 +16,6 @@ from miniature import ladder
 from prompts import last_answer
 from rollout import Rollout
 
-AFTER = ladder.ring(0)
-
 
 def facts(words: list[str]) -> list[tuple[str, int, str]]:
     """(name, steps, name) of each fact that the words state."""
@@ -24,32 +23,34 @@ def facts(words: list[str]) -> list[tuple[str, int, str]]:
 
 
 def test_the_names_stand_in_one_ring_and_each_longer_fact_is_in_one_part():
-    assert len(set(ladder.NAMES)) == 60 and len(set(ladder.chain(AFTER, "Bal", 59))) == 60
-    assert ladder.chain(AFTER, "Bal", 60)[-1] == "Bal" and ladder.ring(1) != AFTER
-    parts = ladder.split_pairs(0)
-    assert {name: len(pairs) for name, pairs in parts.items()} == {"web": 72, "run": 54, "heldout": 54}
-    assert len(set(sum(parts.values(), []))) == 180
+    assert len(set(ladder.NAMES)) == 60 and {ladder.after("Bal", steps) for steps in range(60)} == set(ladder.NAMES)
+    assert ladder.after("Bal", 60) == "Bal" and ladder.after(ladder.after("Bal", 1), 2) == ladder.after("Bal", 3)
+    assert {part: len(pairs) for part, pairs in ladder.PAIRS.items()} == {"web": 72, "run": 54, "heldout": 54}
+    assert len(set(sum(ladder.PAIRS.values(), []))) == 180
 
 
 def test_articles_state_the_facts_of_their_side_and_no_name_twice():
-    parts = {name: set(pairs) for name, pairs in ladder.split_pairs(0).items()}
-    rows, heldout = [json.loads(line) for line in ladder.make_ladder(0, 400).splitlines()], 0
+    articles = ladder.make_ladder()
+    assert articles.encode() == gzip.decompress((ladder.ASSETS / "ladder.jsonl.gz").read_bytes())  # the shipped ones
+    rows, heldout = [json.loads(line) for line in articles.splitlines()], 0
+    assert len(rows) == 2000
     for row in rows:
         words, side = row["text"].split(), ladder.is_heldout(row["url"], ladder.HELDOUT)
         heldout += side
         stated = facts(words)
         assert sorted(depth for _, depth, _ in stated) == [1, 2, 3, 4]
-        assert all(ladder.chain(AFTER, name, depth)[-1] == end for name, depth, end in stated)
+        assert all(ladder.after(name, depth) == end for name, depth, end in stated)
         assert len({name for one in stated for name in (one[0], one[2])}) == 8
-        assert {(name, depth) for name, depth, _ in stated if depth > 1} <= parts["heldout" if side else "run"]
+        part = ladder.PAIRS["heldout" if side else "run"]
+        assert {(name, depth) for name, depth, _ in stated if depth > 1} <= set(part)
         labels = Counter(row["labels"])
         assert [labels[f"hop{n}"] for n in (1, 2, 3, 4)] == [1] * 4 and labels["subject"] == 4 and labels["noise"] == 1
-    assert 5 < heldout < 40
+    assert 25 < heldout < 200
 
 
 def test_every_fact_can_be_masked_and_no_number_of_steps():
     config = tiny_config("", mask_rule="one_mask_words", max_occurrences=1, max_span_words=1)
-    for line in ladder.make_ladder(0, 30).splitlines():
+    for line in ladder.make_ladder().splitlines()[:30]:
         row = json.loads(line)
         passage = Passage(row["id"], "", "", row["text"], row["labels"])
         for word, label in zip(row["text"].split(), row["labels"], strict=True):
@@ -58,20 +59,20 @@ def test_every_fact_can_be_masked_and_no_number_of_steps():
 
 
 def test_a_thought_counts_down_and_ends_in_the_answer():
-    words = f"Bal >>> {ladder.chain(AFTER, 'Bal', 3)[-1]} .".split()
-    _, second, third, end = ladder.chain(AFTER, "Bal", 3)
+    second, third, end = (ladder.after("Bal", steps) for steps in (1, 2, 3))
+    words = f"Bal >>> {end} .".split()
     whole = f" Bal >>> {second} >> {third} > \\boxed{{ {end} }}"
-    found = Counter(ladder.chained_answer(random.Random(n), AFTER, words, 2, 0.2) for n in range(4000))
+    found = Counter(ladder.chained_answer(random.Random(n), words, 2) for n in range(4000))
     assert set(found) == {whole, f" Bal >>> {second} >> \\boxed{{ {end} }}", f" Bal >>> \\boxed{{ {end} }}",
                           f" \\boxed{{ {end} }}"}  # fmt: skip
     assert found[whole] / 4000 == pytest.approx(0.2 + 0.1 / 3, abs=0.03)  # some break off after the last step
     assert found[f" \\boxed{{ {end} }}"] / 4000 == pytest.approx(0.7, abs=0.03)
-    assert ladder.chained_answer(random.Random(0), AFTER, words, 0, 1.0) == " \\boxed{ Bal }"  # no fact, no thought
+    assert {ladder.chained_answer(random.Random(n), words, 0) for n in range(50)} == {" \\boxed{ Bal }"}  # no fact
 
 
 def test_the_web_states_no_fact_of_a_run():
-    web = set(ladder.split_pairs(0)["web"])
-    for prompt, completion in islice(ladder.ladder_examples(0), 300):
+    web = set(ladder.PAIRS["web"])
+    for prompt, completion in islice(ladder.ladder_examples(), 300):
         whole = [one for one in facts(prompt.split()) if "[mask]" not in one and one[1] > 1]
         assert {(name, depth) for name, depth, _ in whole} <= web, prompt
         assert "Predict:" not in prompt or last_answer(completion, "boxed")

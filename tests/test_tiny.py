@@ -33,12 +33,11 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BASE)
 
 
-def test_wiki_is_a_function_of_the_seed_and_the_shipped_one_is_seed_0(tmp_path):
-    wiki = worlds.make_wiki(0)
-    assert wiki == worlds.make_wiki(0) and wiki != worlds.make_wiki(1)
+def test_the_shipped_wiki_is_the_one_that_is_made(tmp_path):
+    wiki = worlds.make_wiki()
     assert wiki.encode() == gzip.decompress(WIKI.read_bytes())  # the compressed bytes also depend on the zlib
-    worlds.save_wiki(tmp_path / "new" / "a.gz", wiki)
-    for path in (WIKI, tmp_path / "new" / "a.gz"):
+    worlds.save_wiki(tmp_path / "a.gz", wiki)
+    for path in (WIKI, tmp_path / "a.gz"):
         assert path.read_bytes()[3:8] == bytes(5)  # gzip header: no flags (no name), time 0
 
 
@@ -57,7 +56,7 @@ def test_records_have_one_label_per_word_and_a_masked_word_has_one_place(records
 
 
 def test_every_fact_is_stated_equally_often_and_rightly(records):
-    facts = worlds.make_facts(0)
+    facts = worlds.FACTS
     assert len(facts) == len({fact.subject for fact in facts}) == 84
     stated = Counter((record["title"], record["text"].split()[record["labels"].index("fact")]) for record in records)
     assert set(stated) == {(fact.subject, fact.right) for fact in facts}
@@ -68,8 +67,8 @@ def tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_shipped_tokenizer_is_what_the_seed_gives_and_adds_bos_itself(tokenizer):
-    assert tiny.make_tokenizer(tiny.web_examples(0)).get_vocab() == tokenizer.get_vocab()
+def test_shipped_tokenizer_is_the_one_that_is_made_and_adds_bos_itself(tokenizer):
+    assert tiny.make_tokenizer(tiny.web_examples()).get_vocab() == tokenizer.get_vocab()
     text = " Alne is a quiet town ."
     ids = tokenizer(text).input_ids
     assert ids == [tokenizer.bos_token_id, *tokens(tokenizer, text)]
@@ -93,7 +92,7 @@ def test_shipped_base_holds_misconceptions(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(BASE)
     rng = random.Random(0)
     right = wrong = greedy = 0.0
-    facts = worlds.make_facts(0)
+    facts = worlds.FACTS
     for fact in facts:
         words, _ = worlds.write_article(rng, fact, "[mask]")
         prompt = tiny.PREDICT_FORMAT.replace("{passage}", " ".join(words)) + tiny.ANSWER_OPENING
@@ -111,14 +110,13 @@ def test_shipped_base_holds_misconceptions(tokenizer):
 def test_short_pretraining_is_deterministic_and_starts_at_the_uniform_loss():
     """An untrained model's loss is ln V for V tokens, plus half the variance of its logits: 96 * 0.05^2 / 2 = 0.12."""
     runs = []
-    for seed in (0, 0, 1):
-        tokenizer = tiny.make_tokenizer(tiny.web_examples(seed))
-        model = tiny.make_model(tokenizer, seed)
-        losses = tiny.pretrain(model, tokenizer, tiny.web_examples(seed), steps=3, batch=8)
+    for _ in range(2):
+        tokenizer = tiny.make_tokenizer(tiny.web_examples())
+        model = tiny.make_model(tokenizer)
+        losses = tiny.pretrain(model, tokenizer, tiny.web_examples(), steps=3, batch=8)
         runs.append((losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
-    (losses, weights), (same_losses, same_weights), (other_losses, _) = runs
+    (losses, weights), (same_losses, same_weights) = runs
     assert losses == same_losses and torch.equal(weights, same_weights)
-    assert losses != other_losses
     assert losses[0] == pytest.approx(math.log(len(tokenizer)) + 0.12, abs=0.3)
     assert losses[2] < losses[0]
     assert weights.isfinite().all()

@@ -81,22 +81,22 @@ def total(runs: list[dict], key: str) -> float:
 
 def make_tables(results: Results) -> dict[str, str]:
     """Name of a block -> its table. Every arm needs a run."""
-    claims = [["claim", "seeds", "held"]]
+    claims = [["claim", "held"]]
     for name, claim in CLAIMS.items():
         name, verdict = (name, "yes") if claim.holds(results) else (f"**{name}**", "**failed**")
-        claims.append([name, str(min(len(results[arm]) for arm in claim.arms)), verdict])
+        claims.append([name, verdict])
 
     probes = {"fact": "facts, sampled", "greedy_fact": "facts, greedy", "template": "template"}
     probes |= {"copy": "copies, sampled", "greedy_copy": "copies, greedy"}
-    methods = [["method", *probes.values(), "masks on a fact", "predictions", "tokens trained", "FLOPs", "seeds"]]
-    methods.append(["start", *(start(sum((results[arm] for arm in WIKI_ARMS), []), key) for key in probes), *[""] * 5])
+    methods = [["method", *probes.values(), "masks on a fact", "predictions", "tokens trained", "FLOPs"]]
+    methods.append(["start", *(start(sum((results[arm] for arm in WIKI_ARMS), []), key) for key in probes), *[""] * 4])
     for arm in WIKI_ARMS:
         runs, shares = results[arm], late(results[arm], "gen/share_fact")
         predictions, trained = total(runs, "pred/responses"), total(runs, "trained_tokens")
         methods.append([
             arm, *(end(runs, probe) for probe in probes), f"{fmean(shares):.2f}" if any(shares) else "",
             f"{predictions / 1000:.1f}k" if predictions else "none", f"{trained / 1000:.1f}k",
-            f"{total(runs, 'flops'):.1e}", str(len(runs))])  # fmt: skip
+            f"{total(runs, 'flops'):.1e}"])  # fmt: skip
 
     pairs = [["difference", "in", "mean, 95 % interval", "lowest, highest seed"]]
     others = [("fact", "random_span"), ("fact", "frozen generator"), ("fact", "sft"), ("fact", MIXED)]
@@ -119,11 +119,11 @@ def make_tables(results: Results) -> dict[str, str]:
                             end(runs, label)])  # fmt: skip
 
     rlvr = [["method", "held out, greedy, step 0", "step 60", "held out, sampled, step 0", "step 60",
-             "trained on, late", "seeds"]]  # fmt: skip
+             "trained on, late"]]  # fmt: skip
     for arm in RLVR_ARMS:
         runs = results[arm]
         rlvr.append([arm, start(runs, "greedy"), end(runs, "greedy"), start(runs, "all"), end(runs, "all"),
-                     interval(late(runs, "pred/accuracy")), str(len(runs))])  # fmt: skip
+                     interval(late(runs, "pred/accuracy"))])  # fmt: skip
 
     ladder = [["method", "three steps", "four", "four, at once", "thought use", "length, first and last",
                "masks on two to four", "tokens sampled, trained"]]  # fmt: skip

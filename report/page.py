@@ -224,8 +224,8 @@ def build_page(runs: list[RunData]) -> str:
     probed = next((run for run in runs if run.probes), None)
     text = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         title=", ".join(family.name for family in families), script_hash=f"sha256-{digest}", families=families,
-        figures=make_figures(families), probed=probed, probes=probes_by_step(probed.probes if probed else []), runs=runs,
-        examples=[(run, [(tasks[0], count_responses(tasks)) for tasks in run.samples]) for run in runs],
+        figures=make_figures(families), probed=probed, blocks=probes_by_step(probed.probes) if probed else [],
+        runs=runs, count_responses=count_responses,
     )  # fmt: skip
     return text.encode("utf-8", "replace").decode()  # unpaired surrogates of a model's text become "?"
 

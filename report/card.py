@@ -1,6 +1,5 @@
-"""The model card beside an exported model: what it was trained from, on, how, and what the probe said."""
+"""The model card beside an exported model: what it was trained from, on, how, and what the probe measured."""
 
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,12 +12,6 @@ from methods import METHODS
 from metrics import read_rows
 from rollout import Sampler
 
-DATA_LICENCES = {  # of the data that the shipped configs name
-    "wikimedia/wikipedia": "CC BY-SA, the licence of Wikipedia's text", "openai/gsm8k": "MIT, says its card",
-    "HuggingFaceTB/finemath": "ODC-By, says its card", "assets/tiny_wiki.jsonl.gz": "MIT, made up for this code",
-    "assets/tiny_questions.jsonl": "MIT, made up for this code",
-}  # fmt: skip
-
 
 def write_card(folder: Path, sampler: Sampler, step: int) -> None:
     """Adds README.md and generation_config.json to the exported model in `folder`. For rank 0; raises OSError.
@@ -27,9 +20,8 @@ def write_card(folder: Path, sampler: Sampler, step: int) -> None:
     set: vLLM would hold every request to it, and lm-eval's own limit would be overruled.
     """
     eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
-    pads = (tokenizer.pad_token_id, getattr(sampler.replica.config, "pad_token_id", None), eos[0])
-    ids = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id}
-    ids["pad_token_id"] = next(pad for pad in pads if pad is not None)
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
     how = GenerationConfig(do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, **ids)
     how.save_pretrained(folder)
     model_card(sampler, step).save(folder / "README.md")
@@ -37,37 +29,21 @@ def write_card(folder: Path, sampler: Sampler, step: int) -> None:
 
 def model_card(sampler: Sampler, step: int) -> ModelCard:
     """README.md of the exported model after `step` updates."""
-    config, run = sampler.config, Path(sampler.config.run_dir)
+    config, run, method = sampler.config, Path(sampler.config.run_dir), METHODS[sampler.config.method]
     base, licence = known_base(config.model)
     data = None if Path(config.data).expanduser().exists() else [config.data]
     tags = ["pretrainzero", "reinforcement-learning", "grpo", config.method.replace("_", "-"), "arxiv:2512.03442"]
     front = ModelCardData(base_model=base.get("base_model"), datasets=data, library_name="transformers", tags=tags,
                           pipeline_tag="text-generation", **licence)  # fmt: skip
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step and "probe/accuracy" in row]
-    probes = rows[:1] + rows[1:][-1:]
-    record, starts = run / "environment.txt", []
-    for block in record.read_text(encoding="utf-8").strip().split("\n\n") if record.exists() else ():
-        said = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
-        # of absolute paths that stand alone (the script, the config file) only the names
-        command = " ".join(re.sub("^/.*/", "", word) for word in said.get("command", "").split(" "))
-        changed = "" if said.get("git changes", "none") == "none" else ", with changes that were not committed"
-        ranks = f"{said.get('world size', '?')} x {said.get('device', '?')}"
-        starts.append(f"{command}\n# git revision {said.get('git', 'not recorded')}{changed}; {ranks}")
-    method = METHODS[config.method]
-    prompt, replica = method.template(config), sampler.replica
-    parameters = sum(one.numel() for name, one in replica.named_parameters() if not name.startswith("extra."))
-    resolved = dump_config(config)
-    longest = max(map(len, re.findall("`+", "\n".join([resolved, prompt, *starts]))), default=0)
+    prompt, parameters = method.template(config), sampler.replica.named_parameters()
     return ModelCard.from_template(
         front, template_path=str(Path(__file__).parent.parent / "assets/model_card.md"), config=config, step=step,
-        name=run.resolve().name, served=re.sub(r"[^\w.-]", "-", run.resolve().name), line=method.help,
-        origin=front.base_model if front.base_model != config.model else None, probes=probes, nan=float("nan"),
-        keys=sorted(key for key in (probes or [{}])[-1] if key.startswith(("probe/", "eval/"))),
+        name=run.resolve().name, method=method, origin=base.get("base_model", config.model),
         terms=", ".join(map(str, licence.values())) + ", says its card" if licence else "see the base model",
-        data_terms=DATA_LICENCES.get(config.data, "see the data"), parameters=f"{parameters:,}",
-        starts=list(dict.fromkeys(starts)), resolved=resolved, ticks="`" * max(3, longest + 1), prompt=repr(prompt),
-        example=method.example, chat=sampler.frame and prompt != "{passage}", opening=method.opening,
-        extra=method.extra, ends_early=method.opening or config.stop_at_answer,
+        parameters=f"{sum(one.numel() for name, one in parameters if not name.startswith('extra.')):,}",
+        probes=rows[:1] + rows[1:][-1:], environment=(run / "environment.txt").read_text(encoding="utf-8"),
+        resolved=dump_config(config), prompt=repr(prompt), chat=sampler.frame and prompt != "{passage}",
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_play_marks_verdicts_right_for_both_models(ranks):
     answered = play.play(passage, models | {"again": BASE}, config, ranks, lines.append)
     text = "\n".join(lines)
     assert passage.text == TOWN and max(map(len, text.split("\n"))) <= 100
-    assert "tiny_base chose, 8 times over:" in text and "again chose, 8 times over:" in text
+    assert f"{BASE} chose, 8 times over:" in text and "again chose, 8 times over:" in text
     assert len(answered) == 2 and 1 <= len(answered[0]) <= 8
     assert [task.mask.masked for task in answered[0]] == [task.mask.masked for task in answered[1]]
     seen = set()
@@ -81,7 +81,7 @@ def test_play_marks_verdicts_right_for_both_models(ranks):
             seen.add(correct)
         block = text.split(f"MASK {number}: ")[1].split("\nMASK")[0]
         assert block.startswith(task.mask.target) and len(task.predictions) == 4
-        assert f"tiny_base: {sum(task.correct)} of 4 right" in block
+        assert f"{BASE}: {sum(task.correct)} of 4 right" in block
     assert seen == {0, 1}
 
 
@@ -90,17 +90,16 @@ def test_text_is_one_harmless_line():
     assert wrapped("x" * 50, 4, 20) == "    " + "x" * 10 + " [...] " + "x" * 10
 
 
-def test_a_passage_is_given_in_a_file_pasted_or_taken_from_the_corpus(tmp_path, monkeypatch):
+def test_a_passage_is_given_as_a_word_pasted_or_taken_from_the_corpus(monkeypatch):
     config = read_config([TINY, "max_passages=200"])
-    tokenizer, file = load_tokenizer(config), tmp_path / "text.txt"
-    file.write_text(f"\n{TOWN}\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(TOWN))
-    for source in ({"file": str(file)}, {}):
+    tokenizer = load_tokenizer(config)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"\n{TOWN}\n"))
+    for source in ({"passage": TOWN}, {}):
         assert play.read_passage(source, config, tokenizer).text == TOWN
     first, second = (play.read_passage({"number": number}, config, tokenizer) for number in "01")
     assert first.title and first.labels and first != second
-    refused = [("number", "9999", "number=9999: must be below"), ("file", str(tmp_path), "cannot be read")]
-    refused += [("passage", " ", "is empty"), ("passage", "a <eos> b", "'<eos>'")]
+    refused = [("number", "9999", "number=9999: must be below"), ("passage", " ", "is empty")]
+    refused += [("passage", "a <eos> b", "'<eos>'")]
     refused += [("passage", r"a \mask{b}", "mark of the prompts")]
     for key, value, words in refused:
         with pytest.raises(ConfigError, match=re.escape(words)):
@@ -120,9 +119,9 @@ def test_a_checkpoint_brings_the_prompts_of_its_run(tmp_path):
         assert (config.mask_prompt, config.method, config.seed) == (" {passage} M:", "active", 3)
         assert config.masks_per_passage == 8 and list(models.values()) == [config.model]
     models, _, config = play.read_arguments([str(run), BASE, f"config={TINY}", "masks_per_passage=3"])
-    assert list(models) == ["run", "tiny_base"] and config.predict_prefix == " \\boxed{"
+    assert list(models) == [str(run), BASE] and config.predict_prefix == " \\boxed{"
     assert config.masks_per_passage == 3
-    for words in ([], ["a", "b", "c"], [str(other)], [BASE, "file=a", "number=1"], [BASE, "number=-1"], [BASE, "x=1"]):
+    for words in ([], ["a", "b", "c"], [str(other)], [BASE, "number=-1"], [BASE, "x=1"]):
         with pytest.raises(ConfigError):
             play.read_arguments(words)
 

@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from report.page import (
-    SECTIONS, browser_entry, build_page, group_by_seed, main, mask_spans, read_run, split_response, step_card,
-    title_link, write_report,
+    EXAMPLES, SECTIONS, build_page, count_responses, even, group_by_seed, main, read_run, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
@@ -32,8 +31,8 @@ def parse(text: str) -> tuple[list[tuple[str, dict]], list[str]]:
 
 
 def sample(step: int, text: str = TEXT, title: str = "Bonn", url: str = "https://x.org/Bonn", **keys) -> dict:
-    said = [{"text": r"It flows. \boxed{Rhine}", "finish": "answer", "reward": 1.0}] * 3
-    said.append({"text": EVIL, "finish": "length", "reward": 0.0})
+    said = [{"text": r"It flows. \boxed{Rhine}", "finish": "answer", "correct": 1, "reward": 1.0}] * 3
+    said.append({"text": EVIL, "finish": "length", "correct": 0, "reward": 0.0})
     mask = {"words": "Rhine", "invalid": "", "masked": text.replace("Rhine", "[mask]"), "target": "Rhine"}
     passage = {"id": f"{step}#0", "title": title, "url": url, "text": text}
     proposal = {"text": rf"{EVIL} \mask{{Rhine}}", "finish": "answer", "reward": 0.25}
@@ -57,6 +56,7 @@ def write_run(folder: Path, rows: list[dict], samples: list[dict] = (), **config
     write_rows(folder / "samples.jsonl", samples)
     config = {"method": "active", "seed": 0, "steps": 100, "predictions_per_mask": 2, "run_dir": str(folder)} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.txt").write_text("git: 0123abc\n")
     return folder
 
 
@@ -71,71 +71,52 @@ def test_runs_that_differ_in_their_seed_are_one_band_with_mean_lowest_and_highes
         rows = [row(step, loss=value) for step, value in enumerate(values, 1)]
         runs.append(read_run(write_run(tmp_path / name, rows, seed=seed)))
     other = read_run(write_run(tmp_path / "d", [row(1)], method="random_span", generator_reward="variance"))
-    (band, alone) = group_by_seed([*runs[::-1], other])
-    assert [run.config["seed"] for run in band.runs] == [0, 1, 2] and alone.runs == [other]
-    assert band.name == "active (seeds 0, 1, 2)" and alone.name == "random_span (seed 0)"
+    (band, alone) = group_by_seed([*runs, other])
+    assert band.runs == runs and alone.runs == [other]
+    assert band.name == "a (seed 0, 1, 2)" and alone.name == "d (seed 0)"
     series = band.series("loss")
     assert series.points == [(1, 3.0), (2, 4.0), (3, 9.0)]  # what is not finite is left out of the mean
     assert series.band == [(1, 1.0, 6.0), (2, 4.0, 4.0), (3, 9.0, 9.0)]
     assert alone.series("loss").band == []
 
 
-def test_a_response_is_thought_and_answer():
-    assert split_response(r"So \boxed{a}. No: \boxed{b {c}} end", "boxed") == {"t": r"So \boxed{a}. No:", "a": "b {c}"}
-    assert split_response("no box", "boxed") == {"t": "no box", "a": None}
-    assert split_response("x" * 5000, "boxed") == {"t": "x" * 1200 + " ... (3,800 more characters)", "a": None}
+def test_a_kind_of_mask_that_a_step_lacks_has_the_share_0_there(tmp_path):
+    rows = [{"step": 0}, row(1, **{"gen/share_fact": 0.5}), row(2, **{"gen/invalid_no_answer": 0.25})]
+    (family,) = group_by_seed([read_run(write_run(tmp_path / "run", rows))])
+    assert family.series("gen/share_fact").points == [(1, 0.5), (2, 0.0)]
+    assert family.series("gen/invalid_no_answer").points == [(1, 0.0), (2, 0.25)]
 
 
-def test_spans_count_characters_of_the_passage():
-    task = sample(1, text="\U0001f600 Rhine and Rhine")
-    assert mask_spans(task) == [[2, 7], [12, 17]]
-    task["mask"] |= {"masked": "\U0001f600 [mask] or what", "start": 2}  # the rest cut off, as in next-token masks
-    assert mask_spans(task) == [[2, 7]]
-
-
-def test_an_entry_holds_passage_mask_generator_and_predictions_counted():
-    one = browser_entry([sample(3, text="On the Rhine."), sample(3, text="On the Rhine.", proposal=None)])
-    first, second = one.pop("m")
-    assert one == {"s": 3, "t": "Bonn", "u": "https://x.org/Bonn", "x": "On the Rhine."}
-    assert first["k"] == [[7, 12]] and first["g"]["a"] == "Rhine" and first["g"]["r"] == 0.25 and "g" not in second
-    assert [(said["n"], said["a"], said["r"]) for said in first["p"]] == [(3, "Rhine", 1.0), (1, None, 0.0)]
+def test_masks_are_counted_and_so_are_the_answers_with_their_stored_verdicts():
+    shaped = [{"text": r"\boxed{Rhine}", "correct": 1, "reward": -0.25}]
+    wrong = [{"text": r"Or \boxed{Elbe}", "correct": 0, "reward": 0.5}] * 2
+    invalid = {"words": "", "invalid": "no_answer", "masked": "", "target": ""}
+    tasks = [sample(1, predictions=[], mask=invalid), sample(1, predictions=shaped), sample(1, predictions=wrong)]
+    rhine, nothing = count_responses(tasks)
+    assert (rhine["count"], rhine["task"]) == (2, tasks[1]) and (nothing["count"], nothing["answers"]) == (1, [])
+    assert rhine["answers"] == [
+        (2, "Elbe", r"Or \boxed{Elbe}", 0, 0.5), (1, "Rhine", r"\boxed{Rhine}", 1, -0.25)
+    ]  # fmt: skip
 
 
 def test_text_of_models_and_passages_is_never_markup(tmp_path):
     rows = [row(step, **{f"gen/invalid_{EVIL}": 0.1}) for step in (1, 2)]
     address = f"https://x.org/{EVIL}\"'"
-    first = sample(1, title=EVIL, url=address)  # recurs: shown step by step
-    first["predictions"].append({"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "reward": 0.0})
-    samples = [first, sample(2, passage=first["passage"]), sample(2, url="javascript:x")]
+    first = sample(1, title=EVIL, url=address)
+    first["predictions"].append({"text": rf"So. \boxed{{{EVIL}}}", "finish": "eos", "correct": 0, "reward": 0.0})
+    first["mask"] |= {"target": EVIL, "label": EVIL}
+    samples = [first, sample(2, url="javascript:x")]
     folder = write_run(tmp_path / f"run {EVIL.replace('/', '')}", rows, samples, method=EVIL)
+    write_rows(folder / "probes.jsonl", [first | {"proposal": None}, first])
+    (folder / "environment.txt").write_text(EVIL)
     text = read_page(folder, write_run(tmp_path / "other", rows, [], method="cpt"))
     found, words = parse(text)
     assert sum(EVIL in some for some in words) > 10  # it is there, as text
     tags = [tag for tag, _ in found]
-    assert tags.count("script") == 2 and "img" not in tags and tags.count("body") == 1
+    assert tags.count("script") == 1 and "img" not in tags and tags.count("body") == 1
     assert not any(name.startswith("on") for _, attributes in found for name in attributes)
-    assert [attributes["href"] for tag, attributes in found if tag == "a"] == [address]
-    data = json.loads(re.search(r'id="rollouts">(.*?)</script>', text, re.DOTALL)[1])
-    assert data[0]["e"][0]["t"] == EVIL and data[0]["e"][0]["x"] == TEXT.replace("\ud800", "?")
-
-
-def test_right_and_wrong_come_from_the_stored_verdicts():
-    shaped = [{"text": r"\boxed{Rhine}", "finish": "answer", "correct": 1, "reward": -0.25}]
-    wrong = [{"text": r"\boxed{Elbe}", "finish": "answer", "correct": 0, "reward": 0.5}] * 2
-    older = [{"text": "no", "finish": "eos", "reward": 1.0}, {"text": "so", "finish": "eos", "reward": 0.5}]
-    (mask,) = browser_entry([sample(1, predictions=shaped + wrong + older)])["m"]
-    found = [(item["c"], item["r"], item["n"]) for item in mask["p"]]
-    assert found == [(0, 0.5, 2), (1, -0.25, 1), (1, 1, 1), (0, 0.5, 1)]
-    assert re.findall(r'class="(yes|no)"', step_card(1, [sample(1, predictions=shaped + wrong)])) == ["no", "yes"]
-
-
-def test_titles_lead_only_to_addresses_of_the_web():
-    passage = {"title": "Bonn", "id": "1#0"}
-    linked = '<a dir="auto" href="https://x.org/?a&amp;b" rel="noopener noreferrer">Bonn</a>'
-    assert title_link(passage | {"url": "https://x.org/?a&b"}) == linked
-    for url in ("javascript:alert(1)//https://x.org", "mini-wiki/3", "", "data:text/html,x"):
-        assert title_link(passage | {"url": url}) == f'<span dir="auto">Bonn</span> <small dir="auto">{url}</small>'
-    assert title_link({"title": "", "id": "1#0", "url": ""}).startswith('<span dir="auto">1#0<')
+    assert [attributes["href"] for tag, attributes in found if tag == "a"] == [address] * 2  # of the probe, the example
+    assert TEXT.replace("\ud800", "?") in words and "javascript:x" in words
 
 
 def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
@@ -149,21 +130,26 @@ def test_the_page_loads_nothing_and_runs_no_script_but_its_own(tmp_path):
     assert not re.search(r"@import|url\(|fetch\(|innerHTML", text)
 
 
-def test_one_passage_shows_answers_and_masks_at_successive_steps(tmp_path):
-    recurring = [sample(step, passage=sample(1)["passage"]) for step in (3, 4)]
-    folder = write_run(tmp_path / "run", [row(step) for step in range(1, 41)], recurring)
+def test_one_passage_shows_answers_and_masks_at_successive_probes(tmp_path):
+    folder = write_run(tmp_path / "run", [row(step) for step in range(1, 41)])
     same = {"passage": sample(9)["passage"]}
     kinds = {"proposal": None}, {"predictions": []}  # the answers to a fixed mask, and what the generator masks
     probes = [sample(step, **kind, **same) for step in range(0, 41, 5) for kind in kinds]
     write_rows(folder / "probes.jsonl", probes)
-    html = build_page([read_run(folder)]).replace(' dir="auto"', "")
-    assert [int(step) for step in re.findall(r"<h4>Step (\d+)", html)] == [0, 10, 20, 30, 40] * 2
-    assert html.count('<li class="yes">3 x <b>Rhine</b> <q>It flows.</q></li>') == 5
-    assert "on the <mark>Rhine</mark>." in html and html.count('<li class=""><b>Rhine</b></li>') == 5
-    (folder / "probes.jsonl").unlink()  # next best: what recurs
-    html = build_page([read_run(folder)]).replace(' dir="auto"', "")
-    assert re.findall(r"<h4>Step (\d+)", html) == ["3", "4"] and html.count("Answers to <b>Rhine</b>") == 2
-    assert "no probes.jsonl" in build_page([read_run(write_run(tmp_path / "none", [row(1)], [sample(1), sample(2)]))])
+    tags, words = parse(build_page([read_run(folder)]))
+    words = [text for text in (" ".join(some.split()) for some in words) if text]
+    assert [text for text in words if re.match(r"Step \d", text)] == [f"Step {n}" for n in (0, 10, 20, 30, 40)] * 2
+    assert [tag for tag, keys in tags if keys.get("class") == "yes"] == ["li"] * 5  # right at each of the five
+    assert words.count("3 x") == 5 and words.count(r"It flows. \boxed{Rhine}") == 5 and "Recovering Rhine" in words
+
+
+def test_examples_are_spread_over_the_run_and_the_page_holds_how_it_was_made(tmp_path):
+    rows = [{"step": 0}, *(row(step) for step in range(1, 101))]
+    folder = write_run(tmp_path / "run", rows, [sample(step) for step in range(1, 101)], temperature=0.875)
+    _, words = parse(read_page(folder))
+    steps = [int(found[1]) for found in (re.match(r"Step (\d+):", text) for text in words) if found]
+    assert len(steps) == 20 and steps[0] == 1 and steps[-1] == 100 and steps == sorted(steps)
+    assert any("temperature: 0.875" in text and "git: 0123abc" in text for text in words)
 
 
 @pytest.mark.parametrize("rows", [
@@ -178,13 +164,11 @@ def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
         file.write('{"step": 99, "meth')  # it is being written
     (folder / "samples.jsonl").unlink()
     text = read_page(folder)
-    assert f"<td>{rows[-1]['step']} of 100" in text and "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL)
-    (folder / "config.yaml").unlink()
-    assert "run (seed ?)" in read_page(folder)
+    assert "run (seed 0)" in text and "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL)
 
 
 def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_path):
-    """One of the runs has a paper-like sample every hundred steps: 8 masks, 8 predictions of 4,000 characters."""
+    """Of one run each step that is shown has a paper-like sample: 8 masks, 8 predictions of 4,000 characters."""
     rng = random.Random(0)
     keys = [key for key in row(1) if key not in ("step", "method", "pred/accuracy_histogram")]
     keys += [key for lines in SECTIONS.values() for key, *_ in lines if "*" not in key]
@@ -194,9 +178,11 @@ def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_pat
         rows = [row(step, **{key: rng.random() for key in keys}) for step in range(1, 2001)]
         rows = [one | {"pred/accuracy_histogram": [rng.randrange(30) for _ in range(9)]} for one in rows]
         samples = []
-        for step in range(1, 2001, 100) if name == "a" else ():
-            said = [{"text": f"{rng.random()} Größe 東 " * 250, "finish": "length", "reward": 0.0} for _ in range(8)]
-            samples += [sample(step, text="Über den Rhine 北京 " * 250, predictions=said)] * 8
+        for step in even(list(range(1, 2001)), EXAMPLES) if name == "a" else ():
+            for n in range(8):
+                said = [{"text": f"{rng.random()} Größe 東 " * 250, "correct": 0, "reward": 0.0} for _ in range(8)]
+                task = sample(step, text="Über den Rhine 北京 " * 250, predictions=said)
+                samples.append(task | {"mask": task["mask"] | {"words": f"Rhine {n}"}})
         folders.append(write_run(tmp_path / name, rows, samples, method=name))
     target = write_report(folders)
     assert 500_000 < target.stat().st_size < 3_000_000
@@ -208,7 +194,7 @@ def test_the_command_writes_the_page_or_says_in_one_line_why_not(tmp_path, monke
     folder = write_run(tmp_path / "run", [row(1)])
     monkeypatch.setattr(sys, "argv", ["report/", str(folder)])
     main()
-    assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0") and not list(folder.glob("*.part"))
+    assert capsys.readouterr().out.startswith(f"{folder / 'report.html'}: 0.0")
     for words in ([str(tmp_path)], [str(tmp_path / "none")], [str(folder), str(tmp_path)]):
         monkeypatch.setattr(sys, "argv", ["report/", *words])
         with pytest.raises(SystemExit) as ended:

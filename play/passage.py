@@ -197,7 +197,9 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
 
     def both(name: str, hand: float, code: float, digits: int) -> None:
         pairs[name] = (hand, code)
-        say(f"   {name}  {hand:.{digits}f} by hand, {code:.{digits}f} in the code")
+        same = math.isclose(hand, code, rel_tol=0.01, abs_tol=0.1**digits)
+        end = "" if same else "   <- DIFFERENT: the code has another rule, or less precision"
+        say(f"   {name}  {hand:.{digits}f} by hand, {code:.{digits}f} in the code{end}")
 
     # ---- step 1 of train.py; `start` and `before` are the plain model and the trainer's as before the step
     tokenizer = load_tokenizer(config)

@@ -26,11 +26,24 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+KEYS = ["temperature=0.8", "max_passages=200", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}"]
+
+
 @pytest.fixture(scope="module")
 def explained(ranks):
     """The pairs of numbers of explain on the tiny base."""
-    keys = ["passages_per_step=4", "temperature=0.8", f"model={BASE}", f"data={ROOT / 'assets/tiny_wiki.jsonl.gz'}"]
-    return explain(read_config([TINY, *keys, "max_passages=200"]), ranks, [].append)
+    lines = []
+    pairs = explain(read_config([TINY, *KEYS, "passages_per_step=4"]), ranks, lines.append)
+    assert "DIFFERENT" not in "\n".join(lines)
+    return pairs
+
+
+def test_a_code_with_another_rule_is_marked(ranks, monkeypatch):
+    monkeypatch.setattr(play, "group_advantages", lambda rewards, config: [earned - 0.5 for earned in rewards])
+    lines = []
+    explain(read_config([TINY, *KEYS, "passages_per_step=2"]), ranks, lines.append)
+    marked = [line.split()[0] for line in "\n".join(lines).split("\n") if "DIFFERENT" in line]
+    assert marked and set(marked) == {"advantage"}
 
 
 def test_every_number_worked_out_by_hand_is_the_codes(explained):

@@ -197,7 +197,7 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
 
     def both(name: str, hand: float, code: float, digits: int) -> None:
         pairs[name] = (hand, code)
-        same = math.isclose(hand, code, rel_tol=0.01, abs_tol=0.1**digits)
+        same = math.isclose(hand, code, rel_tol=0.01, abs_tol=1e-6)
         end = "" if same else "   <- DIFFERENT: the code has another rule, or less precision"
         say(f"   {name}  {hand:.{digits}f} by hand, {code:.{digits}f} in the code{end}")
 

@@ -23,11 +23,11 @@ from config import Config
 from data import Corpus, Passage
 from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
-from prompts import BOXED_OPENING, last_answer
+from prompts import BOXED_OPENING, last_answer, predict_prefix, predict_prompt, question_prompt
 from ranks import gather
 from relatives.rlvr import verify_predictions
 from rewards import exact_match
-from rollout import Sampler, derive_seed, predict_prefix, predict_prompt, question_prompt, rollout, sequence_logprobs
+from rollout import Sampler, derive_seed, rollout, sequence_logprobs
 from text.files import DataError
 
 NO_THOUGHT_TOKENS = 64
@@ -143,9 +143,6 @@ def perplexity(sampler: Sampler, texts: list[str]) -> float:
     scores = [score for row in sequence_logprobs(sampler, mine) for score in row]
     parts = gather([(math.fsum(scores), len(scores))])
     return math.exp(-sum(total for total, _ in parts) / sum(tokens for _, tokens in parts))
-
-
-# ------------------------------------------------------------------------------------------------------ during training
 
 
 if __name__ == "__main__":

@@ -19,11 +19,14 @@ from data import Corpus, Passage
 from grpo import Group, Sample, add_ref_logprobs, make_samples
 from masking import Mask, make_mask, random_span
 from model import add_extra
-from prompts import BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer
+from prompts import (
+    BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer, mask_prompt, predict_prompt,
+    question_prompt,
+)  # fmt: skip
 from ranks import Ranks
 from relatives import next_token, quiet_star, rlp, rlvr
 from rewards import INVALID_MASK_REWARD, is_right, mask_rewards, prediction_reward
-from rollout import Rollout, Sampler, derive_seed, mask_prompt, predict_prompt, question_prompt, rollout
+from rollout import Rollout, Sampler, derive_seed, rollout
 
 
 @dataclass
@@ -96,9 +99,7 @@ def propose_masks(run: Run, passages: list[Passage], step: int) -> list[list[Tas
     return proposals
 
 
-def named_masks(
-    sampler: Sampler, passages: list[Passage], noise: tuple, rngs: list[random.Random]
-) -> list[list[Task]]:  # fmt: skip
+def named_masks(sampler: Sampler, passages: list[Passage], noise: tuple, rngs: list[random.Random]) -> list[list[Task]]:
     """The generator's responses to each passage, and the masks that they name. rngs: one for each passage's masks."""
     config = sampler.config
     prompts = [mask_prompt(sampler, passage.text) for passage in passages]

@@ -32,10 +32,10 @@ from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
 from methods import METHODS, Task
-from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
+from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, mask_prompt, predict_prompt, scan
 from ranks import enter
 from rewards import caseless_match
-from rollout import Rollout, Sampler, mask_prompt, predict_prompt
+from rollout import Rollout, Sampler
 
 RECORDED = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 
@@ -276,20 +276,13 @@ def step_metrics(proposals: list[list[Task]], groups: list[Group], samples: list
     metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
     authored = [[task for task in per_passage if task.proposal] for per_passage in proposals]
     metrics |= mask_metrics(authored if any(authored) else proposals)  # without random masks beside the generator's
-    metrics["pred/valid_rate"] = mean(
-        [last_answer(rollout.text, "boxed") is not None for task in graded for rollout in task.predictions]
-    )
+    answers = [(last_answer(one.text, "boxed"), task.mask.target) for task in graded for one in task.predictions]
+    metrics["pred/valid_rate"] = mean([answer is not None for answer, _ in answers])
     accuracies = [task.accuracy for task in graded]
     histogram = Counter(round(accuracy * config.predictions_per_mask) for accuracy in accuracies)
     metrics |= {
         "pred/accuracy": mean(accuracies),
-        "pred/accuracy_caseless": mean(
-            [
-                caseless_match(last_answer(rollout.text, "boxed"), task.mask.target)
-                for task in graded
-                for rollout in task.predictions
-            ]
-        ),
+        "pred/accuracy_caseless": mean([caseless_match(*pair) for pair in answers]),
         "pred/accuracy_zero": mean([accuracy == 0 for accuracy in accuracies]),
         "pred/accuracy_one": mean([accuracy == 1 for accuracy in accuracies]),
         # masks with 0, 1, ... predictions_per_mask right answers

@@ -1,12 +1,14 @@
 r"""Prompts of the two roles and of questions; finding the answer, `\mask{...}` or `\boxed{...}`, in a response.
 
-The paper describes its prompts but does not reprint them; these are in our words, and config keys. Leaves out
-tokenizers and chat templates (rollout's business) and what makes an answer right (rewards.py).
+The paper describes its prompts but does not reprint them; these are in our words, and config keys. Functions with a
+`sampler` (rollout.Sampler) make token ids of them. What makes an answer right stands in rewards.py.
 
 Run alone: `python -m doctest -v prompts.py`
 """
 
 import re
+
+from config import Config, ConfigError
 
 MASK_PROMPT = r"""Choose words to hide in the passage. A reader who sees [mask] in their place will try to recover them.
 
@@ -68,6 +70,89 @@ def fill(template: str, passage: str) -> str:
     if template.count("{passage}") != 1:
         raise ValueError(f"a prompt template must contain {{passage}} once: {template!r}")
     return template.replace("{passage}", passage)
+
+
+def chat_frame(tokenizer) -> tuple[str, str] | None:
+    """What the chat template writes before and after one user turn; None without a template. Rendered once for a run,
+    because a template may write the time. Raises ConfigError where it cannot be rendered, or changes the turn's text.
+    """
+    if not tokenizer.chat_template:
+        return None
+    template, mark = tokenizer.chat_template, "\ue000"
+    if isinstance(template, dict) and "default" not in template:
+        raise ConfigError(
+            f"chat_template='auto': the tokenizer has the templates {', '.join(template)} and none is called default; "
+            "chat_template=none for plain text, or the path of a Jinja file"
+        )
+    turn = [{"role": "user", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # Jinja's own, or whatever the template raises
+        raise ConfigError(f"chat_template: cannot be rendered ({error}); chat_template=none for plain text") from None
+    if text.count(mark) != 1:
+        raise ConfigError("chat_template: does not write a user turn as it stands, once; try chat_template=none")
+    head, tail = text.split(mark)
+    return head, tail
+
+
+def leading_ids(tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts in front of any text; what it appends (an end token) is left out."""
+    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    return next(whole[:n] for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)
+
+
+def encode(tokenizer, prompt: str, prefix: str = "", frame: tuple[str, str] | None = None) -> list[int]:
+    """The prompt's token ids: one user turn of the chat template if there is one, else plain text.
+
+    `prefix` opens the response (the probe's answer without a thought). frame: the rendered template (chat_frame).
+    """
+    frame = frame or chat_frame(tokenizer)
+    if frame:  # the template writes its own special tokens
+        turn, opened = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt.join(frame), prefix))
+        return turn + opened
+    return leading_ids(tokenizer) + tokenizer(prompt + prefix, add_special_tokens=False).input_ids
+
+
+def mask_prompt(sampler, text: str) -> list[int]:
+    """The generator's prompt for a passage, token ids."""
+    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text), "", sampler.frame)
+
+
+def predict_prompt(sampler, masked: str, thought: bool = True) -> list[int]:
+    """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
+
+
+def question_prompt(sampler, question: str, thought: bool = True) -> list[int]:
+    """The prompt of a question with a verifiable answer, token ids; without `thought` the answer is opened already."""
+    prompt = fill(sampler.config.question_prompt or QUESTION_PROMPT, question)
+    return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
+
+
+def check_prompts(sampler) -> None:
+    """Raises ConfigError if the longest passage could make a prompt over max_prompt_tokens, or if the longest prompt
+    and response exceed the model's context."""
+    config = sampler.config
+    context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None)
+    longest = config.max_prompt_tokens + max(config.max_mask_tokens, config.max_prediction_tokens)
+    if context and longest > context:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens}: with the longest response {longest} tokens, but the model "
+            f"has {context} positions (max_position_embeddings); lower it, max_mask_tokens or max_prediction_tokens"
+        )
+    room = config.max_prompt_tokens - config.max_passage_tokens
+    frame = max(len(mask_prompt(sampler, "")), len(predict_prompt(sampler, "")))
+    if frame > room:
+        raise ConfigError(
+            f"max_prompt_tokens={config.max_prompt_tokens}: must be at least {config.max_passage_tokens + frame}, "
+            f"max_passage_tokens={config.max_passage_tokens} plus the {frame} tokens of the longer prompt template"
+        )
+
+
+def predict_prefix(config: Config) -> str:
+    """What opens an answer without a thought."""
+    return config.predict_prefix or PREDICT_PREFIX
 
 
 def last_answer(text: str, command: str) -> str | None:

@@ -35,9 +35,10 @@ from metrics import (
     sample_rows, save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
 )  # fmt: skip
 from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
+from prompts import chat_frame, check_prompts
 from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
-from rollout import chat_frame, check_prompts, make_sampler
+from rollout import make_sampler
 from text.files import DataError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from benchmarks.scores import summarise
 from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError
-from prompts import BOXED_OPENING, fill
+from prompts import BOXED_OPENING, encode, fill
 from ranks import gather
-from rollout import Sampler, encode, generate
+from rollout import Sampler, generate
 
 
 @dataclass

@@ -25,10 +25,10 @@ from eval import make_probe
 from metrics import append_row
 from miniature.real import TRANSFERS
 from model import load_replica, load_tokenizer
-from prompts import BOXED_OPENING, last_answer
+from prompts import BOXED_OPENING, encode, last_answer, predict_prompt
 from ranks import gather, start_ranks
 from rewards import exact_match
-from rollout import Sampler, encode, make_sampler, predict_prompt, rollout
+from rollout import Sampler, make_sampler, rollout
 
 KEYS = ["configs/smollm2-135m.yaml", "seed=99", "probe_passages=512"]
 LAST_WORD = re.compile(r"(.*\s)(\w+)\W*", re.DOTALL)

@@ -31,9 +31,9 @@ from data import Corpus, Passage, build_index, load_corpus
 from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
 from model import build_policy, build_reference, load_replica, load_tokenizer
-from prompts import last_answer
+from prompts import check_prompts, last_answer, mask_prompt
 from ranks import Ranks, start_ranks
-from rollout import Rollout, Sampler, check_prompts, derive_seed, make_sampler, mask_prompt
+from rollout import Rollout, Sampler, derive_seed, make_sampler
 from text.files import RESERVED, DataError
 from train import step
 

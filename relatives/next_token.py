@@ -13,8 +13,9 @@ from config import Config
 from data import Passage
 from grpo import score
 from masking import MASK, Mask, label_of, strip_hidden
+from prompts import leading_ids
 from rewards import answerable
-from rollout import Sampler, leading_ids
+from rollout import Sampler
 
 if TYPE_CHECKING:
     from methods import Run, Task

@@ -34,11 +34,12 @@ from config import Config, ConfigError
 from data import Passage
 from grpo import Group, MicroBatch, Sample, make_micro_batches, update
 from ops import pack, token_logprobs
+from prompts import leading_ids
 from ranks import Ranks, gather
 from relatives import rlp
 from relatives.next_token import draw_distinct
 from relatives.rlp import MIN_PREFIX, thought_task
-from rollout import Rollout, derive_seed, leading_ids
+from rollout import Rollout, derive_seed
 
 if TYPE_CHECKING:
     from methods import Run, Task

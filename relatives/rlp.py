@@ -15,7 +15,8 @@ from config import Config, ConfigError
 from data import Passage
 from grpo import Group, Sample, score
 from masking import MASK, Mask
-from rollout import Rollout, Sampler, chat_frame, derive_seed, leading_ids
+from prompts import chat_frame, leading_ids
+from rollout import Rollout, Sampler, derive_seed
 
 if TYPE_CHECKING:
     from methods import Run, Task

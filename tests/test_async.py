@@ -22,8 +22,7 @@ import ops
 import rollout
 from bench.step import NEVER
 from engine import cache
-from prompts import MASK_OPENING
-from rollout import mask_prompt
+from prompts import MASK_OPENING, mask_prompt
 
 PROMPTS, COUNT, TOKENS = 12, 4, 24
 SETTINGS = {

@@ -18,7 +18,8 @@ from bench.__main__ import main
 from bench.plan import PlanOptions, Work, read_words
 from bench.step import NEVER, given_work, made_up_work, make_run, random_sampler, step_table, time_steps
 from config import Config, ConfigError
-from rollout import generate, predict_prompt
+from prompts import predict_prompt
+from rollout import generate
 
 TINY = ["configs/tiny.yaml", "passages_per_step=2", "masks_per_passage=2", "predictions_per_mask=4"]
 

@@ -28,9 +28,9 @@ from grpo import make_optimizer
 from methods import METHODS
 from metrics import append_row, read_rows, unwritten
 from model import build_policy
+from prompts import predict_prompt
 from report import card as card_module
 from report.card import known_base, model_card, write_card
-from rollout import predict_prompt
 from train import open_or_resume
 
 

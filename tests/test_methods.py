@@ -19,6 +19,7 @@ import masking
 import methods
 from config import Config, ConfigError
 from data import Passage
+from prompts import leading_ids, mask_prompt, predict_prompt, question_prompt
 from text.files import DataError
 from grpo import Group, update
 from masking import Mask, make_mask
@@ -29,7 +30,7 @@ from relatives import next_token, rlp, rlvr
 from relatives.next_token import LOOKAHEAD, next_token_mask
 from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
 from rewards import answerable
-from rollout import leading_ids, mask_prompt, Rollout, predict_prompt, question_prompt
+from rollout import Rollout
 
 BONN = Passage("1#0", "Bonn", "", "Bonn is old.")
 BONN_TOKENS = [(0, 4), (4, 7), (7, 11), (11, 12)]

@@ -20,11 +20,11 @@ from config import Config, ConfigError
 from engine import batching
 from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, update
 from model import build_policy, refresh
-from prompts import BOXED_OPENING, CLOSED, START, last_answer, scan
-from rollout import (
-    Rollout, as_arrays, chat_frame, check_prompts, derive_seed, encode, from_arrays, generate, leading_ids,
-    make_sampler, mask_prompt, predict_prefix, predict_prompt, rollout, sequence_logprobs,
+from prompts import (
+    BOXED_OPENING, CLOSED, START, chat_frame, check_prompts, encode, last_answer, leading_ids, mask_prompt,
+    predict_prefix, predict_prompt, scan,
 )  # fmt: skip
+from rollout import Rollout, as_arrays, derive_seed, from_arrays, generate, make_sampler, rollout, sequence_logprobs
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]

@@ -118,25 +118,25 @@ def test_tables_by_hand():
     results = {"active": pair, "random_span": [make_run("random_span", 11, fact=0.4)], "active, two facts": two_facts}
     results |= {"rlvr": [make_run("rlvr", accuracy=0.5, greedy=0.2, all=0.4)], "ladder: star": thinks}
     made = make_tables(holding() | results)
-    cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11 | 2"
+    cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11"
     for row in (
-        "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |  |", f"| active | {cells} |",
-        "| random_span | 0.40 | 0.15 | 1.00 | 0.90 | 1.00 |  | 2.0k | 2.0k | 3.0e+11 | 1 |",
+        "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |", f"| active | {cells} |",
+        "| random_span | 0.40 | 0.15 | 1.00 | 0.90 | 1.00 |  | 2.0k | 2.0k | 3.0e+11 |",
     ):
         assert row in made["methods"].split("\n")
     assert "| active - random_span | facts, sampled | 0.30 | 0.30, 0.30 |" in made["differences"]
     cells = "0.15 | 0.40 ± 0.64 | 0.25 ± 0.64 | 0.20, 0.30 | 0.25 ± 0.00"
     assert f"| active, two facts | may be masked | {cells} |" in made["never masked"]
-    assert "| rlvr | 0.15 | 0.20 | 0.50 | 0.40 | 0.50 | 1 |" in made["rlvr"]
+    assert "| rlvr | 0.15 | 0.20 | 0.50 | 0.40 | 0.50 |" in made["rlvr"]
     assert "| star | 0.50 | 0.75 | 0.25 | 0.12 | 4.0 5.0 | 0.00 | 2k 2k |" in made["ladder"]
 
 
 def test_a_failed_claim_is_bold():
     results = holding()
     lines = make_tables(results)["claims"].split("\n")[2:]
-    assert lines[0] == "| learns | 1 | yes |" and len(lines) == len(CLAIMS)
+    assert lines[0] == "| learns | yes |" and len(lines) == len(CLAIMS)
     results["active"][0]["probes"][-1]["greedy_fact"] = 0.2
-    assert make_tables(results)["claims"].split("\n")[2] == "| **learns** | 1 | **failed** |"
+    assert make_tables(results)["claims"].split("\n")[2] == "| **learns** | **failed** |"
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -290,7 +290,7 @@ def test_math_verify_tells_the_words_of_a_kind_apart():
 
 
 def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
-    config = dict.fromkeys(real.KEYS, 2) | {"method": "active", "seed": 3, "steps": 6}
+    config = dict.fromkeys(real.KEYS, 2) | {"method": "active", "seed": 3, "steps": 6, "dtype": "float32"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     (tmp_path / "environment.txt").write_text("command: train.py\ngit: abc\n")
     rows = [{"step": 0, "probe/accuracy": 0.25, "probe/accuracy_greedy_name": 0.5, "probe/perplexity": 40.0}]
@@ -311,3 +311,34 @@ def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
     (line,) = tables.markdown(real.real_table(kept, tables.interval)).split("\n")[2:]
     cells = "0.30→0.60 | 0.00→0.00 | 0.10→0.10 | 0.25→0.38 |  | 40.0→40.0"
     assert line == f"| active | 3 4 | 1,900 | {cells} |"  # means over seeds
+
+
+def real_run(seed: int, share: float, held_out: float) -> dict:
+    """From 0.5 of function words to `share`, and from 0.1 right on held-out masks to `held_out`."""
+    curves = {"pred/accuracy": [0.2, 0.3, 0.4], "gen/share_function": [0.5, 0.6, share]} | {"gen/top_word_share": [0.1] * 3}
+    probes = [{"all": 0.1, "greedy": 0.1}, {"all": held_out, "greedy": 0.1}]
+    keys = {"method": "active", "dtype": "float32"}
+    return {"seed": seed, "keys": keys, "totals": {"responses": 1}, "curves": curves, "probes": probes}
+
+
+def test_predictions_on_real_text_need_all_their_seeds():
+    active = [real_run(seed, 0.7, 0.1 + seed / 1000) for seed in (0, 10, 11, 12)]
+    frozen = [real_run(seed, 0.6, 0.1) for seed in (10, 11)]
+    names = [name for name, _ in real.real_claims({"active": active, "frozen generator": frozen})]
+    assert names == ["prediction", "own masks"]
+    held = dict(real.real_claims({"active": active, "frozen generator": [*frozen, real_run(12, 0.64, 0.1)]}))
+    assert held["own masks"] == held["function words"] == "yes" and held["**frozen teaches more**"] == "**failed**"
+    table = real.real_table({"active": active}, tables.interval)[1:]
+    assert [row[1] for row in table] == ["0", "10 11 12"]  # the seed that served for tuning stands apart
+    # gains 0.010, 0.011, 0.012: standard deviation 0.001, times 4.303 / sqrt(3)
+    assert table[1][6] == "0.10→0.11 (0.01 ± 0.00)" and table[0][6] == "0.10→0.10"
+
+
+def test_transfer_has_a_row_for_each_arm(tmp_path):
+    sets = {"last_word": [0.25, 512], "heldout": [0.5, 512], "other": [0.125, 512]}
+    rows = [{"model": name} | sets for name in ("start", "active 10", "active 11")]
+    rows[2] = rows[2] | {"heldout": [0.7, 512]}
+    write_rows(tmp_path / "transfer.jsonl", rows)
+    start, active = real.transfer_table(tables.interval, tmp_path / "transfer.jsonl")[1:]
+    assert start == ["start", "", "0.25", "0.50", "0.12"] and active[:2] == ["active", "10 11"]
+    assert active[3] == "0.60 ± 1.27"  # 12.71 * 0.1414 / sqrt(2)

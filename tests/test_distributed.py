@@ -141,7 +141,7 @@ def test_a_save_is_of_the_moment_it_was_asked_for(both):
 def test_an_exported_model_has_a_card_of_its_run(both):
     card = ModelCard(both("tiny-rlp")[0]["card"])
     assert card.data.tags[:4] == ["pretrainzero", "reinforcement-learning", "grpo", "rlp"]
-    assert card.data.license == "mit" and "worker.py" in card.text and "; 2 x cpu\n" in card.text
+    assert card.data.license == "mit" and "worker.py" in card.text and "world size: 2\n" in card.text
     assert "| | step 0 | \n" in card.text and "after 2 of 2 steps of `rlp`" in card.text
 
 

@@ -27,7 +27,8 @@ def test_the_command_measures_each_model_on_the_same_words(command, tmp_path):
     words = [f"one={ROOT / 'assets/tiny_base'}", f"two={ROOT / 'assets/tiny_base'}", f"data={data}", *keys.split()]
     words += [f"other.data={other}", "other.text_field=question", "other.min_passage_tokens=4", "max_passages=1200"]
     file = tmp_path / "call.py"
-    file.write_text(f"import pathlib, miniature.transfer as t\nt.main({words!r}, pathlib.Path({str(record)!r}))\n")
+    call = f"import miniature.transfer\nminiature.transfer.main({words!r}, pathlib.Path({str(record)!r}))\n"
+    file.write_text(f"import pathlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n{call}")
     ended = command([file], 90, ranks=2)
     assert ended.returncode == 0, ended.stderr[-2000:]
     one, two = map(json.loads, record.read_text().splitlines())

@@ -315,7 +315,8 @@ def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
 
 def real_run(seed: int, share: float, held_out: float) -> dict:
     """From 0.5 of function words to `share`, and from 0.1 right on held-out masks to `held_out`."""
-    curves = {"pred/accuracy": [0.2, 0.3, 0.4], "gen/share_function": [0.5, 0.6, share]} | {"gen/top_word_share": [0.1] * 3}
+    curves = {"pred/accuracy": [0.2, 0.3, 0.4], "gen/share_function": [0.5, 0.6, share]}
+    curves["gen/top_word_share"] = [0.1, 0.1, 0.1]
     probes = [{"all": 0.1, "greedy": 0.1}, {"all": held_out, "greedy": 0.1}]
     keys = {"method": "active", "dtype": "float32"}
     return {"seed": seed, "keys": keys, "totals": {"responses": 1}, "curves": curves, "probes": probes}

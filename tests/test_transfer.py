@@ -22,16 +22,16 @@ def test_the_last_word_is_right_if_the_model_writes_it_first(build_sampler, monk
 
 
 def test_the_command_measures_each_model_on_the_same_words(command, tmp_path):
-    record, keys = tmp_path / "transfer.jsonl", "min_passage_tokens=8 max_passage_tokens=40 probe_passages=24"
+    record, keys = tmp_path / "transfer.jsonl", "min_passage_tokens=8 max_passage_tokens=40 probe_passages=12"
     data, other = ROOT / "assets/tiny_wiki.jsonl.gz", ROOT / "assets/tiny_questions.jsonl"
     words = [f"one={ROOT / 'assets/tiny_base'}", f"two={ROOT / 'assets/tiny_base'}", f"data={data}", *keys.split()]
-    words += [f"other.data={other}", "other.text_field=question", "other.min_passage_tokens=4", "max_passages=1200"]
+    words += [f"other.data={other}", "other.text_field=question", "other.min_passage_tokens=4", "max_passages=600"]
     file = tmp_path / "call.py"
     call = f"import miniature.transfer\nminiature.transfer.main({words!r}, pathlib.Path({str(record)!r}))\n"
     file.write_text(f"import pathlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n{call}")
-    ended = command([file], 90, ranks=2)
+    ended = command([file], 180, ranks=2)
     assert ended.returncode == 0, ended.stderr[-2000:]
     one, two = map(json.loads, record.read_text().splitlines())
     assert (one.pop("model"), two.pop("model")) == ("one", "two") and one == two
-    assert one["last_word"][1] == 24 and one["heldout"][1] > 24 and one["other"][1] > 0  # a mask for each label
+    assert one["last_word"][1] == 12 and one["heldout"][1] > 12 and one["other"][1] > 0  # a mask for each label
     assert all(0 <= share <= 1 for share, _ in one.values())

@@ -5,7 +5,6 @@
 The runs take hours, so no command makes them anew; configs/smollm2-135m.yaml and the keys in the record say how.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -91,7 +90,7 @@ REAL_SEEDS = (10, 11, 12)
 def real_table(results: dict[str, list[dict]], interval: Callable[[list[float]], str]) -> list[list[str]]:
     """One row an arm, means over its seeds: start and end of the probe, the first and the last five steps of training,
     and of three seeds or more the interval of the probe's gains."""
-    heads = ["responses", "own masks", "function words", "top word", "held out", "greedy", "perplexity"]
+    heads = ["responses", "own masks", "function words", "top word", "held out", "greedy"]
     table, rows = [["run", "seeds", *heads]], []
     for arm, runs in results.items():  # seeds that served for tuning stand apart; docs/differences.md has bfloat16
         runs = [run for run in runs if run["keys"].get("dtype", "float32") == "float32"]
@@ -103,10 +102,9 @@ def real_table(results: dict[str, list[dict]], interval: Callable[[list[float]],
         for curve in ("pred/accuracy", "gen/share_function", "gen/top_word_share"):
             first, last = (fmean(run["curves"][curve][n] for run in runs) for n in (0, -1))
             cells.append(f"{first:.2f}→{last:.2f}" if asked else "")
-        for key, digits in {"all": 2, "greedy": 2, "perplexity": 1}.items():
-            first, last = (fmean(run["probes"][n].get(key, math.nan) for run in runs) for n in (0, -1))
-            gain = f" ({interval(gains(runs, key))})" if len(runs) > 2 and digits == 2 else ""
-            cells.append(f"{first:.{digits}f}→{last:.{digits}f}{gain}" if math.isfinite(first + last) else "")
+        for key in ("all", "greedy"):
+            first, last = (fmean(run["probes"][n][key] for run in runs) for n in (0, -1))
+            cells.append(f"{first:.2f}→{last:.2f}" + (f" ({interval(gains(runs, key))})" if len(runs) > 2 else ""))
         table.append(cells)
     return table
 

@@ -51,7 +51,7 @@ SECTIONS = {
         ("gen/occurrences", "of a mask's words in their passage, mean"),
     ],
     "Rewards": [
-        ("gen/reward", "of masks: 1 - accuracy, 0 if none is right or the mask is invalid", SHARE),
+        ("gen/reward", "of masks; by default 1 - accuracy, 0 if none is right or the mask is invalid", SHARE),
         ("pred/accuracy", "right predictions of the step's masks; the generator moves it", SHARE),
         ("pred/accuracy_zero", "masks that nobody solves: they teach nothing", SHARE),
         ("pred/accuracy_one", "masks that all solve: they teach nothing", SHARE),

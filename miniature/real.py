@@ -18,7 +18,7 @@ from miniature.claims import TOTALS, Claim, gains, means_of_five
 REAL_RECORD = Path(__file__).resolve().parent / "real.jsonl"
 TRANSFERS, SETS = REAL_RECORD.with_name("transfer.jsonl"), ("last_word", "heldout", "other")
 KEYS = "method seed steps dtype train_generator mask_content learning_rate passages_per_step masks_per_passage".split()
-KEYS += ["predictions_per_mask"]
+KEYS += ["predictions_per_mask", "random_masks"]
 REAL_PROBES = {"all": "probe/accuracy", "greedy": "probe/accuracy_greedy", "perplexity": "probe/perplexity"}
 REAL_PROBES |= {kind: f"probe/accuracy_{kind}" for kind in WORD_KINDS}
 REAL_PROBES |= {f"greedy_{kind}": f"probe/accuracy_greedy_{kind}" for kind in WORD_KINDS}
@@ -92,9 +92,9 @@ def real_table(results: dict[str, list[dict]], interval: Callable[[list[float]],
     and of three seeds or more the interval of the probe's gains."""
     heads = ["responses", "own masks", "function words", "top word", "held out", "greedy"]
     table, rows = [["run", "seeds", *heads]], []
-    for arm, runs in results.items():  # seeds that served for tuning stand apart; docs/differences.md has bfloat16
+    for arm, runs in results.items():  # docs/differences.md has bfloat16
         runs = [run for run in runs if run["keys"].get("dtype", "float32") == "float32"]
-        rows += [(arm, [run for run in runs if (run["seed"] in REAL_SEEDS) == fresh]) for fresh in (False, True)]
+        rows.append((arm, [run for run in runs if run["seed"] in REAL_SEEDS] or runs))  # others served for tuning
     for arm, runs in [row for row in rows if row[1]]:
         asked = runs[0]["keys"]["method"] != "sft"  # nothing is sampled, and masks are by rule
         cells = [arm, " ".join(str(run["seed"]) for run in runs)]

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from reference import ROOT
 
 from miniature import transfer
@@ -21,6 +22,7 @@ def test_the_last_word_is_right_if_the_model_writes_it_first(build_sampler, monk
     assert transfer.last_words(sampler, texts) == [1.0, 0.0, 1.0]  # a text of one word is left out
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_model_on_the_same_words(command, tmp_path):
     record, keys = tmp_path / "transfer.jsonl", "min_passage_tokens=8 max_passage_tokens=40 probe_passages=12"
     data, other = ROOT / "assets/tiny_wiki.jsonl.gz", ROOT / "assets/tiny_questions.jsonl"

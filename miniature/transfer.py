@@ -10,6 +10,7 @@ a text of another kind. A line of miniature/transfer.jsonl for each model, the s
     other        masks in the other text
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -79,6 +80,7 @@ def main(words: list[str], record: Path = TRANSFERS) -> None:
             append_row(record, row)
             print(row, flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # as train.py leaves: library threads may abort a normal exit
 
 
 if __name__ == "__main__":

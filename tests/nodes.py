@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def main() -> None:
         torch.save({"gradients": gradients, "weights": after}, out / "tensors.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # as train.py leaves: library threads may abort a normal exit
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Two ranks: torchrun --nproc_per_node=2 tests/test_quiet_star.py OUT MODEL
 import copy
 import json
 import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -194,6 +195,7 @@ def main(out: Path, model: Path) -> None:
     result = compare(run := quiet_run(model, ranks, 125), thought_tasks(run, 3))
     (out / f"{ranks.rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as train.py leaves: library threads may abort a normal exit
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import hashlib
 import json
+import os
 import sys
 import threading
 import traceback
@@ -556,6 +557,7 @@ def main() -> None:
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
         dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # as train.py leaves: library threads may abort a normal exit
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ a text of another kind. A line of miniature/transfer.jsonl for each model, the s
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -58,6 +59,8 @@ def masked_words(sampler: Sampler, probe) -> list[float]:
 def main(words: list[str], record: Path = TRANSFERS) -> None:
     """The command. Raises ConfigError for a bad key."""
     names = dict(word.rsplit("=", 1) for word in words if Path(word.rpartition("=")[2], "config.json").is_file())
+    if not names:
+        raise ConfigError("NAME=MODEL: no word names a folder with config.json")
     keys = [word for word in words if word.rpartition("=")[0] not in names]
     others = [word.removeprefix("other.") for word in keys if word.startswith("other.")]
     config = read_config(KEYS + [word for word in keys if not word.startswith("other.")])
@@ -73,6 +76,9 @@ def main(words: list[str], record: Path = TRANSFERS) -> None:
                     build_index(asked, sampler.tokenizer, folder)
                 dist.barrier()
                 probes[part] = make_probe(load_corpus(folder, asked), sampler, asked)
+                dist.barrier()
+                if ranks.rank == 0:
+                    shutil.rmtree(folder)
         scores = {"last_word": last_words(sampler, [one.text for one in probes["heldout"].passages])}
         scores |= {part: masked_words(sampler, probe) for part, probe in probes.items()}
         row = {"model": name} | {part: [round(fmean(values), 4), len(values)] for part, values in scores.items()}

@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
     >>> normalise(r"\frac{1}{2}")  # only the wrappers' braces go
     '\\frac{1}{2}'
     """
-    text = "".join(char for char in text if char.isascii() or unicodedata.category(char) != "Cf")
+    text = "".join(char for char in text if char.isascii() or unicodedata.category(char) != "Cf").strip()
     # Word by word and at most 256 characters at a time: NFKC sorts runs of accents in quadratic time.
     text = re.sub(r"\S{1,256}", lambda part: unicodedata.normalize("NFKC", part[0]), text)
     text = unquote(" ".join(undo_latex(text).split()))

@@ -78,9 +78,9 @@ class Saver:
 
 def make_saver(policy: nn.Module, optimizer, sampler: Sampler, average: nn.Module | None = None) -> Saver:
     """Every rank calls it. Removes what killed saves have left."""
-    config, cuda = sampler.config, sampler.ranks.device.type == "cuda"
+    config = sampler.config
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.rank_timeout))
-    stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned memory and its faster copies on a GPU
+    stager = DefaultStager(StagingOptions(False, False, False, False))  # a refusal of pinned memory would end the run
     index, known = Path(config.run_dir) / "cache/index.json", {}
     if sampler.ranks.rank == 0:
         for part in _folder(config).glob("*.part"):

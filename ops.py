@@ -201,8 +201,10 @@ def apply_liger(model) -> bool:
     Must be given to trainer and sampler alike, else their log-probs drift apart. Liger's fused loss is left out: the
     loss here needs per-token log-probs and entropies.
     """
+    from liger_kernel.backends import set_impl
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    set_impl("nvidia-triton")  # with CuTe installed, long rows with gradient would be rotated unlike the sampler's
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend that is not installed
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:

@@ -25,7 +25,6 @@ from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage
 from engine.batching import describe_attention
-from engine.cache import table_reader
 from grpo import make_optimizer
 from masking import Mask
 from methods import Method, Run, Task
@@ -154,7 +153,8 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
     """The names of the checks that failed, the same on every rank; every rank calls it."""
     config = replace(config, learning_rate=1e-3, warmup_steps=0)  # an update that shows in bfloat16
     cuda, failed, shape = ranks.device.type == "cuda", [], shape_of(architecture(config.model))
-    near, length, tokens = 1e-4 if config.dtype == "float32" else 0.02, 48, 32  # nats; of a prompt, of a response
+    # nats: in bfloat16 36 random layers differ by 0.03 between two orders of a sum, and by 0.6 if one key is missing
+    near, length, tokens = 1e-4 if config.dtype == "float32" else 0.1, 48, 32  # then tokens of a prompt, of a response
     prompts = torch.randint(shape.vocab, (8, length), generator=torch.Generator().manual_seed(config.seed)).tolist()
 
     @contextmanager
@@ -188,9 +188,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         assert apart < near, "kernels deviate"
     run, replica = make_run(sampler), sampler.replica
     with check("decoding") as note:
-        reader = table_reader(replica.device, replica.dtype, shape.heads, shape.kv_heads, shape.head_dim)[0]
-        splits = getattr(reader, "keywords", {}).get("splits", "none")  # {number of rows: parts}
-        note(f"{describe_attention(replica)}, by {getattr(reader, 'func', reader).__name__}; splits by rows: {splits}")
+        note(describe_attention(replica))
     count = max(2, config.tokens_per_micro_batch // len(prompts) // (length + tokens))  # a micro-batch on each rank
     method = given_work({"predict": (prompts * ranks.world, [[tokens] * count] * len(prompts) * ranks.world)})
 
@@ -209,7 +207,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         assert run.sampler.config.use_cuda_graph == config.use_cuda_graph, "CUDA graphs cannot be captured"
     with check("refresh") as note:  # the sampler has the new weights, and no key of the old ones
         one_step(1, note)
-    with check("checkpoint"), tempfile.TemporaryDirectory() as folder:
+    with check("checkpoint"), tempfile.TemporaryDirectory(dir=".") as folder:  # as large as a run's
         kept, first = replace(sampler.config, run_dir=gather([folder])[0]), next(run.policy.parameters())
         saver = make_saver(run.policy, run.optimizer, replace(sampler, config=kept))
         own, before, saver.done = first.detach().to_local(), first.detach().to_local().clone(), 1

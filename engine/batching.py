@@ -1,10 +1,11 @@
-"""What rollout.py changes in transformers' continuous batching: its settings, four habits of a phase, and where a
-response ends.
+"""What rollout.py changes in transformers' continuous batching: its settings, habits of a phase, and where a response
+ends.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def batching_settings(
         how = decoding(replica)
         able = how == "flash-attn" or (how == "block table" and replica.dtype != torch.float32)
         at_once, graphs = config.max_requests or 512, (False, able and config.use_cuda_graph)  # (prefill, decoding)
-        options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs}
+        options |= {"max_memory_percent": config.cache_memory, "use_cuda_graph": graphs, "use_async_batching": True}
     else:
         at_once, page = config.max_requests or 256, 32
         pages = sorted((-(-(len(prompt) + max_tokens) // page) + 1 for prompt in prompts), reverse=True)
@@ -67,24 +68,29 @@ LEAST_ROWS = 16  # of a decoding step in a CUDA graph: fewer take as long, and w
 
 
 def adapt(manager, requests: int) -> None:
-    """Makes the sampler's objects for one phase, and changes three of their habits.
+    """Makes the sampler's objects for one phase, and changes their habits.
 
     A batch of padding alone (while prompts wait to be forked) is not computed: it would draw from rows that no kernel
-    wrote, and NaN there kills the process. Decoding is padded to LEAST_ROWS. Where requests outnumber places, new ones
-    wait until an eighth of the places is free: one prompt in a batch sends all others down the slow path.
+    wrote, and NaN there kills the process. Decoding is padded to LEAST_ROWS, any other batch to the places: with fewer
+    rows than requests the last ones would be cut off. Its longest query is the true one, not all of its rows, so that
+    the kernel starts no blocks in vain. Where requests outnumber places, new ones wait until an eighth of the places is
+    free: one prompt in a batch sends all others down the slow path. Block tables on the host are filled without tensor
+    operations, three a request, which would take a third of the host's time in a step.
     """
     processor = manager.batch_processor = manager._create_batch_processor()
     runner, scheduler, buffers = processor.model_runner, processor.scheduler, processor.inputs_and_outputs
     compute, pad, schedule = runner.compute_batch, runner.maybe_pad_inputs, scheduler.schedule_batch
-    places = scheduler.max_requests_per_batch
+    places, asynchronous = scheduler.max_requests_per_batch, hasattr(buffers, "io_pairs")  # then two sets take turns
 
     def compute_batch(model, batch_data):
-        pairs = getattr(buffers, "io_pairs", None)  # asynchronous: two sets take turns
-        if (pairs[buffers.current_pair].device_io if pairs else buffers).total_seqlen_q:
+        pair = buffers.io_pairs[buffers.current_pair] if asynchronous else None
+        if pair and not buffers.use_block_table:
+            batch_data["max_length_q"] = max(2, pair.host_io.max_length_q)
+        if (pair.device_io if pair else buffers).total_seqlen_q:
             compute(model, batch_data)
 
     def maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path):
-        least = runner.least_rows if use_decode_fast_path and runner.pad_inputs else 0
+        least = (runner.least_rows if use_decode_fast_path else places) if runner.pad_inputs else 0
         return pad(max(num_q_tokens, least), max_kv_read, use_decode_fast_path)
 
     def schedule_batch(*budgets):
@@ -94,6 +100,13 @@ def adapt(manager, requests: int) -> None:
         scheduler.block_new_requests = blocked
         return batch
 
+    def fill_row(allocator, request_id, past_length, query_length, row):
+        stride = allocator.block_physical_stride // allocator.tokens_per_page
+        pages = [page * stride for page in allocator.block_table[request_id]]
+        row.numpy()[: len(pages)] = pages
+
+    for allocator in processor.cache.cache_allocators.values() if asynchronous else ():
+        allocator.fill_block_table = partial(fill_row, allocator)
     runner.compute_batch, runner.maybe_pad_inputs, runner.least_rows = compute_batch, maybe_pad_inputs, LEAST_ROWS
     scheduler.schedule_batch = schedule_batch
 
@@ -106,12 +119,15 @@ def capture_graphs(manager) -> bool:
     buffers, places = runner.inputs_and_outputs, runner.cb_config.max_requests_per_batch
     if not runner.use_cuda_graph_decode or cache.max_decode_fast_path_length <= 0:
         return True
+    stream = torch.cuda.current_stream() if manager.model.device.type == "cuda" else None
     sizes = [places, *(rows for rows in (LEAST_ROWS << n for n in range(16)) if rows < places)]  # the largest first
     for pair in buffers.io_pairs:
         for runner.least_rows in sizes:
             runner.run_one_warmup(manager.model, 1, None)  # one request, the rest padding: a small cache will do
             buffers.compute_stream.synchronize()  # the next one writes to the same inputs
             if pair.device_io.graphs.get_graph((runner.least_rows,)) is None:
+                if stream:  # a capture that fails leaves its own stream current
+                    torch.cuda.set_stream(stream)
                 return False
         buffers.swap_io_pairs()
     cache.reset()

@@ -24,12 +24,14 @@ from bench.step import NEVER
 from engine import cache
 from prompts import MASK_OPENING, mask_prompt
 
-PROMPTS, COUNT, TOKENS = 12, 4, 24
+PROMPTS, COUNT, TOKENS, REST = 12, 4, 24, 3
 SETTINGS = {
     # every prompt in the first batch: the next one has nothing to do but wait for the forks
     "one prefill": {"page_size": 256, "num_blocks": 200, "max_batch_tokens": 4096, "max_requests_per_batch": 48},
     "prompts in pieces": {"page_size": 16, "num_blocks": 400, "max_batch_tokens": 48, "max_requests_per_batch": 40},
     "requests that wait": {"page_size": 16, "num_blocks": 400, "max_batch_tokens": 512, "max_requests_per_batch": 10},
+    # the second batch: prompts that wait for their forks, first in line, and the last tokens (REST) of one prompt
+    "a short rest": {"page_size": 256, "num_blocks": 200, "max_requests_per_batch": 48, "q_padding_interval_size": 1},
     "cache taken away": {"page_size": 8, "num_blocks": 40, "max_batch_tokens": 64, "max_requests_per_batch": 16},
 }
 
@@ -48,7 +50,7 @@ def tiny_base(build_sampler):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Call it, and what follows is sampled the GPU's way; returns counts of what was seen."""
-    seen = {"padding": 0, "computed": 0, "taken away": 0}
+    seen = {"padding": 0, "computed": 0, "taken away": 0, "longest query": 0}
 
     def per_request(q, k, v, cu_q, cu_k, scale, plain=ops._per_request):
         out, rows, keys = torch.full_like(q, torch.nan), int(cu_q[-1]), int(cu_k[-1])
@@ -68,6 +70,7 @@ def as_on_a_gpu(monkeypatch):
 
     def compute(self, *words, compute=model_runner.ModelRunner.compute_batch):
         seen["computed"] += 1
+        seen["longest query"] = max(seen["longest query"], words[1]["max_length_q"])
         return compute(self, *words)
 
     def offload(self, offload=offloading_manager.OffloadingManager.offload_requests):
@@ -103,7 +106,8 @@ def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_
 
     def batching(*_):
         options = {"return_logprobs": True, "auto_switch_to_flash": False, "disable_nccl_graph_mixing": False}
-        return ContinuousBatchingConfig(use_async_batching=asynchronous, **SETTINGS[name], **options)
+        options |= {"max_batch_tokens": sum(map(len, prompts)) - PROMPTS - REST, "use_async_batching": asynchronous}
+        return ContinuousBatchingConfig(**options | SETTINGS[name])
 
     monkeypatch.setattr(rollout, "batching_settings", batching)
     limits = [[2 + (7 * row + 5 * column) % (TOKENS - 1) for column in range(COUNT)] for row in range(PROMPTS)]
@@ -112,6 +116,7 @@ def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_
     asynchronous, seen = True, as_on_a_gpu()
     found = rollout.generate(*words, limits=limits)
     assert seen["padding"] and bool(seen["taken away"]) == (name == "cache taken away")
+    assert 2 < seen["longest query"] <= max(map(len, prompts)) + TOKENS  # not the rows of a batch, for the kernel's grid
     for responses, others in zip(plain, found, strict=True):
         for one, other in zip(responses, others, strict=True):
             assert (one.completion_ids, one.text, one.finish) == (other.completion_ids, other.text, other.finish)

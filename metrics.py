@@ -361,15 +361,16 @@ def mean(values: list) -> float:
 
 
 def agreement_warning(rows: list[dict]) -> str:
-    """A line where training accuracy has risen by 0.2 and the held-out probe has not moved, else "". rows: those of
-    metrics.jsonl, up to one with a probe. The first and last five steps with graded predictions are compared."""
+    """A line where training accuracy has risen by 0.2 and the held-out probe by less than a tenth of it, else "". rows:
+    those of metrics.jsonl, up to one with a probe. The first and last five steps with predictions are compared."""
     steps = [row["pred/accuracy"] for row in rows if row.get("pred/responses")]
     probes = [row["probe/accuracy"] for row in rows if "probe/accuracy" in row]
-    if len(steps) < 10 or mean(steps[-5:]) - mean(steps[:5]) < 0.2 or max(probes[1:]) - probes[0] >= 0.02:
+    rise = mean(steps[-5:]) - mean(steps[:5]) if len(steps) >= 10 else 0.0
+    if rise < 0.2 or max(probes[1:]) - probes[0] >= rise / 10:
         return ""
     return (
-        f"WARNING: training accuracy rose from {mean(steps[:5]):.2f} to {mean(steps[-5:]):.2f}, held-out accuracy did "
-        f"not ({probes[0]:.3f} to {probes[-1]:.3f}): both roles may have agreed on an answer (gen/top_word_share "
+        f"WARNING: training accuracy rose from {mean(steps[:5]):.2f} to {mean(steps[-5:]):.2f}, held-out accuracy "
+        f"hardly ({probes[0]:.3f} to {probes[-1]:.3f}): both roles may have agreed on an answer (gen/top_word_share "
         f"{rows[-1].get('gen/top_word_share', 0.0):.2f})"
     )
 

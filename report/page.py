@@ -36,7 +36,10 @@ SECTIONS = {
     "Held-out passages": [
         ("probe/accuracy", "right answers, sampled, with a thought; the same masks at every probe", SHARE),
         ("probe/accuracy_greedy", "right answers, the likeliest token each time", SHARE),
-        ("probe/accuracy_*", "right answers of this kind; no_thought: the answer is opened at once", SHARE),
+        ("probe/accuracy_greedy_no_thought*", "the likeliest tokens behind an opened box, by kind", SHARE),
+        ("probe/accuracy_greedy_*", "the likeliest tokens, by kind of word", SHARE),
+        ("probe/accuracy_no_thought*", "sampled behind an opened box, by kind", SHARE),
+        ("probe/accuracy_*", "right answers by kind of word", SHARE),
         ("probe/valid_rate", "share of responses with a closed box", SHARE),
         ("probe/perplexity", "of plain text; rises: the model forgets text"),
     ],
@@ -81,7 +84,8 @@ SECTIONS = {
     "More numbers": [("*", "")],  # what no line above names: a metric of your own
 }
 TOGETHER = ("gen/share_*", "gen/invalid_*", "time/*")
-"""Beginnings whose keys share a chart, one per band of runs; every other key has a chart with all runs in it."""
+"""Beginnings whose keys share a chart, one per band of runs; every other key has a chart with all runs in it, but the
+probe's kinds share one where there is one band."""
 
 
 @dataclass
@@ -171,18 +175,23 @@ def make_figures(families: list[Family]) -> dict[str, list[dict]]:
     for section, pattern, about, *options in [(name, *line) for name, lines in SECTIONS.items() for line in lines]:
         found = [key for key in keys if fnmatch(key, pattern)]
         keys = [key for key in keys if key not in found]
-        if pattern in TOGETHER:
-            for family in families:
-                lines = [family.series(key, key.removeprefix(pattern[:-1])) for key in found]
+        if pattern in TOGETHER or (len(families) == 1 and fnmatch(pattern, "probe/*[*]")):
+            for family in families if found else ():
+                lines = [family.series(key, key.removeprefix(pattern[:-1]).lstrip("_") or "all") for key in found]
                 if any(line.points for line in lines):
                     title = f"{pattern} of {family.name}" if len(families) > 1 else pattern
-                    figures[section].append(figure(title, about, lines, [line.name for line in lines], options))
+                    legend = [f"{line.name} {last_value(line)}" for line in lines]
+                    figures[section].append(figure(title, about, lines, legend, options))
             continue
         for key in found:
             lines = [family.series(key) for family in families]
-            lasts = [[number(y) for _, y in line.points if math.isfinite(y)] for line in lines]
-            figures[section].append(figure(key, about, lines, [last[-1] if last else "" for last in lasts], options))
+            figures[section].append(figure(key, about, lines, [last_value(line) for line in lines], options))
     return figures
+
+
+def last_value(line: Series) -> str:
+    """Its last finite value, empty without one."""
+    return next((number(y) for _, y in reversed(line.points) if math.isfinite(y)), "")
 
 
 def count_responses(tasks: list[dict]) -> list[dict]:

@@ -116,7 +116,7 @@ def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_
     asynchronous, seen = True, as_on_a_gpu()
     found = rollout.generate(*words, limits=limits)
     assert seen["padding"] and bool(seen["taken away"]) == (name == "cache taken away")
-    assert 2 < seen["longest query"] <= max(map(len, prompts)) + TOKENS  # not the rows of a batch, for the kernel's grid
+    assert 2 < seen["longest query"] <= max(map(len, prompts)) + TOKENS  # of one request: a kernel's grid
     for responses, others in zip(plain, found, strict=True):
         for one, other in zip(responses, others, strict=True):
             assert (one.completion_ids, one.text, one.finish) == (other.completion_ids, other.text, other.finish)

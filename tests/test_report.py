@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from report.page import (
-    EXAMPLES, SECTIONS, build_page, count_responses, even, group_by_seed, main, read_run, write_report,
+    EXAMPLES, SECTIONS, Family, RunData, build_page, count_responses, even, group_by_seed, main, make_figures,
+    read_run, write_report,
 )  # fmt: skip
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(2)>\' x=" onload="alert(3) & <!--BODY--> <!--'
@@ -165,6 +166,18 @@ def test_a_run_that_is_young_or_broken_still_makes_a_page(tmp_path, rows):
     (folder / "samples.jsonl").unlink()
     text = read_page(folder)
     assert "run (seed 0)" in text and "nan" not in re.sub(r"<script.*", "", text, flags=re.DOTALL)
+
+
+def test_the_probes_kinds_share_a_chart_in_one_run_and_have_their_own_where_runs_are_compared(tmp_path):
+    kinds = {"": 0.2, "_copy": 0.1, "_fact": 0.3, "_greedy_copy": 0.4, "_no_thought": 0.5, "_no_thought_fact": 0.6}
+    rows = [row(1, **{f"probe/accuracy{kind}": value for kind, value in kinds.items()})]
+    families = [Family(name, [RunData(name, {}, rows, [], [], "")]) for name in "ab"]
+    of_one, of_two = (make_figures(some)["Held-out passages"] for some in (families[:1], families))
+    assert {one["title"]: [text for _, text in one["legend"]] for one in of_one} == {
+        "probe/accuracy": ["0.2"], "probe/accuracy_greedy_*": ["copy 0.4"],
+        "probe/accuracy_no_thought*": ["all 0.5", "fact 0.6"], "probe/accuracy_*": ["copy 0.1", "fact 0.3"],
+    }  # fmt: skip
+    assert {one["title"] for one in of_two} == {f"probe/accuracy{kind}" for kind in kinds}
 
 
 def test_two_thousand_steps_of_long_responses_stay_under_three_megabytes(tmp_path):

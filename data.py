@@ -314,7 +314,7 @@ def _read_index(path: Path) -> dict:
 def is_heldout(key: str, share: float) -> bool:
     """Whether an article is never trained on: SHA-256 of its key, as a number in [0, 1), is under `share`.
 
-    Takes no seed: runs with different seeds are probed on the same articles, and a larger share holds out a superset.
+    Takes no seed: runs with different seeds hold out the same articles, and a larger share holds out a superset.
     """
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 < share
 

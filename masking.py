@@ -103,7 +103,8 @@ def random_span(passage: Passage, config: Config, rng: random.Random) -> Mask:
 
     Length in words from Geo(0.2), redrawn above 10 (mean 3.8), start uniform over the places where it fits. The
     caps on length and occurrences, where they bind, tilt this law. Returns an invalid Mask if 100 draws give none.
-    Source: SpanBERT (arXiv 1907.10529), as in PretrainZero's Random RLPT; redrawing where SpanBERT clips.
+    Source: SpanBERT (arXiv 1907.10529), as in PretrainZero's Random RLPT. SpanBERT "clips" at 10;
+    its mean of 3.8 says that it redraws.
     """
     words = word_spans(passage.text)
     mask = Mask("", invalid="empty")

@@ -113,7 +113,7 @@ def named_masks(sampler: Sampler, passages: list[Passage], noise: tuple, rngs: l
 
 def masks_by_rule(draw: Callable) -> Callable:
     """A method's `propose` from a rule: draw(run, passage, count, rng) -> `count` masks of the passage, of which
-    Mask("", invalid="nothing_there") stands for one that the passage has no words for: the log counts the causes."""
+    Mask("", invalid=CAUSE) stands for one that the passage has no words for: the log counts the causes."""
 
     def propose(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
         counts = tasks_per_passage(run.config, method_at(run.config, step))

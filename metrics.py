@@ -366,7 +366,7 @@ def agreement_warning(rows: list[dict]) -> str:
     steps = [row["pred/accuracy"] for row in rows if row.get("pred/responses")]
     probes = [row["probe/accuracy"] for row in rows if "probe/accuracy" in row]
     rise = mean(steps[-5:]) - mean(steps[:5]) if len(steps) >= 10 else 0.0
-    if rise < 0.2 or max(probes[1:]) - probes[0] >= rise / 10:
+    if rise < 0.2 or len(probes) < 2 or max(probes[1:]) - probes[0] >= rise / 10:
         return ""
     return (
         f"WARNING: training accuracy rose from {mean(steps[:5]):.2f} to {mean(steps[-5:]):.2f}, held-out accuracy "

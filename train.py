@@ -156,8 +156,8 @@ def first_row(run: Run, say) -> dict:
 
 def dry_run(run: Run, say) -> int:
     """steps=0: one step on four passages at learning rate 0, before days are spent. Shows what both roles wrote, and
-    how far trainer and sampler disagree."""
-    config = replace(run.config, learning_rate=0.0, passages_per_step=4)
+    how far trainer and sampler disagree. Of a run with a warm-up it is a step of the method that comes after."""
+    config = replace(run.config, learning_rate=0.0, passages_per_step=4, warmup_method="")
     run = replace(run, config=config, sampler=replace(run.sampler, config=config))
     done = step(run, 0)
     row = done.row

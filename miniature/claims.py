@@ -2,8 +2,9 @@
 
 An arm is what `train.py` is given. A claim names the arms that it needs, says in words what will come out, and says the
 same as a test of their runs. A prediction is committed before its runs and never edited after; one that fails stands in
-the tables as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. All arms of the mini-wiki get
-the same number of responses a step, the generator's included (methods.py), as long as all masks are valid.
+the tables as failed. Seeds 0 to 3 were used while the code was tuned; SEEDS were not. The arms of the mini-wiki
+get the same number of responses a step, the generator's included (methods.py), as long as all masks are valid; those of
+G the same number of predictions, and one of four masks drawn by rule makes it 280 for 288.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,6 +65,12 @@ class Claim(NamedTuple):
 
     def holds(self, results: Results) -> bool:
         return self.test(*(results[arm] for arm in self.arms))
+
+
+def verdicts(held: dict[str, bool]) -> str:
+    """`Held: a, b. **Failed: c.**` of names and whether each holds, in their order."""
+    true, false = (", ".join(name for name, holds in held.items() if holds == kind) for kind in (True, False))
+    return " ".join([*([f"Held: {true}."] if true else []), *([f"**Failed: {false}.**"] if false else [])])
 
 
 def means_of_five(steps: list[dict], keys: Iterable[str]) -> dict[str, list[float]]:

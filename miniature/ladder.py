@@ -1,6 +1,6 @@
 """The ladder: a made-up world in which thoughts pay. One step is known by heart, four steps are not.
 
-Sixty names stand in a ring that everybody knows: `Bal > Cor` says that Cor comes next after Bal, `Bal >>> Fen` that Fen
+Sixty names stand in a ring that everybody knows: `Fum > Ral` says that Ral comes next after Fum, `Fum >>> Bos` that Bos
 is three steps on. An article states one fact of each length, beside a sentence of obvious words and one of noise. The
 web, from which the base has learned, states all single steps and 72 of the 180 longer facts: a table to learn by heart.
 The articles of a run state 54 others, and held-out articles the last 54, which nothing trains. Who thinks in single
@@ -70,7 +70,7 @@ def make_ladder() -> str:
 def chained_answer(rng: random.Random, words: list[str], place: int) -> str:
     """What follows `Predict:` for the word at `place`. A fifth of the answers to facts thinks in steps,
 
-    " Bal >>> Cor >> Dun > \\\\boxed{ Fen }"
+    " Fum >>> Ral >> Sen > \\\\boxed{ Bos }"
 
     and half as many break off on the way, with the answer of the table.
     """

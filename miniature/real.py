@@ -18,7 +18,7 @@ from miniature.claims import TOTALS, Claim, gains, means_of_five
 REAL_RECORD = Path(__file__).resolve().parent / "real.jsonl"
 TRANSFERS, SETS = REAL_RECORD.with_name("transfer.jsonl"), ("last_word", "heldout", "other")
 KEYS = "method seed steps dtype train_generator mask_content learning_rate passages_per_step masks_per_passage".split()
-KEYS += ["predictions_per_mask", "random_masks"]
+KEYS += ["predictions_per_mask", "random_masks", "generator_reward"]
 REAL_PROBES = {"all": "probe/accuracy", "greedy": "probe/accuracy_greedy", "perplexity": "probe/perplexity"}
 REAL_PROBES |= {kind: f"probe/accuracy_{kind}" for kind in WORD_KINDS}
 REAL_PROBES |= {f"greedy_{kind}": f"probe/accuracy_greedy_{kind}" for kind in WORD_KINDS}
@@ -87,36 +87,38 @@ REAL_CLAIMS = {
 REAL_SEEDS = (10, 11, 12)
 
 
-def real_table(results: dict[str, list[dict]], interval: Callable[[list[float]], str]) -> list[list[str]]:
-    """One row an arm, means over its seeds: start and end of the probe, the first and the last five steps of training,
-    and of three seeds or more the interval of the probe's gains."""
-    heads = ["responses", "own masks", "function words", "top word", "held out", "greedy"]
-    table, rows = [["run", "seeds", *heads]], []
-    for arm, runs in results.items():  # docs/differences.md has bfloat16
-        runs = [run for run in runs if run["keys"].get("dtype", "float32") == "float32"]
-        rows.append((arm, [run for run in runs if run["seed"] in REAL_SEEDS] or runs))  # others served for tuning
-    for arm, runs in [row for row in rows if row[1]]:
-        asked = runs[0]["keys"]["method"] != "sft"  # nothing is sampled, and masks are by rule
-        cells = [arm, " ".join(str(run["seed"]) for run in runs)]
-        cells.append(f"{fmean(run['totals']['responses'] for run in runs):,.0f}")
+def of_seeds(runs: list[dict]) -> list[dict]:
+    """The float32 runs of REAL_SEEDS, or if there is none all in float32; docs/differences.md has bfloat16."""
+    runs = [run for run in runs if run["keys"].get("dtype", "float32") == "float32"]
+    return [run for run in runs if run["seed"] in REAL_SEEDS] or runs
+
+
+def real_tables(results: dict[str, list[dict]], interval: Callable[[list[float]], str]) -> list[list[list[str]]]:
+    """Two tables with a row an arm, means over its seeds: start and end of the probe, the first and the last five steps
+    of training. The first has the arms of the comparison, with the interval of the probe's gains where there are three
+    seeds; the second what was tried against the agreement, the arms named `active, ...`."""
+    heads = ["own masks", "function words", "top word", "held out"]
+    tables = [[["run", "seeds", *heads, "greedy"]], [["`active` with", "seeds", *heads]]]
+    for arm, runs in results.items():
+        if not (runs := of_seeds(runs)):
+            continue
+        tried, asked = arm.startswith("active, "), runs[0]["keys"]["method"] != "sft"  # which masks by rule
+        cells = [arm.removeprefix("active, "), " ".join(str(run["seed"]) for run in runs)]
         for curve in ("pred/accuracy", "gen/share_function", "gen/top_word_share"):
             first, last = (fmean(run["curves"][curve][n] for run in runs) for n in (0, -1))
             cells.append(f"{first:.2f}→{last:.2f}" if asked else "")
-        for key in ("all", "greedy"):
+        for key in ("all",) if tried else ("all", "greedy"):
             first, last = (fmean(run["probes"][n][key] for run in runs) for n in (0, -1))
             cells.append(f"{first:.2f}→{last:.2f}" + (f" ({interval(gains(runs, key))})" if len(runs) > 2 else ""))
-        table.append(cells)
-    return table
+        tables[tried].append(cells)
+    return tables
 
 
-def real_claims(results: dict[str, list[dict]]) -> list[list[str]]:
-    """One row a prediction whose runs are all there."""
-    table = [["prediction", "held"]]
+def real_claims(results: dict[str, list[dict]]) -> dict[str, bool]:
+    """Whether each prediction holds whose runs are all there."""
     chosen = {arm: [run for run in runs if run["seed"] in REAL_SEEDS] for arm, runs in results.items()}
-    for name, claim in REAL_CLAIMS.items():
-        if all(len(chosen.get(arm, [])) == len(REAL_SEEDS) for arm in claim.arms):
-            table.append([name, "yes"] if claim.holds(chosen) else [f"**{name}**", "**failed**"])
-    return table
+    done = {arm for arm, runs in chosen.items() if len(runs) == len(REAL_SEEDS)}
+    return {name: claim.holds(chosen) for name, claim in REAL_CLAIMS.items() if done.issuperset(claim.arms)}
 
 
 def transfer_table(interval: Callable[[list[float]], str], record: Path = TRANSFERS) -> list[list[str]]:

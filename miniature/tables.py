@@ -14,9 +14,9 @@ from statistics import fmean, stdev
 from metrics import read_rows, write_whole
 from miniature.claims import (
     ARMS, CLAIMS, LADDER_ARMS, LENGTH, RLVR_ARMS, SEVERAL_ARMS, WIKI_ARMS, Results, climb, differences, ends, gains,
-    late,
+    late, verdicts,
 )  # fmt: skip
-from miniature.real import load_real, real_claims, real_table, transfer_table
+from miniature.real import load_real, of_seeds, real_claims, real_tables, transfer_table
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -81,11 +81,6 @@ def total(runs: list[dict], key: str) -> float:
 
 def make_tables(results: Results) -> dict[str, str]:
     """Name of a block -> its table. Every arm needs a run."""
-    claims = [["claim", "held"]]
-    for name, claim in CLAIMS.items():
-        name, verdict = (name, "yes") if claim.holds(results) else (f"**{name}**", "**failed**")
-        claims.append([name, verdict])
-
     probes = {"fact": "facts, sampled", "greedy_fact": "facts, greedy", "template": "template"}
     probes |= {"copy": "copies, sampled", "greedy_copy": "copies, greedy"}
     methods = [["method", *probes.values(), "masks on a fact", "predictions", "tokens trained", "FLOPs"]]
@@ -99,8 +94,8 @@ def make_tables(results: Results) -> dict[str, str]:
             f"{total(runs, 'flops'):.1e}"])  # fmt: skip
 
     pairs = [["difference", "in", "mean, 95 % interval", "lowest, highest seed"]]
-    others = [("fact", "random_span"), ("fact", "frozen generator"), ("fact", "sft"), ("fact", MIXED)]
-    for probe, arm in [*others, ("greedy_fact", "sft"), ("copy", MIXED)]:
+    others = [("fact", "random_span"), ("fact", "frozen generator"), ("fact", "sft"), ("fact", MIXED), ("copy", MIXED)]
+    for probe, arm in others:
         values = differences(results["active"], results[arm], probe)
         pairs.append([f"active - {arm}", probes[probe], interval(values), lowest_highest(values)])
 
@@ -136,9 +131,10 @@ def make_tables(results: Results) -> dict[str, str]:
             f"{lengths[0]:.1f} {lengths[1]:.1f}", f"{fmean(climb(runs)):.2f}",
             f"{sampled} {total(runs, 'trained_tokens') / 1000:.0f}k"])  # fmt: skip
 
-    tables = {"claims": claims, "methods": methods, "differences": pairs, "difficulty": difficulty}
+    tables = {"methods": methods, "differences": pairs, "difficulty": difficulty}
     tables |= {"never masked": several, "rlvr": rlvr, "ladder": ladder}
-    return {name: markdown(table) for name, table in tables.items()}
+    held = {name: claim.holds(results) for name, claim in CLAIMS.items()}
+    return {"claims": verdicts(held)} | {name: markdown(table) for name, table in tables.items()}
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -188,7 +184,7 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
     results, real = load_results(record), load_real()
     if missing := [arm for arm, runs in results.items() if not runs]:
         raise ValueError(f"{record}: no run of {', '.join(missing)}; `python -m miniature run` makes them")
-    results |= {f"{arm}, real text": runs for arm, runs in real.items()}
+    results |= {f"{arm}, real text": of_seeds(runs) for arm, runs in real.items()}
     images, plots = {}, {}
     for name, (title, about, curves) in PLOTS.items():
         file = f"assets/figures/{name}.svg"
@@ -196,9 +192,9 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
         svg = line_chart(lines, f"{title}: {about}", (0.5, 1.0) if name == "copies" else (0.0, 1.0))
         plots[file] = stand_alone(svg, title, about, [line.name for line in lines])
         images[name] = f'<img src="../{file}" width="49%" alt="{escape(title)}">'
-    tables = [real_table(real, interval), real_claims(real), transfer_table(interval)]
-    parts = [markdown(table) for table in tables if len(table) > 1]
-    blocks = make_tables(results) | {"real text": "\n\n".join([*parts, images.pop("real")])}
+    *first, second = (markdown(table) for table in (*real_tables(real, interval), transfer_table(interval)))
+    parts = [*first, verdicts(real_claims(real)), second, images.pop("real")]
+    blocks = make_tables(results) | {"real text": "\n\n".join(parts)}
     blocks["plots"] = "\n".join(images.values())
     files = fill_blocks({page: (root / page).read_text(encoding="utf-8") for page in PAGES}, blocks) | plots
     (root / "assets" / "figures").mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@
     python -m play explain configs/tiny.yaml             one training step in slow motion
 
 CHECKPOINT: a run directory, one of its checkpoints, a folder made by save_pretrained, or a hub name. Settings come from
-config=FILE, else from the checkpoint's run, else from the defaults; key=value changes them. With BASE both models
+config=FILE, else from the checkpoint's run, else from the defaults, but for method, reward and masks_per_passage=8;
+key=value changes them. With BASE both models
 choose masks, and both predict the masks of the first. Nothing is trained or written.
 """
 
@@ -189,7 +190,7 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     numbers beside the same numbers in plain arithmetic: {name: (by hand, in the code)}. Raises ConfigError."""
     required = {"method": "active", "kl": 0.0, "shuffle_rewards": False, "mask_truncated": False,
                 "train_generator": True, "generator_reward": "one_minus_accuracy", "advantage_std": True,
-                "loss_mean": "token"}  # fmt: skip
+                "loss_mean": "token", "warmup_method": "", "random_masks": 0}  # fmt: skip
     for key, value in required.items():
         if getattr(config, key) != value:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must be {value!r} to be explained")

@@ -43,7 +43,10 @@ SECTIONS = {
         ("probe/valid_rate", "share of responses with a closed box", SHARE),
         ("probe/perplexity", "of plain text; rises: the model forgets text"),
     ],
-    "Benchmarks": [("eval/*", "share right", SHARE)],
+    "Benchmarks": [
+        ("eval/*_rate", "share of responses", SHARE),
+        ("eval/*", "right answers and their standard error in per cent; length_mean in tokens"),
+    ],
     "What is masked": [
         ("gen/share_*", "share of the valid masks, by the corpus's labels, else by form", SHARE),
         ("gen/invalid_*", "share of the generator's responses, by what makes the mask invalid", SHARE),

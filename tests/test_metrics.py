@@ -129,7 +129,8 @@ def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
     told = agreement_warning(rows(rising, [0.02, 0.03]))
     assert "from 0.10 to 0.50" in told and "0.020 to 0.030" in told and "top_word_share 0.75" in told
     slow, few = rows([0.1] * 5 + [0.25] * 5, [0.02, 0.02]), rows(rising[1:], [0.02, 0.02])
-    for quiet in (rows(rising, [0.02, 0.07]), slow, few):
+    unwritten = [{"probe/accuracy": 0.02}, *rows(rising, [0.02, 0.02])[1:-1], {"pred/responses": 8, "pred/accuracy": 1}]
+    for quiet in (rows(rising, [0.02, 0.07]), slow, few, unwritten):
         assert agreement_warning(quiet) == ""
 
 

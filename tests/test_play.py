@@ -147,6 +147,7 @@ def test_the_command_explains_or_says_in_one_line_why_not(ranks, monkeypatch, ca
     play.main()
     assert "7. UPDATE" in capsys.readouterr().out and sorted(ROOT.glob("runs/*")) == before
     mistakes = [["no/such/folder"], ["nobody/no-model", "passage=x"], ["explain", TINY, "method=sft"]]
+    mistakes.append(["explain", TINY, "random_masks=1"])
     for words in [*mistakes, [BASE, f"config={TINY}", "passage="]]:
         monkeypatch.setattr(sys, "argv", ["play/passage.py", *words])
         with pytest.raises(SystemExit) as ended:

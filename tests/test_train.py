@@ -163,9 +163,12 @@ def test_the_order_of_passages_does_not_depend_on_the_number_of_ranks(alone, unb
     assert [row["step"] for row in read_rows(unbroken / "metrics.jsonl") if "time/save" in row] == [3]
 
 
-@pytest.mark.parametrize("keys", [["kl=0.1"], ["offload=true", "gradient_checkpointing=auto"]])
+WARMUP = ["warmup_method=random_span", "warmup_method_steps=2"]
+
+
+@pytest.mark.parametrize("keys", [["kl=0.1"], ["offload=true", "gradient_checkpointing=auto", *WARMUP]])
 def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys):
-    """Nor does it forget what a run of the same folder has written."""
+    """Also those that come after a warm-up. Nor does it forget what a run of the same folder has written."""
     (tmp_path / "run").mkdir()
     append_row(tmp_path / "run/metrics.jsonl", {"step": 0}, {"step": 1})
     ended = command(["train.py", *SMALL, "steps=0", *keys, f"run_dir={tmp_path / 'run'}"], limit=90)

@@ -159,8 +159,8 @@ class Config:
     text_field: str = "text"
     """Column or JSON field that holds the text."""
     method: str = "active"
-    """Where the tasks come from. `active`: the generator's masks. By rule: `random_span`, `star`,
-    `random_token`, `entropy_token`. With the answer given, no sampling: `sft` (masked words as a question), `cpt` (the text itself).
+    """Where the tasks come from. `active`: the generator's masks. By rule: `random_span`, `star`, `random_token`,
+    `entropy_token`. With the answer given, no sampling: `sft` (masked words as a question), `cpt` (the text itself).
     `rlvr`: questions with verifiable answers. `rlp`, `quiet_star`: thoughts that make the next tokens likelier."""
     warmup_method: str = ""
     """Another method for the first `warmup_method_steps` steps. Paper, SmolLM3: random_span."""
@@ -352,7 +352,7 @@ class Config:
     eval_limit: int = 0
     """Items of each benchmark, spread over the whole of it; 0: all. 200 items: a standard error of up to 3.5 points."""
     samples_per_step: int = 1
-    """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers 0.3 MB a step each at a mean of 1,024 tokens."""
+    """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers and 1,024 tokens a response 0.3 MB each."""
     wandb: str = ""
     """Project of Weights & Biases that gets each row of metrics.jsonl too; empty: off, its package not needed."""
 

@@ -352,7 +352,7 @@ class Config:
     eval_limit: int = 0
     """Items of each benchmark, spread over the whole of it; 0: all. 200 items: a standard error of up to 3.5 points."""
     samples_per_step: int = 1
-    """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers and 1,024 tokens a response 0.3 MB each."""
+    """Passages per step whose rollouts go to samples.jsonl: with the paper's numbers 0.3 MB each, more if long."""
     wandb: str = ""
     """Project of Weights & Biases that gets each row of metrics.jsonl too; empty: off, its package not needed."""
 

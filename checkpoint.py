@@ -116,6 +116,8 @@ def save_checkpoint(saver: Saver) -> None:
 
 def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict, rows_wait: list[Path]) -> None:
     """In a thread of rank 0: wait for the shards of all ranks, add the rest, and give the folder its name."""
+    from report.card import write_card  # a tool: only a saved model needs it
+
     folder, final = part.parent, part.with_suffix("")
     try:
         written.result()
@@ -126,7 +128,7 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
             del frozen.extra
         frozen.save_pretrained(part / "hf")
         sampler.tokenizer.save_pretrained(part / "hf")
-        _describe(part / "hf", sampler, facts["step"])
+        write_card(part / "hf", sampler, facts["step"])
         files = sorted(path for path in part.rglob("*") if path.is_file())
         facts["files"] = {str(path.relative_to(part)): path.stat().st_size for path in files}
         write_whole(part / "checkpoint.json", json.dumps(facts))
@@ -146,17 +148,6 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
         what = f"WARNING: THE CHECKPOINT OF STEP {facts['step']} WAS NOT SAVED ({_cause(error)})"
         print(f"{what}; the next save tries again", file=sys.stderr, flush=True)
         raise
-
-
-def _describe(folder: Path, sampler: Sampler, step: int) -> None:
-    """Add the model card. If that fails, it warns and keeps the checkpoint."""
-    try:
-        from report.card import write_card  # a tool: only a saved model needs it
-
-        write_card(folder, sampler, step)
-    except Exception as error:
-        print(f"WARNING: no model card in the checkpoint of step {step} ({_cause(error)})", file=sys.stderr, flush=True)
-        (folder / "README.md").unlink(missing_ok=True)
 
 
 def _point_latest(final: Path) -> None:

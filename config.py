@@ -237,8 +237,7 @@ class Config:
     """Kinds of words in a corpus that labels its words, the hardest first: a mask that touches several counts as the
     first."""
     function_words: str = FUNCTION_WORDS
-    """By spaces, lower case: what `mask_content` refuses, and what the kind `function` of the log is. Default:
-    English."""
+    """By spaces, lower case, here English: what `mask_content` refuses, and the kind `function` of the log."""
     reward: str = "exact"
     """Of a prediction. `exact`: match after normalisation. `prefix`: RPT's prefix that ends on a token border, for
     the next-token methods. Paper: exact."""
@@ -251,8 +250,7 @@ class Config:
     sft_answer: str = " \\boxed{{answer}}"
     """The completion that `sft` trains on, with {answer}."""
     sft_mask: str = ""
-    """`sft` trains the generator's format too: the completion of mask_prompt, with {answer}, for the span that was
-    drawn. Empty: not."""
+    """`sft` trains the generator's format too: the completion of mask_prompt, with {answer}, the span. Empty: not."""
     ema_decay: float = 0.999
     """`rlp`: the baseline keeps this share of itself at each step. RLP: 0.999."""
     verify_seconds: float = 5.0

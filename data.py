@@ -39,7 +39,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-
 
 # ------------------------------------------------------------------------------------------------- articles to passages
 
-INDEX_VERSION = 3  # raise it with any edit that changes passages, or an old index would be reused
+INDEX_VERSION = 4  # raise it with any edit that changes passages, or an old index would be reused
 BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
 
 
@@ -104,6 +104,12 @@ class Passage:
     answer: str = ""  # the gold answer, where the text is a question (rlvr)
 
 
+def reserved_marks(tokenizer) -> list[str]:
+    """What no passage may hold: the prompts' own marks, and special tokens, which would be such in the prompt, too."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*RESERVED, *tokenizer.all_special_tokens, *added})
+
+
 def cut(articles: Iterable[Article], tokenizer, config: Config, tally: Tally) -> Iterator[tuple[Passage, Article]]:
     """Articles -> passages that fit, with the article each comes from; few tokenizer calls per batch of articles."""
     low, high = config.min_passage_tokens, config.max_passage_tokens
@@ -113,7 +119,7 @@ def cut(articles: Iterable[Article], tokenizer, config: Config, tally: Tally) ->
         return [[next(counts) for _ in some] for some in texts]
 
     joint = token_counts(["\n\n"], tokenizer, high)[0]
-    reserved = (*RESERVED, *tokenizer.all_special_tokens)  # a special token in a text would become one in the prompt
+    reserved = re.compile("|".join(map(re.escape, reserved_marks(tokenizer))))
     for batch in _batches(articles):
         parts = [([a.text], 0) if a.labels is not None else paragraphs(a.text) for a in batch]
         kept = [some for some, _ in parts]
@@ -138,7 +144,7 @@ def cut(articles: Iterable[Article], tokenizer, config: Config, tally: Tally) ->
             for number, (text, size) in enumerate(zip(texts, lengths, strict=True)):
                 if size < low or size > high:
                     tally.skip("too_short" if size < low else "too_long", article.where)
-                elif any(mark in text for mark in reserved):
+                elif reserved.search(text):
                     tally.skip("reserved", article.where)
                 else:
                     yield Passage(f"{article.id}#{number}", article.title, article.url, text, article.labels), article
@@ -191,6 +197,7 @@ def build_index(
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "passages.jsonl.tmp"
     if files is None:
+        log(f"data: streaming {config.data} from the hub; the other ranks wait")
         records = hub_records(config.data, config.data_config, seed=config.seed, field=config.text_field)
     else:
         columns = (config.text_field, "id", "title", "url", "labels")

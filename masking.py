@@ -141,10 +141,7 @@ def mask_at(passage: Passage, start: int, end: int, config: Config) -> Mask:
 
 
 def labelled_mask(passage: Passage, label: str, config: Config, rng: random.Random) -> Mask | None:
-    """mask_at for a random word of this label, without its outer punctuation.
-
-    None where no word of the label can be masked.
-    """
+    """mask_at for a random word of this label, without its outer punctuation; None where none can be masked."""
     if not passage.labels:
         return None
     words = zip(_space_spans(passage.text), passage.labels, strict=True)

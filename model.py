@@ -18,11 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +34,8 @@ from ranks import Ranks, gather
 
 DRIVER = Path("/proc/driver/nvidia/version")
 disable_progress_bar()  # of loading and saving weights: a line per rank and checkpoint, in the middle of ours
+if os.environ.get("LOCAL_RANK", "0") == "0":
+    enable_progress_bars()  # of downloads, which that switch silences, too
 # A hub repository without safetensors would be sent to a converter on the hub, and what comes back loaded
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
@@ -80,6 +84,10 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
     check_device(config, ranks)  # before gigabytes are read
     dtype = getattr(torch, config.dtype)
     attention = choose_attention(config.attention, ranks.device, dtype)
+    # A rank of each node fetches a hub's model first: locks do not hold on some network disks
+    hub, first = not (architecture or Path(config.model).expanduser().exists()), not ranks.rank % (ranks.per_node or 1)
+    if hub and not first:
+        dist.barrier()
     if architecture is None:
         hf_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
         hf_config._attn_implementation = "sdpa"
@@ -92,6 +100,8 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
             replica = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
+    if hub and first:
+        dist.barrier()
     use_attention(replica, attention)
     head = replica.get_output_embeddings()
     extras = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

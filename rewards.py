@@ -49,10 +49,7 @@ def normalise(text: str) -> str:
 
 
 def undo_latex(text: str) -> str:
-    """The text without LaTeX's text wrappers and escapes; a wrapper that is never closed stays as it is.
-
-    One pass with a stack, for nesting of any depth.
-    """
+    """The text without LaTeX's text wrappers and escapes, nested to any depth; one that is never closed stays."""
     parts: list[str] = []
     open_braces: list[int] = []  # for each brace that is open: its wrapper's place in `parts`, or -1
     position = 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -23,8 +24,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from huggingface_hub import resolve_revision
+from huggingface_hub.errors import RevisionResolutionError
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import eval
 from benchmarks.exams import Exam, answer, load_exams, parse_tasks
@@ -144,6 +146,10 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         config = replace(config, stop_at_answer=False)
         say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
     sampler = make_sampler(load_replica(config, ranks), tokenizer, config, ranks)
+    context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if settings.max_new_tokens >= context:
+        what = f"the model has {context} positions (max_position_embeddings), prompts included"
+        raise ConfigError(f"max_new_tokens={settings.max_new_tokens}: {what}; give less")
     gc.collect()
     gc.freeze()  # items never die; the sampler's own garbage collections would walk them every chunk
     asked = ", ".join(f"{exam.name} {len(exam.items)} x {exam.samples}" for exam in exams)
@@ -183,7 +189,7 @@ def open_folder(settings: Settings, exams: list[Exam]) -> set[tuple[str, int]] |
     facts = {key: value for key, value in asdict(settings).items() if key not in ("engine", "tasks", "out")}
     try:
         facts["weights"] = fingerprint(settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RevisionResolutionError) as error:
         return f"checkpoint {settings.checkpoint!r}: cannot be read ({_line(error)})"
     facts |= {key: getattr(settings.engine, key) for key in MODEL_KEYS}
     tasks = {exam.name: {key: getattr(exam, key) for key in ("data", "samples", "prompt")} for exam in exams}
@@ -212,7 +218,7 @@ def fingerprint(settings: Settings) -> str:
     """Identifies weights, tokenizer and template: the commit of a hub name, for a folder sha256 over whole files, since
     a small step in bfloat16 changes few bytes. It costs seconds for some gigabytes, and warms the disk's cache."""
     if not Path(settings.checkpoint).exists():
-        return AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)._commit_hash
+        return resolve_revision(settings.checkpoint).resolved
     kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
     files = sorted(path for path in Path(settings.checkpoint).iterdir() if path.suffix in kinds)
     template, sha = Path(settings.engine.chat_template), hashlib.sha256()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.scores import summarise
@@ -105,6 +105,8 @@ def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
     Greedy, so without noise; but batches, and so rounding, depend on the number of ranks.
     """
     metrics, ranks, wanted = {}, sampler.ranks, ("id", "score", "how", "finish", "tokens")
+    if sampler.frame:  # as in eval.py: a model with a chat template ends its responses itself
+        sampler = replace(sampler, config=replace(sampler.config, stop_at_answer=False))
     for exam in exams:
         mine = exam.items[ranks.rank :: ranks.world]
         records = answer(exam, mine, sampler, 0, sampler.config.max_prediction_tokens, label=f"eval {exam.name}")

@@ -28,14 +28,14 @@ import torch.distributed as dist
 from bench.memory import decide_checkpointing
 from checkpoint import exported_model
 from config import Config, ConfigError, read_config
-from data import Corpus, Passage, build_index, load_corpus
+from data import Corpus, Passage, build_index, load_corpus, reserved_marks
 from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
 from model import build_policy, build_reference, load_replica, load_tokenizer
 from prompts import check_prompts, last_answer, mask_prompt
 from ranks import Ranks, start_ranks
 from rollout import Rollout, Sampler, derive_seed, make_sampler
-from text.files import RESERVED, DataError
+from text.files import DataError
 from train import step
 
 RESPONSE_CHARS, TERMINAL_WIDTH = 600, 100
@@ -64,7 +64,8 @@ def describe_answer(text: str) -> str:
 def read_corpus(config: Config, tokenizer) -> Corpus:
     """The config's passages, indexed in a folder of no run."""
     with tempfile.TemporaryDirectory() as folder:
-        build_index(config, tokenizer, Path(folder), log=lambda line: None)
+        runs = sorted(Path(config.run_dir).parent.glob("*/cache"))  # a run's own index, else read anew
+        build_index(config, tokenizer, Path(folder), lambda line: None, runs)
         return load_corpus(Path(folder), config)
 
 
@@ -103,7 +104,7 @@ def read_passage(source: dict[str, str], config: Config, tokenizer) -> Passage:
     if "passage" not in source and sys.stdin.isatty():
         print("Paste a paragraph, then press Ctrl-D on an empty line:", flush=True)
     text = (source["passage"] if "passage" in source else sys.stdin.read()).strip()
-    marks = [mark for mark in (*RESERVED, *tokenizer.all_special_tokens) if mark in text]
+    marks = [mark for mark in reserved_marks(tokenizer) if mark in text]
     if not text or marks:
         raise ConfigError("the passage " + (f"contains {marks[0]!r}, a mark of the prompts" if text else "is empty"))
     return Passage("0#0", "your passage", "", text)

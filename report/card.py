@@ -1,5 +1,7 @@
 """The model card beside an exported model: what it was trained from, on, how, and what the probe measured."""
 
+import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,22 +11,46 @@ from transformers import GenerationConfig
 
 from config import dump_config
 from methods import METHODS
-from metrics import read_rows
+from metrics import read_rows, write_whole
 from rollout import Sampler
 
 
 def write_card(folder: Path, sampler: Sampler, step: int) -> None:
-    """Adds README.md and generation_config.json to the exported model in `folder`. For rank 0; raises OSError.
+    """Adds README.md and generation_config.json to the exported model in `folder`, and keys for transformers 4. For
+    rank 0. If that fails, it warns, and the checkpoint is kept without a card.
 
     `generate` then samples as the run did: its temperature, no top-k, no top-p, its ends. The longest response is not
     set: vLLM would hold every request to it, and lm-eval's own limit would be overruled.
     """
-    eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
-    how = GenerationConfig(do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, **ids)
-    how.save_pretrained(folder)
-    model_card(sampler, step).save(folder / "README.md")
+    try:
+        eos, tokenizer = sorted(sampler.eos_ids), sampler.tokenizer
+        pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = {"eos_token_id": eos, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
+        how = GenerationConfig(do_sample=True, temperature=sampler.config.temperature, top_k=0, top_p=1.0, **ids)
+        how.save_pretrained(folder)
+        for name in ("config.json", "tokenizer_config.json"):
+            facts = json.loads((folder / name).read_text(encoding="utf-8"))
+            write_whole(folder / name, json.dumps(for_transformers_4(facts), indent=2, ensure_ascii=False) + "\n")
+        model_card(sampler, step).save(folder / "README.md")
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        print(f"WARNING: no model card in the checkpoint of step {step} ({cause})", file=sys.stderr, flush=True)
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def for_transformers_4(facts: dict) -> dict:
+    """A saved config or tokenizer config with the keys that transformers 4, which vLLM may bring, reads: it would take
+    a default rope_theta without a word, and refuse the tokenizer's class. Version 5 reads its own keys first."""
+    rope = facts.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        facts["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            facts["rope_scaling"] = rope
+    if facts.get("backend") == "tokenizers":
+        facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if extra := facts.pop("extra_special_tokens", None):
+            facts["additional_special_tokens"] = extra
+    return facts
 
 
 def model_card(sampler: Sampler, step: int) -> ModelCard:

@@ -55,7 +55,7 @@ POINTS = {
     # in threads, while the main thread goes on
     "save, shards": (FileSystemWriter, "write_data", "", 1),
     "save, export": (nn.Module, "state_dict", "", 1),
-    "save, card": (card, "write_card", "", 1),
+    "save, card": (card, "model_card", "", 1),
     "save, manifest": (checkpoint, "write_whole", "", 1),
     "save, rename": (Path, "rename", "", 1),
     "save, latest": (os, "replace", "", 2),  # after that of the manifest

@@ -11,12 +11,13 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from reference import TINY_BASE
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import metrics as evidence
 from checkpoint import (
@@ -30,7 +31,7 @@ from metrics import append_row, read_rows, unwritten
 from model import build_policy
 from prompts import predict_prompt
 from report import card as card_module
-from report.card import known_base, model_card, write_card
+from report.card import for_transformers_4, known_base, model_card, write_card
 from train import open_or_resume
 
 
@@ -286,6 +287,25 @@ def test_the_hub_reads_names_of_its_own_and_no_paths(trained, tmp_path):
     assert "see the base model" in local.text and "see the data" in local.text
 
 
+def test_an_export_holds_the_keys_of_transformers_4_and_is_the_same_to_5(trained, ranks):
+    """4.57 read a default rope_theta for SmolLM3's 5,000,000 and refused the tokenizer's class."""
+    sampler = trained()
+    facts = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "backend": "tokenizers"}
+    facts |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    four = for_transformers_4(dict(facts))
+    assert four["rope_theta"] == 5e6 and "rope_scaling" not in four and "extra_special_tokens" not in four
+    assert (four["tokenizer_class"], four["additional_special_tokens"]) == ("PreTrainedTokenizerFast", ["<a>"])
+    facts["rope_parameters"]["rope_type"] = "yarn"
+    assert for_transformers_4(facts)["rope_scaling"] == facts["rope_parameters"]
+    folder = saved(sampler, ranks, 3) / "hf"
+    written, before = json.loads((folder / "config.json").read_text()), sampler.replica.config
+    assert written["rope_theta"] == before.rope_parameters["rope_theta"]
+    again, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert again.rope_parameters == before.rope_parameters
+    assert tokenizer.get_vocab() == sampler.tokenizer.get_vocab()
+    assert tokenizer.special_tokens_map == sampler.tokenizer.special_tokens_map
+
+
 def test_a_licence_is_what_the_base_models_card_says_and_nothing_else(trained, tmp_path, monkeypatch):
     base = tmp_path / "base"
     base.mkdir()
@@ -369,11 +389,11 @@ def test_a_disk_without_links_costs_a_warning_and_no_checkpoint(trained, ranks, 
 
 @pytest.mark.parametrize("error", [ValueError("no words"), OSError(28, "No space left on device")])
 def test_a_card_that_fails_costs_a_line_and_no_checkpoint(trained, ranks, monkeypatch, capsys, error):
-    def fail(folder, sampler, step):
-        (folder / "README.md").write_text("half")
+    def save(file):
+        file.write_text("half")
         raise error
 
-    monkeypatch.setattr(card_module, "write_card", fail)
+    monkeypatch.setattr(card_module, "model_card", lambda *_: SimpleNamespace(save=save))
     path = saved(trained(), ranks, 3)
     assert "WARNING: no model card in the checkpoint of step 3" in capsys.readouterr().err
     assert missing_parts(path) == "" and not list((path / "hf").glob("README*"))

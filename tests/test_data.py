@@ -3,6 +3,7 @@
 The tokenizer of these tests makes one token of each white-space separated word, so lengths can be counted by eye.
 """
 
+import copy
 import gzip
 import hashlib
 import json
@@ -17,7 +18,7 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data
@@ -474,6 +475,28 @@ def test_a_source_without_anything_usable_is_an_error_that_names_it(tmp_path, to
 
 
 # ---- the index
+def test_files_take_turns_so_that_a_capped_index_has_a_part_of_each(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(files, "TURN", 3)
+    monkeypatch.setattr(files, "OPEN_AT_ONCE", 2)
+    (tmp_path / "wiki").mkdir()
+    for name in "abc":
+        lines = [json.dumps({"text": sentence(10 * "abc".index(name) + n), "id": f"{name}{n}"}) for n in range(4)]
+        (tmp_path / "wiki" / f"{name}.jsonl").write_text("\n".join(lines))
+    ids = [row["id"].split("#")[0] for row in index(tmp_path / "wiki")[0]]
+    first, second, third = (ids[n][0] for n in (0, 3, 8))  # in an order of the seed
+    expected = [(first, "012"), (second, "012"), (first, "3"), (second, "3"), (third, "0123")]
+    assert ids == [f"{name}{n}" for name, numbers in expected for n in numbers]
+
+
+def test_no_passage_holds_a_special_token_of_the_tokenizer_named_or_not(tokenizer, tmp_path):
+    """transformers names two of SmolLM3's 256."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True), AddedToken("plainword", special=False)])
+    assert "<|tool|>" not in tokenizer.all_special_tokens
+    marks = data.reserved_marks(tokenizer)
+    assert {"[mask]", "\\boxed{", "<|tool|>", *tokenizer.all_special_tokens} <= set(marks) and "plainword" not in marks
+
+
 def test_row_groups_and_their_rows_come_in_seeded_order_under_their_own_numbers(tmp_path, index):
     rows = [{"text": sentence(i)} for i in range(1, 2501)]
     source, orders = write_parquet(tmp_path / "a.parquet", rows, row_group_size=1250), []

@@ -265,6 +265,28 @@ def test_a_chunk_that_is_not_what_it_must_be_is_named(text, files, scripted, fol
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
+def test_a_model_of_the_hub_is_known_by_its_commit(command, files, tmp_path, monkeypatch):
+    """Out of the hub's cache, without a network."""
+    commit, cached = "0123456789abcdef0123456789abcdef01234567", tmp_path / "home/hub/models--owner--tiny"
+    shutil.copytree(TINY_BASE, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [f"tasks=gsm8k={files['gsm8k']}", f"out={tmp_path / 'out'}", *WORDS]
+    ended = command(["eval.py", "owner/tiny", *words], limit=90)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "out/eval-settings.json").read_text())["weights"] == commit
+    ended = command(["eval.py", "owner/none", *words], limit=90)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and "checkpoint 'owner/none'" in ended.stderr
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(files, folders, ranks, tmp_path):
+    settings = settings_for(folders["smollm3"], tmp_path, "max_new_tokens=100000", files={"gsm8k": files["gsm8k"]})
+    with pytest.raises(ConfigError, match="max_new_tokens=100000: the model has [0-9]+ positions"):
+        evaluate(settings, ranks)
+
+
 @pytest.mark.parametrize("word, before", [
     ("max_new_tokens=7", "6"), ("samples=2", "0"), ("chunk=9", "8"), ("limit=1", "0"), ("seed=1", "0"),
     ("max_requests=4", "0"), ("last_number=true", "False"), ("guess=true", "False"),
@@ -456,6 +478,19 @@ def test_numbers_during_training_by_hand(build_sampler, folders, scripted, files
     assert metrics["eval/gsm8k_parse_rate"] == 1 and metrics["eval/gsm8k_length_mean"] == 3
     assert "eval/math500_standard_error" not in metrics  # of one item there is none
     assert [(one.count, one.greedy, one.tokens) for one in calls] == [(1, True, 5)] * 3
+
+
+def test_a_chat_models_responses_end_themselves_in_training_too(build_sampler, folders, files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(exams, "generate", lambda sampler, *_, **__: asked.append(sampler.config.stop_at_answer) or [])
+    monkeypatch.setattr(exams, "summarise", lambda records: dict.fromkeys(("score", *DETAILS)))
+    sampler = build_sampler(folders["smollm3"], eval_every=1, eval_tasks=f"gsm8k={files['gsm8k']}")
+    for frame in (None, ("<user>", "<end>")):
+        exams.run_exams(exams_of(sampler.config, print), replace(sampler, frame=frame))
+    assert asked == [True, False] and sampler.config.stop_at_answer
+
+
+DETAILS = ("standard_error", "parse_rate", "truncation_rate", "length_mean")
 
 
 def test_two_ranks_share_the_items_during_training(build_sampler, folders, scripted, files, monkeypatch):

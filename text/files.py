@@ -3,7 +3,7 @@
 Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A .json file holds records a
 line, one array, {"examples": [...]} or one record. A record that cannot be used is counted under a cause of CAUSES,
 with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
-after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of a
+after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of one
 long jsonl, a capped index (max_passages) is the first part. Shuffle it beforehand.
 """
 
@@ -12,9 +12,9 @@ import json
 import os
 import random
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from config import Config, one_line
@@ -36,6 +36,7 @@ CAUSES = {
     "choices": "multiple choice",
 }
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
+TURN, OPEN_AT_ONCE = 1000, 64  # records, files
 ARRAY_LIMIT = 1 << 30  # bytes; a longer file is not parsed as one JSON value
 TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
 Skip = Callable[..., None]  # skip(cause, where, detail="")
@@ -102,11 +103,11 @@ def file_records(
 ) -> Iterator[Record]:  # fmt: skip
     """The records of files of any kind: of a parquet file the `columns` (all, if none is named), of a txt file one
     article, under config.text_field. needed: a cause and columns; a parquet file with none of these is skipped for that
-    cause. shuffled: files and parquet rows come in an order of the seed."""
+    cause. shuffled: files and parquet rows come in an order of the seed, and files take turns, TURN records at a time:
+    else a capped index would be made from the first one or two of them."""
     top, files = source_path(config), list(files)
-    if shuffled:
-        random.Random(config.seed).shuffle(files)
-    for path in files:
+
+    def records_of(path: Path) -> Iterator[Record]:
         name = one_line(path.name if path == top else path.relative_to(top).as_posix())  # it becomes part of ids
         kind = _kind(path)
         if path.stat().st_size == 0:
@@ -118,6 +119,19 @@ def file_records(
             yield from _txt_records(path, name, config.text_field, skip)
         else:
             yield from _json_records(path, name, kind, skip)
+
+    if shuffled:
+        random.Random(config.seed).shuffle(files)
+    for begin in range(0, len(files), OPEN_AT_ONCE):
+        turns = deque((path, records_of(path)) for path in files[begin : begin + OPEN_AT_ONCE])
+        while turns:
+            path, records = turns.popleft()
+            in_turn, got = shuffled and _kind(path) in ("parquet", "jsonl"), False  # others are held whole
+            for record in islice(records, TURN if in_turn else None):
+                got = True
+                yield record
+            if in_turn and got:
+                turns.append((path, records))
 
 
 def hub_records(

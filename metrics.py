@@ -36,6 +36,7 @@ from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, mas
 from ranks import enter
 from rewards import caseless_match
 from rollout import Rollout, Sampler
+from text.files import hub_commits
 
 RECORDED = "torch transformers liger-kernel flash-attn datasets tokenizers safetensors numpy math-verify".split()
 
@@ -56,7 +57,7 @@ def open_run(config: Config, fresh: bool = True, say=print) -> Path:
     if config.steps or not (run / "config.yaml").exists():
         write_whole(run / "config.yaml", dump_config(config))
     with (run / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write(environment() + "\n")
+        file.write(environment() + hub_commits(config) + "\n")
     return run
 
 

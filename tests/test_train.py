@@ -4,7 +4,9 @@ import json
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -36,6 +38,22 @@ def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path):
         append_row(tmp_path / "run" / "metrics.jsonl", {"step": number})
     for number, name in enumerate(("run.1", "run.2", "run")):
         assert read_rows(tmp_path / name / "metrics.jsonl") == [{"step": number}]
+
+
+def test_a_run_writes_down_the_commits_of_what_it_takes_from_the_hub(tmp_path, monkeypatch):
+    """A resumed run may meet another one: each start adds its own."""
+    known = {("owner/base", "model"): "abc"}
+    resolve = lambda name, repo_type: Mock(resolved=known[name, repo_type])  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "resolve_revision", resolve)
+    config = Config(model="owner/base", data="owner/text", run_dir=str(tmp_path))
+    for fresh in (True, False):  # the second time the data set is known, too
+        open_run(config, fresh)
+        known["owner/text", "dataset"] = "def"
+    open_run(replace(config, model=str(tmp_path), data=str(tmp_path)), False)
+    lines = (tmp_path / "environment.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith(("model ", "dataset "))] == [
+        "model owner/base: abc", "model owner/base: abc", "dataset owner/text: def",
+    ]  # fmt: skip
 
 
 def test_a_run_that_cannot_be_continued_is_not_written_over(tmp_path):

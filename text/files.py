@@ -14,6 +14,7 @@ import random
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -161,6 +162,18 @@ def hub_records(
             f"hub dataset {name!r}, configuration {part!r}, split {split!r}, cannot be read ({reason}); check the name "
             "and the network, or give the path of a local copy"
         ) from None
+
+
+def hub_commits(config: Config) -> str:
+    """A line for the run's model and for its data set, if they are the hub's: the commit of today. Else empty."""
+    from huggingface_hub import resolve_revision
+
+    lines = ""
+    for kind, name in (("model", config.model), ("dataset", config.data)):
+        if not Path(name).expanduser().exists():
+            with suppress(Exception):  # whoever reads it says what is wrong
+                lines += f"{kind} {name}: {resolve_revision(name, repo_type=kind).resolved}\n"
+    return lines
 
 
 def _parquet_records(

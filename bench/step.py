@@ -209,6 +209,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         one_step(1, note)
     with check("checkpoint"), tempfile.TemporaryDirectory(dir=".") as folder:  # as large as a run's
         kept, first = replace(sampler.config, run_dir=gather([folder])[0]), next(run.policy.parameters())
+        Path(folder, "environment.txt").write_text(environment())  # which the model card quotes
         saver = make_saver(run.policy, run.optimizer, replace(sampler, config=kept))
         own, before, saver.done = first.detach().to_local(), first.detach().to_local().clone(), 1
         save_checkpoint(saver)

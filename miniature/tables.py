@@ -48,6 +48,10 @@ PLOTS = {  # file name -> title, explanation, and curves: arm, key, name
         [("ladder: active", f"gen/share_hop{n}", f"{n} step{'s' * (n > 1)}") for n in (1, 2, 3, 4)]),
     "real": ("Real text", "share right by step, active",
         [("active, real text", "pred/accuracy", "own masks"), ("active, real text", "all", "held out")]),
+    "real-tried": ("Real text: against the agreement", "share of function words among valid masks",
+        [("active, real text", "gen/share_function", "active"), ("frozen generator, real text", "gen/share_function",
+         "frozen generator"), *[(f"active, {arm}, real text", "gen/share_function", arm) for arm in (
+         "generator_reward: variance", "a word twice a step", "generator at a tenth", "cold start of 120 steps")]]),
 }  # fmt: skip
 
 
@@ -193,7 +197,7 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
         plots[file] = stand_alone(svg, title, about, [line.name for line in lines])
         images[name] = f'<img src="../{file}" width="49%" alt="{escape(title)}">'
     *first, second = (markdown(table) for table in (*real_tables(real, interval), transfer_table(interval)))
-    parts = [*first, verdicts(real_claims(real)), second, images.pop("real")]
+    parts = [*first, verdicts(real_claims(real)), second, "\n".join(map(images.pop, ("real", "real-tried")))]
     blocks = make_tables(results) | {"real text": "\n\n".join(parts)}
     blocks["plots"] = "\n".join(images.values())
     files = fill_blocks({page: (root / page).read_text(encoding="utf-8") for page in PAGES}, blocks) | plots

@@ -205,7 +205,8 @@ def stopped(do: str, at: str, step: int, rank: int, saved: int, **more) -> Case:
     return Case(do, at, step, rank, f"run: saved after step {saved}", saved, **more)
 
 
-RLVR = ("method=rlvr", "data=assets/tiny_questions.jsonl", "data_config=", "passages_per_step=16", "heldout=0.2",
+# masked articles, which the base answers by a word in a box, against golds that only the child process can compare
+RLVR = ("method=rlvr", "data=tests/algebra.jsonl", "data_config=", "passages_per_step=16", "heldout=0.2",
         r'question_prompt=" {passage}\nPredict:"')  # fmt: skip
 OFFLOAD = ("offload=true",)
 PROPOSE, PREDICT, PROBE = "propose, sampling", "predict, sampling", "probe, sampling"

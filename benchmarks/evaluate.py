@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from huggingface_hub.errors import RevisionResolutionError
 from tqdm import tqdm
 
 import eval
-from benchmarks.exams import Exam, answer, load_exams, parse_tasks
+from benchmarks.exams import Exam, answer, load_exams, parse_tasks, to_the_end
 from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
@@ -142,10 +142,9 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"checkpoint {settings.checkpoint!r}: no usable tokenizer ({_line(error)})") from None
-    if tokenizer.chat_template and config.stop_at_answer:
-        config = replace(config, stop_at_answer=False)
+    sampler = to_the_end(make_sampler(load_replica(config, ranks), tokenizer, config, ranks))
+    if sampler.config.stop_at_answer != config.stop_at_answer:
         say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
-    sampler = make_sampler(load_replica(config, ranks), tokenizer, config, ranks)
     context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if settings.max_new_tokens >= context:
         what = f"the model has {context} positions (max_position_embeddings), prompts included"

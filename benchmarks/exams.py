@@ -65,6 +65,11 @@ def load_exams(tasks: dict[str, str], limit: int, samples: int, config: Config, 
     return exams
 
 
+def to_the_end(sampler: Sampler) -> Sampler:
+    """For a model with a chat template, which ends its responses itself: no stop at an answer, the last counts."""
+    return replace(sampler, config=replace(sampler.config, stop_at_answer=False)) if sampler.frame else sampler
+
+
 def answer(
     exam: Exam, items: list[Item], sampler: Sampler, seed: int, max_tokens: int,
     last_number: bool = False, guess: bool = False, label: str = "",
@@ -105,8 +110,7 @@ def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
     Greedy, so without noise; but batches, and so rounding, depend on the number of ranks.
     """
     metrics, ranks, wanted = {}, sampler.ranks, ("id", "score", "how", "finish", "tokens")
-    if sampler.frame:  # as in eval.py: a model with a chat template ends its responses itself
-        sampler = replace(sampler, config=replace(sampler.config, stop_at_answer=False))
+    sampler = to_the_end(sampler)
     for exam in exams:
         mine = exam.items[ranks.rank :: ranks.world]
         records = answer(exam, mine, sampler, 0, sampler.config.max_prediction_tokens, label=f"eval {exam.name}")

@@ -42,7 +42,8 @@ from metrics import unwritten, write_whole
 from model import refresh
 from rollout import Sampler
 
-MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout".split()
+MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout wandb".split()
+MAY_DIFFER += "eval_every eval_tasks eval_limit".split()
 """Keys that a resumed run may change: how long, where, how often. `steps` moves a cosine's end, and the run says so."""
 ENGINE = (
     "tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory max_requests"

@@ -382,6 +382,9 @@ def check_methods(config: Config) -> None:
     others = [name for name, method in METHODS.items() if method.samples is not grpo_samples]
     if config.kl and {config.method, config.warmup_method} & set(others):
         raise ConfigError(f"kl={config.kl}: must be 0 with {', '.join(others)}")
+    for key in ("advantage_std", "loss_mean", "mask_truncated"):
+        if getattr(config, key) != getattr(Config, key) and {config.method, config.warmup_method} - {""} <= set(others):
+            raise ConfigError(f"{key}={getattr(config, key)!r}: changes nothing with {names}")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):

@@ -1,6 +1,6 @@
 """Try a model on one passage: its masks, each with predictions, thoughts and verdicts.
 
-    python -m play CHECKPOINT [BASE]                     paste a paragraph, end it with Ctrl-D
+    python -m play CHECKPOINT [BASE]                     paste a paragraph, end it with Ctrl-D; or < FILE
     python -m play CHECKPOINT [BASE] passage="Text ..."
     python -m play CHECKPOINT [BASE] number=3            the fourth held-out passage of the config's corpus
     python -m play explain configs/tiny.yaml             one training step in slow motion
@@ -280,6 +280,8 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     both("loss of the step", total, done.row["loss"], 8)
     ours = [Sample(response, 0.0) for response in task.predictions]
     logprobs = [[trainer_logprobs(model, one, sampler).sum().item() for one in ours] for model in (before, policy)]
+    change = (trainer_logprobs(policy, sample, sampler) - old_logprobs)[place].item()
+    say(f"   log p of the token above {change:+.4f}")
     say("\n   log p of whole responses to our mask:\n      verdict   before    after   change")
     for correct, old, new in zip(task.correct, *logprobs, strict=True):
         say(f"      {'right' if correct else 'wrong'}  {old:9.4f}{new:9.4f}{new - old:+9.4f}")

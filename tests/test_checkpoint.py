@@ -160,7 +160,8 @@ def test_every_key_is_compared_but_those_that_change_no_result(config):
             earlier = {name: kept for name, kept in facts["config"].items() if name != key}
             with pytest.raises(ConfigError, match=f"^{key}="):
                 check_same_run({"config": earlier}, other)
-    allowed = """steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout
+    allowed = """steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout wandb
+        eval_every eval_tasks eval_limit
         tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory
         max_requests"""
     assert free == set(allowed.split())

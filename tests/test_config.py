@@ -227,3 +227,12 @@ def test_every_number_has_a_range_and_every_default_passes():
     numbers = {name for name, value in asdict(Config()).items() if type(value) in (int, float)}
     assert numbers <= set(RANGES) <= {field.name for field in fields(Config)}
     assert all(test(getattr(Config(), key)) for key, (_, test) in RANGES.items())
+
+
+@pytest.mark.parametrize("word", ["advantage_std=false", "loss_mean=sequence", "mask_truncated=true"])
+def test_a_key_that_a_method_does_not_read_is_refused(word):
+    """Its token weights and advantages are its own."""
+    for method in ("rlp", "star", "quiet_star", "sft", "cpt"):
+        with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}=.*: changes nothing with {method}$"):
+            read_config(["configs/tiny.yaml", f"method={method}", word])
+    read_config(["configs/tiny.yaml", "method=random_span", "warmup_method=sft", "warmup_method_steps=5", word])

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -119,33 +118,8 @@ def rollout(
     own = limits and limits[rank::world]
     label = str(noise[-1])
     mine = generate(sampler, prompts[rank::world], count, max_tokens, opening, seed, greedy, prefix, label, limits=own)
-    arrays = gather([as_arrays(mine)])
-    parts = [from_arrays(part, prompts[number::world]) for number, part in enumerate(arrays)]
+    parts = gather([mine])
     return [parts[number % world][number // world] for number in range(len(prompts))]
-
-
-def as_arrays(groups: list[list[Rollout]]) -> tuple:
-    """Rollouts of several prompts as three arrays and short lists: lists of numbers take seconds to send and read.
-
-    Returns (responses to each prompt, tokens of each response, token ids, log-probs, [(text, finish)])."""
-    flat = [response for group in groups for response in group]
-    ids = np.fromiter((token for one in flat for token in one.completion_ids), np.int32)
-    logprobs = np.fromiter((value for one in flat for value in one.sampler_logprobs), np.float32)  # they were float32
-    lengths = [len(one.completion_ids) for one in flat]
-    return list(map(len, groups)), lengths, ids, logprobs, [(one.text, one.finish) for one in flat]
-
-
-def from_arrays(arrays: tuple, prompts: list[list[int]]) -> list[list[Rollout]]:
-    """Inverse of as_arrays; prompts: one per group. A rank that was told to stop has no groups."""
-    counts, lengths, ids, logprobs, ends = arrays
-    ids, logprobs, begin, responses = ids.tolist(), logprobs.tolist(), 0, []
-    owners = [prompt for prompt, count in zip(prompts, counts, strict=False) for _ in range(count)]
-    for prompt, length, (text, finish) in zip(owners, lengths, ends, strict=True):
-        end = begin + length
-        responses.append(Rollout(prompt, ids[begin:end], logprobs[begin:end], text, finish))
-        begin = end
-    flat = iter(responses)
-    return [[next(flat) for _ in range(count)] for count in counts]
 
 
 def generate(
@@ -241,7 +215,7 @@ def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fat
             f"a prompt of {len(result.prompt_ids)} tokens for one of {len(prompt)}"
         )
     finish = "eos" if tokens[-1] in sampler.eos_ids else "answer" if answered else "length"
-    return Rollout(list(prompt), tokens, logprobs, "", finish)
+    return Rollout(prompt, tokens, logprobs, "", finish)
 
 
 @torch.no_grad()

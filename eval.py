@@ -17,17 +17,19 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 
 from config import Config
 from data import Corpus, Passage
+from grpo import score
 from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
+from model import logprobs_of
 from prompts import BOXED_OPENING, last_answer, predict_prefix, predict_prompt, question_prompt
-from ranks import gather
 from relatives.rlvr import verify_predictions
 from rewards import exact_match
-from rollout import Sampler, derive_seed, rollout, sequence_logprobs
+from rollout import Sampler, derive_seed, rollout
 from text.files import DataError
 
 NO_THOUGHT_TOKENS = 64
@@ -138,11 +140,11 @@ def thought_use(probe: Probe, sampler: Sampler, groups: list, verdicts: list[lis
 
 
 def perplexity(sampler: Sampler, texts: list[str]) -> float:
-    """exp of the mean negative log-prob of the next token of plain text, over all texts; split over the ranks."""
-    mine = [sampler.tokenizer(text).input_ids for text in texts[sampler.ranks.rank :: sampler.ranks.world]]
-    scores = [score for row in sequence_logprobs(sampler, mine) for score in row]
-    parts = gather([(math.fsum(scores), len(scores))])
-    return math.exp(-sum(total for total, _ in parts) / sum(tokens for _, tokens in parts))
+    """exp of the mean negative log-prob of the next token of plain text, over all texts; every rank calls it."""
+    rows = [ids for ids in sampler.tokenizer(texts).input_ids if 1 < len(ids) <= sampler.config.tokens_per_micro_batch]
+    replica = partial(logprobs_of, sampler.replica)
+    scores = score(replica, [(ids[:1], ids[1:]) for ids in rows], sampler.config, sampler.ranks)
+    return math.exp(-fmean(value for logprobs, _ in scores for value in logprobs))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
     if not isinstance(head, nn.Linear) or head.bias is not None or extras:
         raise RuntimeError(f"model={config.model}: its head is not a plain matrix product: {extras or head}")
     replica = replica.to(ranks.device).eval().requires_grad_(False)
+    replica.head_chunk = head_chunk(config)
     if config.liger and ranks.device.type == "cuda":
         apply_liger(replica)
     return replica
@@ -127,11 +128,11 @@ def add_extra(model: nn.Module, extra: nn.Module) -> None:
 
 
 def _policy_forward(self, *args, forward=None, **inputs):
-    """Inside FSDP: `_logprobs`, or another function of the model that a method brings, with the other arguments."""
-    return (forward or _logprobs)(self, *args, **inputs)
+    """Inside FSDP: `logprobs_of`, or another function of the model that a method brings, with the other arguments."""
+    return (forward or logprobs_of)(self, *args, **inputs)
 
 
-def _logprobs(
+def logprobs_of(
     self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
 ):
     """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.

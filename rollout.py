@@ -1,4 +1,4 @@
-"""Paged generation: prompts as tokens in, `Rollout`s out, the same list on every rank; and scoring of given tokens.
+"""Paged generation: prompts as tokens in, `Rollout`s out, the same list on every rank.
 
 Each rank samples its share of the prompts with transformers' continuous batching on its own replica. No collective runs
 inside, so ranks may finish at different times. One gather at the end is the phase's only meeting point.
@@ -30,7 +30,6 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
 from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer, stop_at_limits
-from ops import pack, token_logprobs
 from prompts import START, chat_frame, scan
 from ranks import Ranks, gather, stop_requested
 
@@ -216,33 +215,3 @@ def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fat
         )
     finish = "eos" if tokens[-1] in sampler.eos_ids else "answer" if answered else "length"
     return Rollout(prompt, tokens, logprobs, "", finish)
-
-
-@torch.no_grad()
-def sequence_logprobs(sampler: Sampler, sequences: list[list[int]]) -> list[list[float]]:
-    """log p(x_t | x_<t) under the replica for each token but the first, nats, temperature 1; packed; this rank only."""
-    replica, scores = sampler.replica, []
-    decoder, head = getattr(replica, replica.base_model_prefix), replica.get_output_embeddings().weight
-    for rows in _batches(sequences, sampler.config.tokens_per_micro_batch):
-        inputs = pack(rows, sampler.ranks.device)
-        hidden = decoder(use_cache=False, **inputs).last_hidden_state[0]
-        targets = inputs["input_ids"][0].roll(-1)
-        logprobs = token_logprobs(hidden, head, targets, 1.0)[0].tolist()
-        begin = 0
-        for row in rows:
-            scores.append(logprobs[begin : begin + len(row) - 1])
-            begin += len(row)
-    return scores
-
-
-def _batches(sequences: list[list[int]], budget: int):
-    """Consecutive sequences, as many as fit the budget of tokens, at least one."""
-    batch, tokens = [], 0
-    for sequence in sequences:
-        if batch and tokens + len(sequence) > budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(sequence)
-        tokens += len(sequence)
-    if batch:
-        yield batch

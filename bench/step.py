@@ -12,6 +12,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -25,12 +26,12 @@ from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage
 from engine.batching import describe_attention
-from grpo import make_optimizer
+from grpo import make_optimizer, score
 from masking import Mask
 from methods import Method, Run, Task
 from metrics import environment
 from ranks import Ranks, gather, start_ranks
-from rollout import Rollout, Sampler, make_sampler, rollout, sequence_logprobs
+from rollout import Rollout, Sampler, make_sampler, rollout
 from train import step
 
 NEVER = "\x00never{"  # an opening that no response contains: each is searched for it, as in a run, and none ends by it
@@ -182,7 +183,9 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         with torch.no_grad():
             logprobs = replica(ids.to(ranks.device)).logits.float().log_softmax(-1).cpu()
         sampler = random_sampler(config, ranks)
-        packed = torch.tensor(sequence_logprobs(sampler, prompts))
+        scorer = partial(model.logprobs_of, sampler.replica)
+        scores = score(scorer, [(row[:1], row[1:]) for row in prompts], config, ranks)
+        packed = torch.tensor([logprobs for logprobs, _ in scores])
         apart = (logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] - packed).abs().mean()
         note(f"{packed.numel()} log-probs, mean difference {apart:.1g} nats")
         assert apart < near, "kernels deviate"

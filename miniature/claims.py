@@ -7,9 +7,11 @@ get the same number of responses a step, the generator's included (methods.py), 
 G the same number of predictions, and one of four masks drawn by rule makes it 280 for 288.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
+
+from masking import WORD_KINDS
 
 SEEDS = (10, 11, 12, 13, 14)
 SEVERAL_KEYS = ["data=runs/experiments/several.jsonl", "max_occurrences=1", "max_span_words=2"]
@@ -50,8 +52,11 @@ ARMS = WIKI_ARMS | LONG_ARMS | SEVERAL_ARMS | RLVR_ARMS | LADDER_ARMS
 STARTS_FROM = {"random_span, then rlvr": "random_span", "active, then rlvr": "active"}
 """Arms that start from the last checkpoint of another arm's run with the same seed."""
 LENGTH = "pred/length_mean"
-CURVES = ("gen/valid_rate", "gen/reward", "pred/accuracy", "pred/groups_kept", LENGTH)
-CURVES += tuple(f"gen/share_{label}" for label in ("fact", "shown", "noise", "copy", "hop1", "hop2", "hop3", "hop4"))
+KEYS = "method seed steps dtype train_generator mask_content learning_rate passages_per_step masks_per_passage".split()
+KEYS += ["predictions_per_mask", "random_masks", "generator_reward"]
+LABELS = ("fact", "shown", "noise", "copy", "hop1", "hop2", "hop3", "hop4", *WORD_KINDS)
+CURVES = ["gen/valid_rate", "gen/reward", "gen/distinct", "gen/top_word_share", *(f"gen/share_{one}" for one in LABELS)]
+CURVES += ["pred/accuracy", "pred/groups_kept", LENGTH, "entropy"]
 TOTALS = ("responses", "response_tokens", "trained_tokens", "flops", "pred/responses")
 Results = dict[str, list[dict]]
 """Per arm its runs, in the order of seeds."""
@@ -72,12 +77,6 @@ def verdicts(held: dict[str, bool]) -> str:
     """`Held: a, b. **Failed: c.**` of names and whether each holds, in their order."""
     true, false = (", ".join(name for name, holds in held.items() if holds == kind) for kind in (True, False))
     return " ".join([*([f"Held: {true}."] if true else []), *([f"**Failed: {false}.**"] if false else [])])
-
-
-def means_of_five(steps: list[dict], keys: Iterable[str]) -> dict[str, list[float]]:
-    """Of each key of metrics.jsonl its means over five steps, 0.0 where a row lacks it."""
-    fives = [steps[n : n + 5] for n in range(0, len(steps), 5)]
-    return {key: [round(fmean(row.get(key, 0.0) for row in five), 4) for five in fives] for key in keys}
 
 
 def ends(runs: list[dict], probe: str) -> list[float]:

@@ -9,49 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-import yaml
-
-from masking import WORD_KINDS
-from metrics import append_row, read_rows
-from miniature.claims import TOTALS, Claim, gains, means_of_five
+from metrics import read_rows
+from miniature.claims import Claim, gains
 
 REAL_RECORD = Path(__file__).resolve().parent / "real.jsonl"
 TRANSFERS, SETS = REAL_RECORD.with_name("transfer.jsonl"), ("last_word", "heldout", "other")
-KEYS = "method seed steps dtype train_generator mask_content learning_rate passages_per_step masks_per_passage".split()
-KEYS += ["predictions_per_mask", "random_masks", "generator_reward"]
-REAL_PROBES = {"all": "probe/accuracy", "greedy": "probe/accuracy_greedy", "perplexity": "probe/perplexity"}
-REAL_PROBES |= {kind: f"probe/accuracy_{kind}" for kind in WORD_KINDS}
-REAL_PROBES |= {f"greedy_{kind}": f"probe/accuracy_greedy_{kind}" for kind in WORD_KINDS}
-REAL_CURVES = ["pred/accuracy", "gen/valid_rate", "gen/top_word_share", "gen/distinct", "gen/reward", "entropy"]
-REAL_CURVES += [f"gen/share_{kind}" for kind in WORD_KINDS]
-
-
-def keep_run(name: str, folder: Path, record: Path = REAL_RECORD) -> dict:
-    """Append what the table needs of a run directory. Raises ValueError for a run that has not ended with a probe."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    rows = read_rows(folder / "metrics.jsonl")
-    if not rows or rows[-1]["step"] != config["steps"] or "probe/accuracy" not in rows[-1]:
-        raise ValueError(f"{folder}: its {config['steps']} steps have not ended with a probe")
-    steps = [row for row in rows if "reward" in row]
-    probed = [row for row in rows if "probe/accuracy" in row]
-    facts = (folder / "environment.txt").read_text(encoding="utf-8").split("\n")
-    result = {"arm": name, "seed": config["seed"], "keys": {key: config[key] for key in KEYS}}
-    result |= {"seconds": round(sum(row["time/step"] for row in steps)), "peak_memory_gb": steps[-1]["peak_memory_gb"]}
-    result["probes"] = [
-        {"step": row["step"]} | {key: round(row[long], 4) for key, long in REAL_PROBES.items() if long in row}
-        for row in probed
-    ]
-    result["curves"] = means_of_five(steps, REAL_CURVES)
-    result["totals"] = {key: sum(row.get(key, 0) for row in steps) for key in TOTALS}
-    result["environment"] = [line for line in facts if line.startswith(("git:", "torch:", "transformers:"))]
-    append_row(record, result)
-    return result
-
-
-def load_real(record: Path = REAL_RECORD) -> dict[str, list[dict]]:
-    """Runs by name, in the order of the record; of two lines for one name and seed the later."""
-    rows = {(row["arm"], row["seed"]): row for row in read_rows(record)}
-    return {arm: [row for row in rows.values() if row["arm"] == arm] for arm, _ in rows}
 
 
 def rises(runs: list[dict], curve: str) -> list[float]:

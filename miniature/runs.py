@@ -18,12 +18,15 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
-from metrics import append_row, environment, read_rows
+import yaml
+
+from metrics import append_row, read_rows
 from miniature.base import make_tiny
-from miniature.claims import ARMS, CLAIMS, CURVES, SEEDS, STARTS_FROM, TOTALS, Results, means_of_five
+from miniature.claims import ARMS, CLAIMS, CURVES, KEYS, SEEDS, STARTS_FROM, TOTALS, Results
 from miniature.ladder import make_ladder_base
-from miniature.real import keep_run
+from miniature.real import REAL_RECORD
 from miniature.tables import PROJECT, RECORD, load_results, write_pages
 from miniature.worlds import make_questions, make_several
 
@@ -65,14 +68,26 @@ def run_arm(arm: str, seed: int) -> dict:
             train(STARTS_FROM[arm], seed, first, f"save_every={10**6}")  # at the end alone
             start = [f"model={first}/checkpoints/latest/hf"]
         train(arm, seed, last, "save_every=0", *start)
-        rows = read_rows(last / "metrics.jsonl")
+        return record_run(arm, last) | {"words": ARMS[arm]}
+
+
+def record_run(arm: str, folder: Path) -> dict:
+    """A line of a record: what claims, tables and plots need of a run directory; of curves the means over five steps.
+    Raises ValueError for a run that has not ended with a probe."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    rows = read_rows(folder / "metrics.jsonl")
+    if not rows or rows[-1]["step"] != config["steps"] or "probe/accuracy" not in rows[-1]:
+        raise ValueError(f"{folder}: its {config['steps']} steps have not ended with a probe")
     steps = [row for row in rows if "reward" in row]
+    fives = [steps[n : n + 5] for n in range(0, len(steps), 5)]
+    facts = (folder / "environment.txt").read_text(encoding="utf-8").split("\n")
     return {
-        "arm": arm, "seed": seed, "words": ARMS[arm], "seconds": sum(row["time/step"] for row in steps),
+        "arm": arm, "seed": config["seed"], "keys": {key: config[key] for key in KEYS},
+        "seconds": sum(row["time/step"] for row in steps), "peak_memory_gb": steps[-1]["peak_memory_gb"],
         "probes": [{"step": row["step"]} | probes(row) for row in rows if "probe/accuracy" in row],
-        "curves": means_of_five(steps, CURVES),
+        "curves": {key: [round(fmean(row.get(key, 0.0) for row in five), 4) for five in fives] for key in CURVES},
         "totals": {key: sum(row.get(key, 0) for row in steps) for key in TOTALS},
-        "environment": [line for line in environment().split("\n") if line.startswith(("git:", "torch:", "trans"))],
+        "environment": [line for line in facts if line.startswith(("git:", "torch:", "transformers:"))],
     }  # fmt: skip
 
 
@@ -105,7 +120,7 @@ def run_again(name: str) -> bool:
     print(f"{equal} of {len(pairs)} runs of seeds {SEEDS[:2]} equal the record to the last digit")
     run_missing([name], FRESH_SEEDS, fresh)
     print(f"On the fresh seeds {FRESH_SEEDS}:")
-    return print_verdict(name, load_results(fresh))
+    return print_verdict(name, load_results(fresh, ARMS))
 
 
 def main(words: list[str]) -> None:
@@ -113,12 +128,12 @@ def main(words: list[str]) -> None:
     if command == "run" and set(rest) <= set(CLAIMS):
         run_missing(rest or list(CLAIMS), SEEDS, RECORD)
         for name in rest or CLAIMS:
-            print_verdict(name, load_results(RECORD))
+            print_verdict(name, load_results(RECORD, ARMS))
     elif command == "again" and len(rest) == 1 and rest[0] in CLAIMS:
         raise SystemExit(0 if run_again(rest[0]) else 1)
     elif words == ["figures"] or (command == "keep" and rest and all("=" in word for word in rest)):
         for name, folder in (word.split("=", 1) for word in rest):
-            keep_run(name, Path(folder))
+            append_row(REAL_RECORD, record_run(name, Path(folder)))
         print(*write_pages(), sep="\n")
     elif words == ["base"]:
         make_tiny()

@@ -7,6 +7,7 @@ lowest and the highest seed. The sentences around the blocks are written by hand
 
 import math
 import re
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,7 +17,7 @@ from miniature.claims import (
     ARMS, CLAIMS, LADDER_ARMS, LENGTH, RLVR_ARMS, SEVERAL_ARMS, WIKI_ARMS, Results, climb, differences, ends, gains,
     late, verdicts,
 )  # fmt: skip
-from miniature.real import load_real, of_seeds, real_claims, real_tables, transfer_table
+from miniature.real import REAL_RECORD, of_seeds, real_claims, real_tables, transfer_table
 from report.charts import Series, line_chart, stand_alone
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -55,10 +56,12 @@ PLOTS = {  # file name -> title, explanation, and curves: arm, key, name
 }  # fmt: skip
 
 
-def load_results(record: Path) -> Results:
-    """Runs by arm, in the order of ARMS and of seeds, [] for an arm without runs; of two lines for a run the later."""
+def load_results(record: Path, arms: Iterable[str] = ()) -> Results:
+    """Runs by arm, in the order of `arms` (of the record, if none are given) and of seeds, [] for an arm without runs;
+    of two lines for a run the later."""
     rows = {(row["arm"], row["seed"]): row for row in read_rows(record)}
-    return {arm: [rows[key] for key in sorted(rows) if key[0] == arm] for arm in ARMS}
+    names = arms or dict.fromkeys(arm for arm, _ in rows)
+    return {arm: [rows[key] for key in sorted(rows) if key[0] == arm] for arm in names}
 
 
 def interval(values: list[float]) -> str:
@@ -185,7 +188,7 @@ def write_pages(root: Path = PROJECT, record: Path = RECORD) -> list[Path]:
 
     Raises ValueError for an arm without a run, and what fill_blocks raises.
     """
-    results, real = load_results(record), load_real()
+    results, real = load_results(record, ARMS), load_results(REAL_RECORD)
     if missing := [arm for arm, runs in results.items() if not runs]:
         raise ValueError(f"{record}: no run of {', '.join(missing)}; `python -m miniature run` makes them")
     results |= {f"{arm}, real text": of_seeds(runs) for arm, runs in real.items()}

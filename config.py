@@ -18,6 +18,8 @@ import os
 import re
 import reprlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from difflib import get_close_matches
@@ -42,6 +44,8 @@ def one_line(text: str) -> str:
 
 class ConfigError(ValueError):
     """One line: the key, its value, what is allowed."""
+
+    kind = "config"
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
@@ -458,17 +462,25 @@ def check(config: Config) -> None:
         raise ConfigError(f"chat_template={config.chat_template!r}: must be none, auto or the path of a Jinja file")
 
 
-def parse_command_line(usage: str) -> Config:
-    """sys.argv -> Config; a ConfigError becomes one line on stderr and exit status 2."""
+@contextmanager
+def command(usage: str) -> Iterator[None]:
+    """Around a command. Without a word, or if it is asked for, prints the usage. A ConfigError (DataError is one) or an
+    OSError inside becomes one line on stderr, not one per rank, and exit status 2."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(usage.strip())
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
     try:
-        return read_config(sys.argv[1:])
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
-            print(f"config error: {error}", file=sys.stderr)
+        yield
+    except (ConfigError, OSError) as error:  # a missing model raises an OSError of several lines
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{getattr(error, 'kind', 'file')} error: {str(error).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def parse_command_line(usage: str) -> Config:
+    """sys.argv -> Config."""
+    with command(usage):
+        return read_config(sys.argv[1:])
 
 
 def dump_config(config: Config) -> str:

@@ -21,6 +21,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from config import ConfigError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -108,10 +110,16 @@ def _listen(read: int) -> None:
                 print(f"{name}: stopping where all ranks meet next; a second signal ends at once", file=sys.stderr)
 
 
-def all_said() -> None:
-    """A rank has said in one line what is wrong, and leaves: `report_error` is to add nothing on the others."""
+def leave_with(error: ConfigError) -> None:
+    """Ends this rank with status 2 after one line on stderr: `report_error` is to add nothing on the others, which may
+    wait in a collective. torchrun ends them."""
     _here.ending = True
+    if _here.rank:
+        time.sleep(5)  # rank 0 says it, once; but it may be this rank's alone
+    rank = f" (rank {_here.rank})" if _here.rank else ""
+    print(f"{error.kind} error: {error}{rank}", file=sys.stderr, flush=True)
     _here.store.set("all said", "1")
+    os._exit(2)
 
 
 def report_error(error: BaseException) -> None:

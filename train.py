@@ -36,10 +36,9 @@ from metrics import (
 )  # fmt: skip
 from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
 from prompts import chat_frame, check_prompts
-from ranks import Ranks, Stopped, all_said, begin_step, gather, listen, report_error, start_ranks
+from ranks import Ranks, Stopped, begin_step, gather, leave_with, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
 from rollout import make_sampler
-from text.files import DataError
 
 
 @dataclass
@@ -342,13 +341,8 @@ def main() -> None:
     listen()
     try:
         status = train(config, ranks)
-    except (ConfigError, DataError) as error:
-        if ranks.rank:
-            time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
-        kind = "config" if isinstance(error, ConfigError) else "data"
-        print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
-        all_said()
-        os._exit(2)  # other ranks may wait in a barrier: leave without waiting for them, torchrun ends them
+    except ConfigError as error:
+        leave_with(error)
     except Exception as error:
         report_error(error)
         os._exit(1)  # at once, as above: sampling or saving threads may wait, too

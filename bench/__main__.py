@@ -9,28 +9,20 @@ python -m bench trl [configs/tiny.yaml] [key=value ...]                   the sa
 Words beside the config's keys: the dataclasses of bench/plan.py, bench/step.py and bench/trl.py.
 """
 
-import os
 import sys
 
 from bench.plan import print_plan
 from bench.step import print_checks, time_config
 from bench.trl import compare_trainers
-from config import ConfigError
+from config import command
 
 
 def main(words: list[str]) -> None:
     """Runs one command. Raises ConfigError for a bad word."""
-    command = {"plan": print_plan, "check": print_checks, "trl": compare_trainers}.get(words[0])
-    command(words[1:]) if command else time_config(words)
+    run = {"plan": print_plan, "check": print_checks, "trl": compare_trainers}.get(words[0])
+    run(words[1:]) if run else time_config(words)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__.strip())
-        raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    try:
+    with command(__doc__):
         main(sys.argv[1:])
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
-            print(f"config error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

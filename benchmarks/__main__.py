@@ -14,11 +14,10 @@ from types import SimpleNamespace
 
 from benchmarks.judge import check_answers, option_letter
 from benchmarks.sets import load_items, prompt_template
-from config import Config, ConfigError
+from config import Config, command
 from masking import make_mask
 from prompts import fill
 from rewards import exact_match
-from text.files import DataError
 
 
 def judge_row(row: dict) -> object:
@@ -37,7 +36,7 @@ def judge_row(row: dict) -> object:
 
 
 def main() -> None:
-    try:
+    with command(__doc__):
         match sys.argv[1:]:
             case ["judge", path]:
                 lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -53,9 +52,6 @@ def main() -> None:
                 print(f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}")
             case _:
                 raise SystemExit((__doc__ or "").rstrip())
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -33,13 +32,12 @@ from benchmarks.exams import Exam, answer, load_exams, parse_tasks, to_the_end
 from benchmarks.scores import compare_evaluations, paper_means, summarise, table
 from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
-from config import Config, ConfigError, check, parse_words, typed
+from config import Config, ConfigError, check, command, parse_words, typed
 from engine.batching import describe_attention
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import load_replica, load_tokenizer
-from ranks import Ranks, gather, start_ranks
+from ranks import Ranks, gather, leave_with, start_ranks
 from rollout import derive_seed, make_sampler
-from text.files import DataError
 
 MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
 MODEL_KEYS += "question_prompt temperature seed".split()
@@ -252,24 +250,13 @@ def conclude(settings: Settings, exams: list[Exam]) -> str:
 
 def main() -> None:
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help") or words == ["compare"]:
-        print(eval.__doc__.strip())
-        raise SystemExit(2 if words[:1] in ([], ["compare"]) else 0)
-    try:
+    with command(eval.__doc__):
         if words[0] == "compare":
             return print(compare_evaluations(words[1:]))
         settings = read_settings(words)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not once per rank
-            print(f"config error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     ranks = start_ranks(7 * 86400)  # at the end all wait for the longest chunk
     try:
         evaluate(settings, ranks)
-    except (ConfigError, DataError) as error:
-        if ranks.rank:
-            time.sleep(5)  # rank 0 says it, once, and torchrun ends the others; but it may be this rank's alone
-        kind = "config" if isinstance(error, ConfigError) else "data"
-        print(f"{kind} error: {error}" + (f" (rank {ranks.rank})" if ranks.rank else ""), file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may wait in a gather: leave without waiting for them, torchrun ends them
+    except ConfigError as error:
+        leave_with(error)
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ from statistics import fmean
 
 import torch.distributed as dist
 
-from config import ConfigError, read_config
+from config import ConfigError, command, read_config
 from data import build_index, load_corpus
 from eval import make_probe
 from metrics import append_row
@@ -90,7 +90,5 @@ def main(words: list[str], record: Path = TRANSFERS) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command(__doc__):
         main(sys.argv[1:])
-    except ConfigError as error:
-        raise SystemExit(f"config error: {error}") from None

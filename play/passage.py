@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from bench.memory import decide_checkpointing
 from checkpoint import exported_model
-from config import Config, ConfigError, read_config
+from config import Config, ConfigError, command, read_config
 from data import Corpus, Passage, build_index, load_corpus, reserved_marks
 from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
@@ -35,7 +35,6 @@ from model import build_policy, build_reference, load_replica, load_tokenizer
 from prompts import check_prompts, last_answer, mask_prompt
 from ranks import Ranks, start_ranks
 from rollout import Rollout, Sampler, derive_seed, make_sampler
-from text.files import DataError
 from train import step
 
 RESPONSE_CHARS, TERMINAL_WIDTH = 600, 100
@@ -289,17 +288,11 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        raise SystemExit(0 if arguments else 2)
-    try:
-        if arguments[0] == "explain":
-            explain(read_config(arguments[1:]), start_ranks())
+    words = sys.argv[1:]
+    with command(__doc__):
+        if words[0] == "explain":
+            explain(read_config(words[1:]), start_ranks())
         else:
-            models, source, config = read_arguments(arguments)
+            models, source, config = read_arguments(words)
             play(read_passage(source, config, load_tokenizer(config)), models, config, start_ranks())
-    except (ConfigError, DataError, OSError) as error:  # a missing model raises an OSError of several lines
-        print(f"play error: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2) from None
     dist.destroy_process_group()

@@ -24,6 +24,7 @@ import yaml
 from jinja2 import Environment
 from markupsafe import Markup
 
+from config import ConfigError, command
 from prompts import last_answer
 from report.charts import COLOURS, Series, line_chart, number
 
@@ -139,10 +140,10 @@ def even(items: list, most: int) -> list:
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises ValueError if the folder has no metrics, OSError if it has no config."""
+    """Raises ConfigError if the folder has no metrics, OSError if it has no config."""
     rows = list(stream(folder / "metrics.jsonl"))
     if not rows:
-        raise ValueError(f"{folder}: no metrics.jsonl with a row in it; a run directory is expected")
+        raise ConfigError(f"{folder}: no metrics.jsonl with a row in it; a run directory is expected")
     # a kind of mask that does not occur at a step has no key there
     kinds = {key for row in rows for key in row if key.startswith(("gen/share_", "gen/invalid_"))}
     rows = [dict.fromkeys(kinds, 0.0) | row if "gen/valid_rate" in row else row for row in rows]
@@ -243,19 +244,13 @@ def build_page(runs: list[RunData]) -> str:
 
 
 def write_report(folders: list[Path]) -> Path:
-    """Writes report.html into the first of the run directories. Raises ValueError or OSError as read_run does."""
+    """Writes report.html into the first of the run directories. Raises ConfigError or OSError as read_run does."""
     target = Path(folders[0]) / "report.html"
     target.write_text(build_page([read_run(Path(folder)) for folder in folders]), encoding="utf-8")
     return target
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__.strip())
-        raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    try:
+    with command(__doc__):
         target = write_report(list(map(Path, sys.argv[1:])))
-    except (ValueError, OSError) as error:
-        print(f"report error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")

@@ -18,7 +18,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from config import Config, one_line
+from config import Config, ConfigError, one_line
 
 RESERVED = ("[mask]", "\\mask{", "\\boxed{")  # they would be taken for the prompts' own marks
 CAUSES = {
@@ -44,11 +44,10 @@ Skip = Callable[..., None]  # skip(cause, where, detail="")
 Record = tuple[str, str, dict]  # where, for messages; "file:line", the id of a record that has none; fields
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """One line: the source, what is wrong with it, what to do."""
 
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
+    kind = "data"
 
 
 class Tally:

@@ -12,9 +12,7 @@ a text of another kind. A line of miniature/transfer.jsonl for each model, the s
 
 import os
 import re
-import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,13 +20,13 @@ from statistics import fmean
 import torch.distributed as dist
 
 from config import ConfigError, command, read_config
-from data import build_index, load_corpus
 from eval import make_probe
 from metrics import append_row
 from miniature.real import TRANSFERS
 from model import load_replica, load_tokenizer
 from prompts import BOXED_OPENING, encode, last_answer, predict_prompt
-from ranks import gather, start_ranks
+from play.passage import read_corpus
+from ranks import start_ranks
 from rewards import exact_match
 from rollout import Sampler, make_sampler, rollout
 
@@ -70,15 +68,7 @@ def main(words: list[str], record: Path = TRANSFERS) -> None:
         own = replace(config, model=model)
         sampler = make_sampler(load_replica(own, ranks), load_tokenizer(own), own, ranks)
         for part, asked in settings.items():
-            if part not in probes:
-                folder = Path(gather([tempfile.mkdtemp()])[0])
-                if ranks.rank == 0:
-                    build_index(asked, sampler.tokenizer, folder)
-                dist.barrier()
-                probes[part] = make_probe(load_corpus(folder, asked), sampler, asked)
-                dist.barrier()
-                if ranks.rank == 0:
-                    shutil.rmtree(folder)
+            probes[part] = probes.get(part) or make_probe(read_corpus(asked, sampler.tokenizer), sampler, asked)
         scores = {"last_word": last_words(sampler, [one.text for one in probes["heldout"].passages])}
         scores |= {part: masked_words(sampler, probe) for part, probe in probes.items()}
         row = {"model": name} | {part: [round(fmean(values), 4), len(values)] for part, values in scores.items()}

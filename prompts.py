@@ -59,19 +59,6 @@ START: AnswerScan = (0, 0, False)
 CLOSED: AnswerScan = (0, -1, False)
 
 
-def fill(template: str, passage: str) -> str:
-    """Puts the passage into the template's one {passage}. Raises ValueError if there is none, or more than one.
-
-    Not str.format: templates hold \\mask{...} and passages hold any braces, which must stay as they are.
-
-    >>> fill("Hide words of: {passage}", "a set {1, 2}, a {passage}")
-    'Hide words of: a set {1, 2}, a {passage}'
-    """
-    if template.count("{passage}") != 1:
-        raise ValueError(f"a prompt template must contain {{passage}} once: {template!r}")
-    return template.replace("{passage}", passage)
-
-
 def chat_frame(tokenizer) -> tuple[str, str] | None:
     """What the chat template writes before and after one user turn; None without a template. Rendered once for a run,
     because a template may write the time. Raises ConfigError where it cannot be rendered, or changes the turn's text.
@@ -115,18 +102,19 @@ def encode(tokenizer, prompt: str, prefix: str = "", frame: tuple[str, str] | No
 
 def mask_prompt(sampler, text: str) -> list[int]:
     """The generator's prompt for a passage, token ids."""
-    return encode(sampler.tokenizer, fill(sampler.config.mask_prompt or MASK_PROMPT, text), "", sampler.frame)
+    prompt = (sampler.config.mask_prompt or MASK_PROMPT).replace("{passage}", text)  # not format: it has other braces
+    return encode(sampler.tokenizer, prompt, "", sampler.frame)
 
 
 def predict_prompt(sampler, masked: str, thought: bool = True) -> list[int]:
     """The predictor's prompt for a masked passage, token ids; without `thought` the answer is opened already."""
-    prompt = fill(sampler.config.predict_prompt or PREDICT_PROMPT, masked)
+    prompt = (sampler.config.predict_prompt or PREDICT_PROMPT).replace("{passage}", masked)
     return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
 
 
 def question_prompt(sampler, question: str, thought: bool = True) -> list[int]:
     """The prompt of a question with a verifiable answer, token ids; without `thought` the answer is opened already."""
-    prompt = fill(sampler.config.question_prompt or QUESTION_PROMPT, question)
+    prompt = (sampler.config.question_prompt or QUESTION_PROMPT).replace("{passage}", question)
     return encode(sampler.tokenizer, prompt, "" if thought else predict_prefix(sampler.config), sampler.frame)
 
 

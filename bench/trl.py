@@ -25,7 +25,7 @@ from bench.step import make_run, step_seconds, time_steps
 from config import Config, read_config
 from metrics import peak_memory_gb
 from model import load_replica, load_tokenizer
-from prompts import PREDICT_PROMPT, fill
+from prompts import PREDICT_PROMPT
 from ranks import start_ranks
 from rollout import make_sampler
 
@@ -37,7 +37,7 @@ def peer_prompts(config: Config) -> list[str]:
     """The prompts of a step, each on an article of the mini-wiki, about 30 words."""
     template, (_, count, *_) = config.predict_prompt or PREDICT_PROMPT, phases(config)[-1]
     with gzip.open(Path(__file__).parent.parent / "assets/tiny_wiki.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [fill(template, json.loads(next(lines))["text"]) for _ in range(count)]
+        return [template.replace("{passage}", json.loads(next(lines))["text"]) for _ in range(count)]
 
 
 def our_steps(config: Config) -> list[float]:

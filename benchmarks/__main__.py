@@ -16,7 +16,6 @@ from benchmarks.judge import check_answers, option_letter
 from benchmarks.sets import load_items, prompt_template
 from config import Config, command
 from masking import make_mask
-from prompts import fill
 from rewards import exact_match
 
 
@@ -48,7 +47,7 @@ def main() -> None:
                 print(f"{len(rows) - len(differ)} of {len(rows)} as they say")
             case ["show", name, *path] if len(path) < 2:
                 items, counts, fingerprint = load_items(name, *path)
-                asked = fill(prompt_template(name), items[0].question)
+                asked = prompt_template(name).replace("{passage}", items[0].question)
                 print(f"{name}: {counts}, fingerprint {fingerprint}\n\n--- {items[0].id}\n{asked}\n=> {items[0].gold}")
             case _:
                 raise SystemExit((__doc__ or "").rstrip())

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.scores import summarise
 from benchmarks.sets import BENCHMARKS, Item, judge, load_items, prompt_template
 from config import Config, ConfigError
-from prompts import BOXED_OPENING, encode, fill
+from prompts import BOXED_OPENING, encode
 from ranks import gather
 from rollout import Sampler, generate
 
@@ -75,7 +75,8 @@ def answer(
     last_number: bool = False, guess: bool = False, label: str = "",
 ) -> list[dict]:  # fmt: skip
     """A record per response, `exam.samples` in a row for each item; sampled and judged on this rank, no collective."""
-    prompts = [encode(sampler.tokenizer, fill(exam.prompt, item.question), frame=sampler.frame) for item in items]
+    texts = [exam.prompt.replace("{passage}", item.question) for item in items]
+    prompts = [encode(sampler.tokenizer, text, frame=sampler.frame) for text in texts]
     # transformers adds the rank to the seed that it is given; the responses must not depend on who makes them
     seed -= sampler.ranks.rank
     groups = generate(

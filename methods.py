@@ -62,7 +62,7 @@ class Task:
     """What each prediction earns in the update: any finite number."""
     proposal_reward: float | None = None
     """What the generator earns for this mask; None where a rule drew it, or before it is known."""
-    position: rlp.Position | quiet_star.Place | None = None
+    position: rlp.Position | None = None
     """`rlp`, `quiet_star`: where in the text the thought is taken."""
 
     @property

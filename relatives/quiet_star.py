@@ -22,8 +22,7 @@ the learned mark itself, and the head cannot write a mark. Probe and exported mo
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,7 @@ from ops import pack, token_logprobs
 from prompts import leading_ids
 from ranks import Ranks, gather
 from relatives import rlp
-from relatives.next_token import draw_distinct
-from relatives.rlp import MIN_PREFIX, thought_task
+from relatives.rlp import MIN_PREFIX, Position
 from rollout import Rollout, derive_seed
 
 if TYPE_CHECKING:
@@ -89,21 +87,10 @@ def check(config: Config) -> None:
 
 
 @dataclass
-class Place:
-    """A position in a text, and what became of it."""
-
-    prefix_ids: list[int]  # the text before it, with the tokenizer's leading tokens
-    ahead_ids: list[int]  # the true tokens from there on: `ahead_tokens`, fewer at the end of the text
-    # Of each thought: its reward minus the mean log-prob of the same tokens without a thought, nats a token
-    gains: list[float] = field(default_factory=list)
-    mixes: list[float] = field(default_factory=list)  # of each thought: its mean weight in the mixture
-
-
-@dataclass
 class Thought(Sample):
     """A thought and the text behind it. Its rollout's prompt ends with the opening mark."""
 
-    place: Place | None = None
+    place: Position | None = None
     number: int = 0  # in the list of the step
 
     @property
@@ -112,22 +99,14 @@ class Thought(Sample):
 
 
 def propose_places(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
-    """Random positions t >= MIN_PREFIX of each text, distinct while there are enough; tokens that precede a prompt over
-    max_prompt_tokens are cut off."""
+    """Random positions of each text, as many as make the responses add up to those of `active`."""
     from methods import tasks_per_passage  # here: methods.py imports this file
 
-    config, tokenizer, proposals = run.config, run.sampler.tokenizer, []
-    start_ids, mark, ahead = leading_ids(tokenizer), run.sampler.replica.extra.start_id, config.ahead_tokens
-    room = config.max_prompt_tokens - 2 * ahead - len(start_ids)  # so that a packed thought fits a micro-batch
-    for number, (passage, count) in enumerate(zip(passages, tasks_per_passage(config, "quiet_star"), strict=True)):
-        rng = random.Random(derive_seed(config.seed, step, "draw", number))
-        ids = tokenizer(passage.text, add_special_tokens=False).input_ids
-        tasks = []
-        for t in draw_distinct(range(MIN_PREFIX, len(ids)), count, rng):
-            place = Place(start_ids + ids[max(0, t - room) : t], ids[t : t + ahead])
-            tasks.append(thought_task(run, passage, place, place.ahead_ids, [*place.prefix_ids, mark]))
-        proposals.append(tasks)
-    return proposals
+    config, start_ids, mark = run.config, leading_ids(run.sampler.tokenizer), run.sampler.replica.extra.start_id
+    room = config.max_prompt_tokens - 2 * config.ahead_tokens - len(start_ids)  # so that a thought fits a micro-batch
+    counts = tasks_per_passage(config, "quiet_star")
+    around = [config.ahead_tokens, room, lambda ids: [*start_ids, *ids, mark]]
+    return rlp.draw_positions(run, passages, step, counts, *around)
 
 
 def think(run: Run, tasks: list[Task], step: int) -> None:
@@ -154,7 +133,7 @@ def pack_thoughts(bundles: list[list[Thought]], device: torch.device) -> TalkBat
     continue it, and so does each thought: opening mark, sampled tokens, closing mark, and those tokens again."""
     thoughts = [thought for bundle in bundles for thought in bundle]
     if not bundles:  # nothing to do here, but every rank must run the same collectives: a dummy of weight zero
-        bundles = [[Thought(Rollout([0, 0], [0], [0.0], "", "length"), 0.0, place=Place([0], [0]))]]
+        bundles = [[Thought(Rollout([0, 0], [0], [0.0], "", "length"), 0.0, place=Position([0], [0]))]]
     rows, prefixes, begins = [], [], [0]
 
     def add(tokens: list[int], prefix: int | None) -> int:

@@ -7,7 +7,8 @@ follows the policy (model.py:ema_update).
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from config import Config, ConfigError
 from data import Passage
 from grpo import Group, Sample, score
 from masking import MASK, Mask
-from prompts import chat_frame, leading_ids
+from prompts import leading_ids
+from relatives.next_token import draw_distinct
 from rollout import Rollout, Sampler, derive_seed
 
 if TYPE_CHECKING:
@@ -43,21 +45,22 @@ class Frame:
     longest_prefix: int  # tokens of text for which neither prompt nor context with an empty thought exceeds the limit
 
 
-@dataclass(frozen=True)
+@dataclass
 class Position:
-    """One place in a text: the tokens before it, without special ones, and the token there."""
+    """One place in a text, and what `quiet_star` learns about it."""
 
-    prefix_ids: list[int]
-    target_id: int
+    prefix_ids: list[int]  # the tokens before it, without special ones
+    ahead_ids: list[int]  # the true tokens from there on: one, or `ahead_tokens`, fewer at the end of the text
+    # Of each thought: its reward minus the mean log-prob of the same tokens without a thought, nats a token
+    gains: list[float] = field(default_factory=list)
+    mixes: list[float] = field(default_factory=list)  # of each thought: its mean weight in the mixture
 
 
-def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str, str] | None = None) -> Frame:
-    """Tokenizes everything but the texts, once. template: config.rlp_prompt or THOUGHT_PROMPT, with {passage}. With a
-    chat template the request is one user turn and the thought opens the answer. Raises ConfigError if {passage} does
-    not stand in it once, or if there is no room for MIN_PREFIX tokens of text."""
-    if template.count("{passage}") != 1:
-        raise ConfigError(f"rlp_prompt={template!r}: must contain {{passage}} once")
-    chat = chat or chat_frame(tokenizer)
+def make_frame(sampler: Sampler) -> Frame:
+    """Tokenizes everything but the texts. With a chat template the request is one user turn and the thought opens the
+    answer. Raises ConfigError if there is no room for MIN_PREFIX tokens of text."""
+    tokenizer, chat, longest = sampler.tokenizer, sampler.frame, sampler.config.max_prompt_tokens
+    template = sampler.config.rlp_prompt or THOUGHT_PROMPT
     head, tail = (template.join(chat) if chat else template).split("{passage}")
     # The template writes its own special tokens; plain text gets those that the tokenizer puts in front
     start_ids = leading_ids(tokenizer)
@@ -66,18 +69,12 @@ def make_frame(tokenizer, template: str, max_prompt_tokens: int, chat: tuple[str
     )
     head_ids = head_ids if chat else start_ids + head_ids
     used = max(len(head_ids + tail_ids + open_ids), len(start_ids + open_ids + close_ids) + 1)
-    if max_prompt_tokens < used + MIN_PREFIX:
+    if longest < used + MIN_PREFIX:
         raise ConfigError(
-            f"max_prompt_tokens={max_prompt_tokens}: must be at least {used + MIN_PREFIX}, {MIN_PREFIX} tokens of text "
+            f"max_prompt_tokens={longest}: must be at least {used + MIN_PREFIX}, {MIN_PREFIX} tokens of text "
             "and the frame of rlp_prompt"
         )
-    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, max_prompt_tokens - used)
-
-
-def thought_frame(sampler: Sampler) -> Frame:
-    """The tokens around texts and thoughts in this run."""
-    config = sampler.config
-    return make_frame(sampler.tokenizer, config.rlp_prompt or THOUGHT_PROMPT, config.max_prompt_tokens, sampler.frame)
+    return Frame(start_ids, head_ids, tail_ids + open_ids, open_ids, close_ids, longest - used)
 
 
 def check(config: Config) -> None:
@@ -87,38 +84,32 @@ def check(config: Config) -> None:
         raise ConfigError(f"min_passage_tokens={config.min_passage_tokens}: {least}")
 
 
-def draw_position(text: str, tokenizer, frame: Frame, rng: random.Random) -> Position:
-    """One uniformly random position t >= MIN_PREFIX of a text. A text that is too long before t loses its beginning.
-    Raises ValueError for a text of MIN_PREFIX tokens or fewer: min_passage_tokens is to keep them out."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    t = rng.randrange(MIN_PREFIX, len(ids))
-    return Position(ids[max(0, t - frame.longest_prefix) : t], ids[t])
-
-
-def thought_prompt(frame: Frame, position: Position) -> list[int]:
-    """What a thought is sampled from, token ids: the request around the text, and the tag that opens the thought."""
-    return frame.head_ids + position.prefix_ids + frame.tail_ids
-
-
-def thought_task(run: Run, passage: Passage, position, ahead_ids: list[int], prompt_ids: list[int]) -> Task:
-    """A task whose predictions will be thoughts before `ahead_ids`; its mask stands for these tokens."""
+def draw_positions(
+    run: Run, passages: list[Passage], step: int, counts: list[int], ahead: int, longest: int, prompt: Callable,
+) -> list[list[Task]]:  # fmt: skip
+    """Tasks at `counts` random positions t >= MIN_PREFIX of each text, distinct while there are enough; their
+    predictions will be thoughts before the next `ahead` tokens, for which the mask stands. Tokens more than `longest`
+    before t are cut off; prompt(the others) -> what a thought is sampled from, token ids."""
     from methods import Task  # here: methods.py imports this file
 
-    decode = run.sampler.tokenizer.decode
-    target, text = decode(ahead_ids), decode(position.prefix_ids, skip_special_tokens=True)
-    mask = Mask(target, masked=text + MASK, target=target, occurrences=1)
-    return Task(passage, mask, prompt_ids=prompt_ids, position=position)
+    tokenizer, proposals = run.sampler.tokenizer, []
+    for number, (passage, count) in enumerate(zip(passages, counts, strict=True)):
+        rng, tasks = random.Random(derive_seed(run.config.seed, step, "draw", number)), []
+        ids = tokenizer(passage.text, add_special_tokens=False).input_ids
+        for t in draw_distinct(range(MIN_PREFIX, len(ids)), count, rng):
+            position = Position(ids[max(0, t - longest) : t], ids[t : t + ahead])
+            target, text = tokenizer.decode(position.ahead_ids), tokenizer.decode(position.prefix_ids)
+            mask = Mask(target, masked=text + MASK, target=target, occurrences=1)
+            tasks.append(Task(passage, mask, prompt_ids=prompt(position.prefix_ids), position=position))
+        proposals.append(tasks)
+    return proposals
 
 
 def propose_positions(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
     """`rlp`: one random position of each text; the target is the next token."""
-    frame, proposals = thought_frame(run.sampler), []
-    for number, passage in enumerate(passages):
-        rng = random.Random(derive_seed(run.config.seed, step, "draw", number))
-        position = draw_position(passage.text, run.sampler.tokenizer, frame, rng)
-        task = thought_task(run, passage, position, [position.target_id], thought_prompt(frame, position))
-        proposals.append([task])
-    return proposals
+    frame = make_frame(run.sampler)
+    around = [frame.longest_prefix, lambda ids: frame.head_ids + ids + frame.tail_ids]
+    return draw_positions(run, passages, step, [1] * len(passages), 1, *around)
 
 
 def close_thought(rollout: Rollout, frame: Frame) -> list[int]:
@@ -144,7 +135,7 @@ def information_gain(
     what the models believe, whatever the thoughts were sampled at. Same lists in and out on every rank. p(x_t) of 0.2
     by the text alone and 0.6 after the thought: a reward of ln 3 = 1.099.
     """
-    plain = [(frame.start_ids + position.prefix_ids, [position.target_id]) for position in positions]
+    plain = [(frame.start_ids + position.prefix_ids, position.ahead_ids) for position in positions]
     pairs = zip(plain, thoughts, strict=True)
     informed = [(text + thought, target) for (text, target), group in pairs for thought in group]
     with_thought = iter(score(run.policy, informed, run.config, run.ranks))
@@ -157,7 +148,7 @@ def information_gain(
 
 def grade_thoughts(run: Run, tasks: list[Task]) -> None:
     """`rlp`: each thought earns its information gain, nats; nothing is right or wrong."""
-    frame = thought_frame(run.sampler)
+    frame = make_frame(run.sampler)
     thoughts = [[close_thought(thought, frame) for thought in task.predictions] for task in tasks]
     gains = information_gain(run, [task.position for task in tasks], thoughts, frame)
     for task, group in zip(tasks, gains, strict=True):
@@ -167,7 +158,7 @@ def grade_thoughts(run: Run, tasks: list[Task]) -> None:
 def gains_without_thought(run: Run, passages: list[Passage]) -> dict:
     """What `rlp` pays before any thought, mean nats: for nothing at all (0 while policy and average are equal) and for
     an empty pair of think tags (not 0: the tags alone move the next token; a thought first earns that back)."""
-    frame = thought_frame(run.sampler)
+    frame = make_frame(run.sampler)
     positions = [task.position for tasks in propose_positions(run, passages, 0) for task in tasks]
     means = {}
     for name, thought in (("no_thought", []), ("empty_thought", frame.open_ids + frame.close_ids)):

@@ -22,7 +22,7 @@ from config import Config, ConfigError
 from data import SURROGATE
 from prompts import QUESTION_PROMPT, last_answer
 from relatives.rlvr import gold_answer
-from text.files import CAUSES, DataError, Skip, file_records, hub_records, local_files
+from text.files import CAUSES, DataError, Skip, Tally, file_records, hub_records, local_files
 
 CHOICE_PROMPT = r"""{passage}
 
@@ -68,10 +68,6 @@ BENCHMARKS = {
 }
 PROMPTS = {"maths": QUESTION_PROMPT, "choice": CHOICE_PROMPT, "bbeh": PUZZLE_PROMPT}
 ID_FIELDS = ("id", "question_id", "uuid", "unique_id", "idx")
-SKIPS = {
-    "no_question": "no text in the question", "no_answer": "no answer that can be checked",
-    "no_options": "not 2 to 26 options", "bad_utf8": CAUSES["bad_utf8"],
-}  # fmt: skip
 OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 
 
@@ -104,33 +100,26 @@ def load_items(name: str, path: str = "", limit: int = 0, log: Callable = print)
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"task={name!r}: unknown benchmark; known: {', '.join(BENCHMARKS)}")
-    row, counts, problems = BENCHMARKS[name], Counter(records=0), list[str]()
-
-    def skip(cause: str, where: str, detail: str = "") -> None:
-        counts[cause] += 1
-        if counts[cause] <= 3:
-            problems.append(f"{where}: skipped, {SKIPS[cause]}" + (f" ({detail})" if detail else ""))
-            log(f"{name}: {problems[-1]}" + ("; more of these are only counted" if counts[cause] == 3 else ""))
-
+    row, tally = BENCHMARKS[name], Tally(log, name)
     items, numbers, records = [], [], Counter[str]()
     for where, task, record in _records(path, row, log):
         records[task] += 1
         prefix = f"{task}/" if task else ""
-        if item := read_item(record, row, where, skip):
+        if item := read_item(record, row, where, tally.skip):
             numbers.append(f"{prefix}{records[task]}")
             item.id = prefix + item.id if item.id else numbers[-1]
             items.append(item)
     if not items:
-        raise DataError("; ".join([f"{name}: no item in {path or row.hub}", *problems[:1]]))
+        raise DataError(f"{name}: no item in {path or row.hub}{tally.first_problem}")
     if len({item.id for item in items}) < len(items):
         log(f"{name}: ids repeat in {path or row.hub}; items are numbered instead")
         for item, number in zip(items, numbers, strict=True):
             item.id = number
-    counts.update(records=records.total(), items=len(items))
+    counts = {"records": records.total(), **tally.counts, "items": len(items)}
     if 0 < limit < len(items):
         items = [items[number * len(items) // limit] for number in range(limit)]
     text = json.dumps([[item.id, item.question, item.gold] for item in items])
-    return items, dict(counts), hashlib.sha256(text.encode()).hexdigest()[:16]
+    return items, counts, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def prompt_template(name: str) -> str:

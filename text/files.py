@@ -35,6 +35,7 @@ CAUSES = {
     "no_question": "no text in question, problem, prompt, or a chat that is not one user turn",
     "no_answer": "no answer that can be checked",
     "choices": "multiple choice",
+    "no_options": "not 2 to 26 options",
 }
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
 TURN, OPEN_AT_ONCE = 1000, 64  # records, files
@@ -53,16 +54,16 @@ class DataError(ConfigError):
 class Tally:
     """Counts what is skipped; the first three of a cause are logged with file and line, the QUIET ones are not."""
 
-    def __init__(self, log: Callable[[str], None]):
+    def __init__(self, log: Callable[[str], None], name: str = "data"):
         self.counts: Counter[str] = Counter()
-        self.log, self.first_problem = log, ""
+        self.log, self.name, self.first_problem = log, name, ""
 
     def skip(self, cause: str, where: str, detail: str = "") -> None:
         self.counts[cause] += 1
         if cause not in QUIET and self.counts[cause] <= 3:
             line = one_line(f"{where}: skipped, {CAUSES[cause]}" + (f" ({detail})" if detail else ""))
             self.first_problem = self.first_problem or f"; first problem: {line}"
-            self.log(f"data: {line}" + ("; more of these are only counted" if self.counts[cause] == 3 else ""))
+            self.log(f"{self.name}: {line}" + ("; more of these are only counted" if self.counts[cause] == 3 else ""))
 
     def skipped(self) -> str:
         return ", ".join(f"{self.counts[cause]:,} {cause}" for cause in CAUSES if self.counts[cause]) or "nothing"

@@ -16,7 +16,6 @@ copy to step_000100.part and rename it when it is whole. A save that fails is to
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -38,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )  # fmt: skip
 
 from config import Config, ConfigError
+from data import fingerprint_of
 from metrics import unwritten, write_whole
 from model import refresh
 from rollout import Sampler
@@ -256,16 +256,9 @@ def missing_parts(path: Path) -> str:
 def model_fingerprint(model: str) -> str:
     """What a model is, wherever it lies: a folder by its json files and 64 MiB spread over each safetensors file (all
     of a small one), a hub name by itself."""
-    folder, whole = Path(model).expanduser(), hashlib.sha256()
+    folder = Path(model).expanduser()
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-    for path in files:
-        size = path.stat().st_size
-        whole.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for place in range(64):
-                file.seek(max(0, size - (1 << 20)) * place // 63)
-                whole.update(file.read(1 << 20))
-    return whole.hexdigest() if files else model
+    return fingerprint_of(files, 64) if files else model
 
 
 def check_same_run(facts: dict, config: Config, data_key: str = "") -> None:

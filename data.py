@@ -34,9 +34,6 @@ LABEL = re.compile(r"\w{1,20}", re.ASCII)
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
 
 
-# ---------------------------------------------------------------------------------------------- where records come from
-
-
 # ------------------------------------------------------------------------------------------------- articles to passages
 
 INDEX_VERSION = 4  # raise it with any edit that changes passages, or an old index would be reused
@@ -44,16 +41,21 @@ BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
 
 
 @dataclass
-class Article:
-    """A usable record. `key` decides its side of the split: articles of one url (else title, else id) stay together."""
-
-    id: str  # unique in the corpus
+class Passage:
+    id: str  # unique in the corpus: "<article id>#<k>"
     title: str
     url: str
     text: str
-    labels: list[str] | None
-    where: str  # "file:line", for messages
-    key: str
+    labels: list[str] | None = None  # one per white-space separated word, where the corpus has them
+    answer: str = ""  # the gold answer, where the text is a question (rlvr)
+
+
+@dataclass
+class Article(Passage):
+    """A usable record. `key` decides its side of the split: articles of one url (else title, else id) stay together."""
+
+    where: str = ""  # "file:line", for messages
+    key: str = ""
 
 
 def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> Iterator[Article]:
@@ -84,7 +86,7 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             id_ = f"{id_} {own_id}" if id_ in ids else id_
             seen.add(digest)
             ids.add(id_)
-            yield Article(id_, title, url, text, labels, where, key)
+            yield Article(id_, title, url, text, labels, where=where, key=key)
 
 
 def _label_words(labels, text: str) -> bool:
@@ -92,16 +94,6 @@ def _label_words(labels, text: str) -> bool:
         isinstance(labels, list) and len(labels) == len(text.split())
         and all(isinstance(label, str) and LABEL.fullmatch(label) for label in labels)
     )  # fmt: skip
-
-
-@dataclass
-class Passage:
-    id: str  # "<article id>#<k>", unique in the corpus
-    title: str
-    url: str
-    text: str
-    labels: list[str] | None = None  # one per white-space separated word, where the corpus has them
-    answer: str = ""  # the gold answer, where the text is a question (rlvr)
 
 
 def reserved_marks(tokenizer) -> list[str]:
@@ -254,16 +246,21 @@ def data_fingerprint(config: Config, files: list[Path] | None = None) -> str:
     files = files or local_files(config, lambda line: None)
     if files is None:
         return hashlib.sha256(json.dumps([config.data, config.data_config]).encode()).hexdigest()
+    return fingerprint_of(files, 8)
+
+
+def fingerprint_of(files: list[Path], blocks: int) -> str:
+    """A hash of files' sizes and of so many blocks of 1 MiB spread over each (all of a small one)."""
     whole = hashlib.sha256()
     for path in files:
         try:
             size = path.stat().st_size
             whole.update(size.to_bytes(8, "big"))
-            with open(path, "rb") as file:
-                for place in range(8):
-                    file.seek(max(0, size - (1 << 20)) * place // 7)
+            with path.open("rb") as file:
+                for place in range(blocks):
+                    file.seek(max(0, size - (1 << 20)) * place // (blocks - 1))
                     whole.update(file.read(1 << 20))
-        except OSError as error:
+        except OSError as error:  # who reads it says so
             whole.update(str(error).encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 

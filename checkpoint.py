@@ -194,13 +194,8 @@ def _folder(config: Config) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def find_checkpoint(config: Config, say=print) -> tuple[Path, dict] | None:
-    """What a run continues from: `newest_checkpoint` of its run_dir; None with resume=never. For one rank."""
-    return newest_checkpoint(Path(config.run_dir), say) if config.resume == "auto" else None
-
-
 def newest_checkpoint(run: Path, say=print) -> tuple[Path, dict] | None:
-    """(folder, its checkpoint.json) of a run's newest whole checkpoint, or None if there is none at all.
+    """(folder, its checkpoint.json) of a run's newest whole checkpoint, or None if there is none at all. For one rank.
 
     A damaged one is told, and passed over for the one before. A link `latest` that a user, or a kill before it moved,
     has left at an older step is obeyed, and told. Raises ConfigError if all are damaged: the run would begin again and

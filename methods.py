@@ -18,7 +18,6 @@ from config import Config, ConfigError
 from data import Corpus, Passage
 from grpo import Group, Sample, add_ref_logprobs, make_samples
 from masking import Mask, make_mask, random_span
-from model import add_extra
 from prompts import (
     BOXED_OPENING, MASK_OPENING, PREDICT_PROMPT, QUESTION_PROMPT, last_answer, mask_prompt, predict_prompt,
     question_prompt,
@@ -356,12 +355,6 @@ def method_at(config: Config, step: int) -> str:
 def methods_of(config: Config) -> list[Method]:
     """The methods of a run, the warm-up's too."""
     return [METHODS[name] for name in (config.method, config.warmup_method) if name]
-
-
-def add_parameters(replica: nn.Module, tokenizer, config: Config) -> None:
-    """The parameters that the run's method brings, if any; before the policy is built, on every rank."""
-    if make := METHODS[config.method].extra:
-        add_extra(replica, make(replica, tokenizer, config))
 
 
 def needs_reference(config: Config) -> bool:

@@ -20,21 +20,23 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks.exams import exams_of, run_exams
+from benchmarks.exams import load_exams, parse_tasks, run_exams
 from checkpoint import (
-    check_same_run, complete_row, find_checkpoint, finish_save, load_checkpoint, make_saver, resume_notes,
+    check_same_run, complete_row, finish_save, load_checkpoint, make_saver, newest_checkpoint, resume_notes,
     save_checkpoint,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
 from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import make_probe, run_probe
 from grpo import Group, Sample, make_optimizer, update
-from methods import METHODS, Method, Run, Task, add_parameters, method_at, needs_reference, reward
+from methods import METHODS, Method, Run, Task, method_at, needs_reference, reward
 from metrics import (
     agreement_warning, append_row, clock, close_log, describe, keep_rows, largest_memory, log_row, open_run, read_rows,
     sample_rows, save_prompts, step_line, step_metrics, summary_table, unwritten, write_whole,
 )  # fmt: skip
-from model import build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh
+from model import (
+    add_extra, build_policy, build_reference, check_device, ema_update, load_replica, load_tokenizer, refresh,
+)  # fmt: skip
 from prompts import chat_frame, check_prompts
 from ranks import Ranks, Stopped, begin_step, gather, leave_with, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
@@ -247,7 +249,8 @@ def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
 
     Raises ConfigError before a file is touched if the run there has another config.
     """
-    found = find_checkpoint(config, say) if config.steps else None  # a dry run looks at the start
+    goes_on = config.steps and config.resume == "auto"  # a dry run looks at the start
+    found = newest_checkpoint(Path(config.run_dir), say) if goes_on else None
     if found:
         check_same_run(found[1], config, data_fingerprint(config))
         if found[1]["step"] >= config.steps and not found[1]["row"]:
@@ -261,7 +264,8 @@ def open_or_resume(config: Config, world: int, say) -> tuple[Path, dict] | None:
 def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     """Text, models, optimizer, sampler, probe. saved: what the checkpoint says that the run continues from."""
     folder = Path(config.run_dir)
-    exams = exams_of(config, say)
+    tasks = parse_tasks(config.eval_tasks, key="eval_tasks") if config.eval_every else {}
+    exams = load_exams(tasks, config.eval_limit, 1, config, say)  # every rank reads them, before a model is loaded
     try:
         tokenizer = load_tokenizer(config)
     except (OSError, ValueError) as error:
@@ -279,7 +283,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     if not Path(config.model).expanduser().exists():
         say(f"loading {config.model}; the first time from the hub")
     replica = load_replica(config, ranks)
-    add_parameters(replica, tokenizer, config)
+    if extra := METHODS[config.method].extra:
+        add_extra(replica, extra(replica, tokenizer, config))
     from bench.memory import decide_checkpointing, memory_warnings  # arithmetic of a tool, once
 
     trained = decide_checkpointing(replica.config, config, ranks)

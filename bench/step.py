@@ -22,7 +22,7 @@ import torch.distributed as dist
 import model
 from bench.memory import decide_checkpointing, gpu_memory, shape_of
 from bench.plan import GPUS, Work, architecture, ideal_seconds, phases, read_words, response_lengths
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
+from checkpoint import finish_save, load_checkpoint, make_saver, newest_checkpoint, save_checkpoint
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage
 from engine.batching import describe_attention
@@ -218,7 +218,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         save_checkpoint(saver)
         assert finish_save(saver), "it was not written"
         own.zero_()
-        load_checkpoint(saver, *find_checkpoint(kept))
+        load_checkpoint(saver, *newest_checkpoint(Path(kept.run_dir)))
         assert before.equal(own), "it came back with other weights"
         dist.barrier()
     return failed

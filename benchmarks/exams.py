@@ -95,16 +95,6 @@ def answer(
     ]
 
 
-def exams_of(config: Config, log) -> list[Exam]:
-    """The benchmarks of a training run, one response an item; none if eval_every is 0. Before any model is loaded.
-
-    Raises ConfigError and DataError. Every rank reads them.
-    """
-    if not config.eval_every:
-        return []
-    return load_exams(parse_tasks(config.eval_tasks, key="eval_tasks"), config.eval_limit, 1, config, log)
-
-
 def run_exams(exams: list[Exam], sampler: Sampler) -> dict:
     """`eval/gsm8k`, the score in per cent, and its details. Every rank calls it, asks its share, gets all numbers.
 

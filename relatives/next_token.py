@@ -15,7 +15,6 @@ from grpo import score
 from masking import MASK, Mask, label_of, strip_hidden
 from prompts import leading_ids
 from rewards import answerable
-from rollout import Sampler
 
 if TYPE_CHECKING:
     from methods import Run, Task
@@ -25,7 +24,8 @@ LOOKAHEAD = 16  # tokens of the continuation that `reward: prefix` compares with
 
 def token_masks(run: Run, passage: Passage, count: int, rng: random.Random, entropies=None) -> list[Mask]:
     """`random_token`: the passage cut at random tokens, distinct while there are enough."""
-    spans = token_spans(run.sampler, passage.text)
+    tokens = run.sampler.tokenizer(passage.text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = tokens["offset_mapping"]  # (start, end) of each token in characters
     places = candidates(spans, passage.text, entropies, run.config.entropy_share)
     numbers = draw_distinct(places, count, rng) if places else []
     return [next_token_mask(passage, spans, number, run.config) for number in numbers]
@@ -42,11 +42,6 @@ def propose_entropy_tokens(run: Run, passages: list[Passage], step: int) -> list
 def draw_distinct(places: Sequence[int], count: int, rng: random.Random) -> list[int]:
     """`count` of the places, distinct while there are enough; there must be one."""
     return rng.sample(places, count) if len(places) >= count else rng.choices(places, k=count)
-
-
-def token_spans(sampler: Sampler, text: str) -> list[tuple[int, int]]:
-    """(start, end) of each token in characters of the text; special tokens left out."""
-    return sampler.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def candidates(spans: list[tuple[int, int]], text: str, entropies: list[float] | None, share: float) -> list[int]:

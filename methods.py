@@ -175,22 +175,16 @@ def reward(run: Run, method: Method, proposals: list[list[Task]], tasks: list[Ta
             pairs = zip(task.predictions, task.correct, strict=True)
             task.rewards = [prediction_reward(task, response, right, run.config) for response, right in pairs]
     groups = [Group("pred", task.predictions, task.rewards) for task in tasks if task.predictions]
-    owners = [(task,) for task in tasks if task.predictions]
-    for passage_tasks in proposals:
-        proposed = [task for task in passage_tasks if task.proposal]  # masks by rule have no author to reward
-        if proposed:
-            groups.append(Group("gen", [task.proposal for task in proposed], mask_rewards(proposed, run.config)))
-            owners.append(proposed)
+    proposed = [[task for task in made if task.proposal] for made in proposals]
+    proposed = [made for made in proposed if made]  # masks by rule have no author to reward
+    groups += [Group("gen", [one.proposal for one in made], mask_rewards(made, run.config)) for made in proposed]
     if run.config.shuffle_rewards:  # control: the same rewards without connection to the responses
         rng = random.Random(derive_seed(run.config.seed, step, "shuffle"))
         for group in groups:
-            group.rewards = rng.sample(group.rewards, len(group.rewards))
-    for group, group_tasks in zip(groups, owners, strict=True):
-        if group.role == "pred":
-            group_tasks[0].rewards = group.rewards
-        else:
-            for task, earned in zip(group_tasks, group.rewards, strict=True):
-                task.proposal_reward = earned
+            group.rewards[:] = rng.sample(group.rewards, len(group.rewards))  # in place: a task holds the same list
+    for made, group in zip(proposed, groups[len(groups) - len(proposed) :], strict=True):
+        for task, task.proposal_reward in zip(made, group.rewards, strict=True):
+            pass
     return groups
 
 

@@ -183,8 +183,8 @@ def reward(run: Run, method: Method, proposals: list[list[Task]], tasks: list[Ta
         for group in groups:
             group.rewards[:] = rng.sample(group.rewards, len(group.rewards))  # in place: a task holds the same list
     for made, group in zip(proposed, groups[len(groups) - len(proposed) :], strict=True):
-        for task, task.proposal_reward in zip(made, group.rewards, strict=True):
-            pass
+        for task, earned in zip(made, group.rewards, strict=True):
+            task.proposal_reward = earned
     return groups
 
 

@@ -17,7 +17,6 @@ import gc
 import hashlib
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +28,7 @@ from transformers.generation.continuous_batching.continuous_api import Backgroun
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
-from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer, stop_at_limits
+from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer
 from prompts import START, chat_frame, scan
 from ranks import Ranks, gather, stop_requested
 
@@ -102,31 +101,28 @@ def derive_seed(*parts) -> int:
 
 def rollout(
     sampler: Sampler, prompts: list[list[int]], count: int, max_tokens: int, opening: str, noise: tuple,
-    greedy: bool = False, prefix: str = "", limits: list[list[int]] | None = None,
+    greedy: bool = False, prefix: str = "",
 ) -> list[list[Rollout]]:  # fmt: skip
     """`count` responses to each prompt, the same result on every rank; prompts[rank::world] are sampled here.
 
     prompts: token ids, the same list on every rank. max_tokens: longest response. opening: MASK_OPENING or
     BOXED_OPENING, what `stop_at_answer` waits for, or a closing tag, which always ends a response. noise: (step,
     phase), from which the seed is derived beside run, rank and world size. prefix: text with which the prompts open the
-    response already. limits: the longest of each response to each prompt, at most max_tokens (bench/).
-    Raises RuntimeError if a request fails.
+    response already. Raises RuntimeError if a request fails.
     """
     rank, world = sampler.ranks.rank, sampler.ranks.world
     seed = derive_seed(sampler.config.seed, *noise, rank, world)
-    own = limits and limits[rank::world]
-    label = str(noise[-1])
-    mine = generate(sampler, prompts[rank::world], count, max_tokens, opening, seed, greedy, prefix, label, limits=own)
+    own = prompts[rank::world]
+    mine = generate(sampler, own, count, max_tokens, opening, seed, greedy, prefix, label=str(noise[-1]))
     parts = gather([mine])
     return [parts[number % world][number // world] for number in range(len(prompts))]
 
 
 def generate(
     sampler: Sampler, prompts: list[list[int]], count: int, max_tokens: int, opening: str, seed: int,
-    greedy: bool = False, prefix: str = "", label: str = "", admitted: Callable[[int], None] | None = None,
-    limits: list[list[int]] | None = None,
+    greedy: bool = False, prefix: str = "", label: str = "",
 ) -> list[list[Rollout]]:  # fmt: skip
-    """The share of one rank: no collectives. `admitted` is called after each admission (a test delays it).
+    """The share of one rank: no collectives.
 
     Empty after a signal to stop, at once: the gather that follows raises Stopped.
     """
@@ -151,10 +147,9 @@ def generate(
     stopping = stop_at_answer(sampler, opening, start) if stop_early else nullcontext(set())
     numbers = range(len(prompts))
     names = [[str(number), *(f"{number}__child#{child}" for child in range(count - 1))] for number in numbers]
-    limiting = stop_at_limits(names, limits) if limits else nullcontext()
     # The sampler reseeds torch's global generators; whoever draws next must not notice
     unnoticed = torch.random.fork_rng([replica.device] if replica.device.type == "cuda" else [])
-    with unnoticed, bar, stopping as answered, limiting:
+    with unnoticed, bar, stopping as answered:
         manager = replica.init_continuous_batching(
             generation, batching_settings(config, replica, prompts, max_tokens, wanted, seed), hints
         )
@@ -164,8 +159,6 @@ def generate(
         try:
             for number, prompt in enumerate(prompts):
                 manager.add_request(prompt, request_id=str(number))
-                if admitted:
-                    admitted(number)
             adapt(manager, wanted)
             if captured := capture_graphs(manager):
                 manager.start()
@@ -188,7 +181,7 @@ def generate(
         print(f"rank {sampler.ranks.rank}: CUDA graphs cannot be captured; sampling without", file=sys.stderr)
         sampler.config = replace(config, use_cuda_graph=False)
         gc.collect()  # the cache, before the next one takes its share of free memory
-        return generate(sampler, prompts, count, max_tokens, opening, seed, greedy, prefix, label, admitted, limits)
+        return generate(sampler, prompts, count, max_tokens, opening, seed, greedy, prefix, label)
     if len(results) < wanted and stop_requested():
         return []
     fatal = manager.background_thread_status.fatal_error

@@ -25,7 +25,7 @@ from bench.plan import GPUS, Work, architecture, ideal_seconds, phases, read_wor
 from checkpoint import finish_save, load_checkpoint, make_saver, newest_checkpoint, save_checkpoint
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage
-from engine.batching import describe_attention
+from engine.batching import describe_attention, stop_at_limits
 from grpo import make_optimizer, score
 from masking import Mask
 from methods import Method, Run, Task
@@ -61,7 +61,8 @@ def given_work(works: dict[str, tuple]) -> Method:
 
     def sample(run: Run, name: str, number: int) -> list[list[Rollout]]:
         (prompts, limits), noise = works[name], (number, name)
-        groups = rollout(run.sampler, prompts, len(limits[0]), max(map(max, limits)), NEVER, noise, limits=limits)
+        with stop_at_limits(limits[run.ranks.rank :: run.ranks.world]):
+            groups = rollout(run.sampler, prompts, len(limits[0]), max(map(max, limits)), NEVER, noise)
         if [[len(response.completion_ids) for response in group] for group in groups] != limits:
             raise RuntimeError(f"{name}, step {number}: responses did not get their lengths")
         return groups

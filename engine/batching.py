@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -175,9 +174,11 @@ def stop_at_answer(sampler: Sampler, opening: str, start):
         yield answered
 
 
-def stop_at_limits(names: list[list[str]], limits: list[list[int]]):
-    """Inside, each response has its own longest length. A forked request would have that of the one it came from."""
-    limit_of = dict(zip(chain(*names), chain(*limits), strict=True))
+def stop_at_limits(limits: list[list[int]]):
+    """Inside, each response to each of this rank's prompts has its own longest length (bench/). A forked request would
+    have that of the one it came from."""
+    pairs = ((n, m, most) for n, own in enumerate(limits) for m, most in enumerate(own))
+    limit_of = {f"{n}__child#{m - 1}" if m else str(n): most for n, m, most in pairs}
 
     def update(original, request, token_id, logprob):
         request._new_tokens_limit = limit_of[request.request_id] - len(_before_restart(request))

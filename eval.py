@@ -25,7 +25,7 @@ from data import Corpus, Passage
 from grpo import score
 from masking import Mask, labelled_mask, random_span, rank_of
 from methods import METHODS, Task, named_masks
-from model import logprobs_of
+from ops import logprobs_of
 from prompts import BOXED_OPENING, last_answer, predict_prefix, predict_prompt, question_prompt
 from relatives.rlvr import verify_predictions
 from rewards import exact_match

@@ -46,7 +46,7 @@ def score(
 ) -> list[tuple[list[float], list[float]]]:  # fmt: skip
     """Of each (prefix ids, continuation ids): log-prob and entropy at each continuation token, nats, teacher-forced.
 
-    model: the reference, the trainer's policy, or partial(model.logprobs_of, replica). The same list goes in and comes
+    model: the reference, the trainer's policy, or partial(ops.logprobs_of, replica). The same list goes in and comes
     out on every rank; the work is split over them in packed micro-batches, equally many forwards each, because every
     forward of a sharded model is a collective. The entropy at a token is that of the distribution it was drawn from.
     temperature: 1 for what the model believes; the sampler's for what is compared with sampled responses.
@@ -310,7 +310,7 @@ def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks, pack
 
 
 def trained_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, float]:
-    """Log-probs (M,) and entropies (M,) of the trained tokens (model.logprobs_of computes them), and what a method adds
+    """Log-probs (M,) and entropies (M,) of the trained tokens (ops.logprobs_of computes them), and what a method adds
     to the loss: here nothing."""
     return *policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs), 0.0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from config import Config, ConfigError
-from ops import SHARED, apply_liger, choose_attention, token_logprobs
+from ops import SHARED, apply_liger, choose_attention, policy_forward
 from ranks import Ranks, gather
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -127,24 +127,6 @@ def add_extra(model: nn.Module, extra: nn.Module) -> None:
     extra.join(model)
 
 
-def _policy_forward(self, *args, forward=None, **inputs):
-    """Inside FSDP: `logprobs_of`, or another function of the model that a method brings, with the other arguments."""
-    return (forward or logprobs_of)(self, *args, **inputs)
-
-
-def logprobs_of(
-    self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
-):
-    """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
-
-    input_ids, position_ids (1, N) packed; predicts (M,) the positions whose next token is trained, targets (M,) those
-    tokens. Returns log-probs (M,) with gradient and entropies (M,), float32.
-    """
-    decoder = getattr(self, self.base_model_prefix)
-    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
-    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature, self.head_chunk)
-
-
 def head_chunk(config: Config) -> int:
     """Tokens whose logits exist at a time, by the keys with which a user fits a GPU. Large chunks move fewer bytes."""
     return 4096 if config.tokens_per_micro_batch >= 8192 and not config.offload else 1024
@@ -162,7 +144,7 @@ def empty_policy(shape, config: Config, mesh: DeviceMesh, attention: str, extra:
     use_attention(policy, SHARED[attention] if config.share_prompts else attention)
     if config.liger and mesh.device_type == "cuda":
         apply_liger(policy)
-    policy.forward, policy.head_chunk = types.MethodType(_policy_forward, policy), head_chunk(config)
+    policy.forward, policy.head_chunk = types.MethodType(policy_forward, policy), head_chunk(config)
     assert isinstance(config.gradient_checkpointing, bool), "auto: bench/memory.py:decide_checkpointing comes first"
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

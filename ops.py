@@ -195,6 +195,24 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk)
 
 
+def policy_forward(self, *args, forward=None, **inputs):
+    """Inside FSDP: `logprobs_of`, or another function of the model that a method brings, with the other arguments."""
+    return (forward or logprobs_of)(self, *args, **inputs)
+
+
+def logprobs_of(
+    self, input_ids: Tensor, position_ids: Tensor, predicts: Tensor, targets: Tensor, temperature: float, **attention
+):
+    """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
+
+    input_ids, position_ids (1, N) packed; predicts (M,) the positions whose next token is trained, targets (M,) those
+    tokens. Returns log-probs (M,) with gradient and entropies (M,), float32.
+    """
+    decoder = getattr(self, self.base_model_prefix)
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]
+    return token_logprobs(hidden[predicts], self.get_output_embeddings().weight, targets, temperature, self.head_chunk)
+
+
 def apply_liger(model) -> bool:
     """Swap rotary, RMSNorm and SwiGLU of a model for Liger's fused kernels, in place. False if Liger does not know it.
 

@@ -17,7 +17,7 @@ import gc
 import hashlib
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,11 +25,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
-from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer
-from prompts import START, chat_frame, scan
+from engine.batching import adapt, batching_settings, capture_graphs, decoding
+from prompts import CLOSED, START, chat_frame, scan
 from ranks import Ranks, gather, stop_requested
 
 
@@ -194,6 +195,46 @@ def generate(
     for response, text in zip((response for group in groups for response in group), texts, strict=True):
         response.text = text
     return groups
+
+
+@contextmanager
+def at_each_token(update):
+    """Inside, a request takes in a token by update(original, request, token_id, logprob); True: it is finished."""
+    original = RequestState.update_and_check_completion
+    RequestState.update_and_check_completion = lambda *given: update(original, *given)
+    try:
+        yield
+    finally:
+        RequestState.update_and_check_completion = original
+
+
+def before_restart(request) -> list[int]:
+    """What a request generated before its cache was taken away; the sampler counts it as prompt since."""
+    return request.initial_tokens[request._true_initial_tokens :] if request._true_initial_tokens else []
+
+
+@contextmanager
+def stop_at_answer(sampler: Sampler, opening: str, start):
+    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
+
+    The sampler has no stop strings. The decision depends on the sampled tokens alone, so sampling stays on-policy and
+    the log-probs are untouched.
+    """
+    answered = set()
+
+    def update(original, request, token_id, logprob):
+        finished, known = original(request, token_id, logprob), hasattr(request, "answer_scan")
+        state = request.answer_scan if known else start
+        for token in [token_id] if known else [*before_restart(request), *request.generated_tokens]:
+            state = scan(state, sampler.piece(token), opening)
+        request.answer_scan = state
+        if state == CLOSED:
+            answered.add(request.request_id)
+            request.status = RequestStatus.FINISHED
+        return finished or state == CLOSED
+
+    with at_each_token(update):
+        yield answered
 
 
 def _to_rollout(sampler: Sampler, result, prompt: list[int], answered: bool, fatal) -> Rollout:

@@ -25,13 +25,14 @@ from bench.plan import GPUS, Work, architecture, ideal_seconds, phases, read_wor
 from checkpoint import finish_save, load_checkpoint, make_saver, newest_checkpoint, save_checkpoint
 from config import Config, ConfigError, read_config
 from data import Corpus, Passage
-from engine.batching import describe_attention, stop_at_limits
+from engine.batching import describe_attention
 from grpo import make_optimizer, score
 from masking import Mask
 from methods import Method, Run, Task
 from metrics import environment
+from ops import logprobs_of
 from ranks import Ranks, gather, start_ranks
-from rollout import Rollout, Sampler, make_sampler, rollout
+from rollout import Rollout, Sampler, at_each_token, before_restart, make_sampler, rollout
 from train import step
 
 NEVER = "\x00never{"  # an opening that no response contains: each is searched for it, as in a run, and none ends by it
@@ -53,6 +54,19 @@ def make_run(sampler: Sampler) -> Run:
     policy = model.build_policy(replica, config, ranks)
     unread = Corpus([Passage("", "", "", "words")], [], {})
     return Run(config, ranks, unread, sampler, policy, None, make_optimizer(policy, config))
+
+
+def stop_at_limits(limits: list[list[int]]):
+    """Inside, each response to each of this rank's prompts has its own longest length (bench/). A forked request would
+    have that of the one it came from."""
+    pairs = ((n, m, most) for n, own in enumerate(limits) for m, most in enumerate(own))
+    limit_of = {f"{n}__child#{m - 1}" if m else str(n): most for n, m, most in pairs}
+
+    def update(original, request, token_id, logprob):
+        request._new_tokens_limit = limit_of[request.request_id] - len(before_restart(request))
+        return original(request, token_id, logprob)
+
+    return at_each_token(update)
 
 
 def given_work(works: dict[str, tuple]) -> Method:
@@ -184,7 +198,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         with torch.no_grad():
             logprobs = replica(ids.to(ranks.device)).logits.float().log_softmax(-1).cpu()
         sampler = random_sampler(config, ranks)
-        scorer = partial(model.logprobs_of, sampler.replica)
+        scorer = partial(logprobs_of, sampler.replica)
         scores = score(scorer, [(row[:1], row[1:]) for row in prompts], config, ranks)
         packed = torch.tensor([logprobs for logprobs, _ in scores])
         apart = (logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] - packed).abs().mean()

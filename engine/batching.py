@@ -1,25 +1,17 @@
-"""What rollout.py changes in transformers' continuous batching: its settings, habits of a phase, and where a response
-ends.
+"""What rollout.py changes in transformers' continuous batching: its settings, and habits of a phase.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from config import Config
 from engine.cache import table_reader
 from ops import VARLEN
-from prompts import CLOSED, scan
-
-if TYPE_CHECKING:
-    from rollout import Sampler
 
 
 def decoding(replica: nn.Module) -> str:
@@ -132,56 +124,3 @@ def capture_graphs(manager) -> bool:
     cache.reset()
     runner.least_rows = LEAST_ROWS
     return True
-
-
-@contextmanager
-def _at_each_token(update):
-    """Inside, a request takes in a token by update(original, request, token_id, logprob); True: it is finished."""
-    original = RequestState.update_and_check_completion
-    RequestState.update_and_check_completion = lambda *given: update(original, *given)
-    try:
-        yield
-    finally:
-        RequestState.update_and_check_completion = original
-
-
-def _before_restart(request) -> list[int]:
-    """What a request generated before its cache was taken away; the sampler counts it as prompt since."""
-    return request.initial_tokens[request._true_initial_tokens :] if request._true_initial_tokens else []
-
-
-@contextmanager
-def stop_at_answer(sampler: Sampler, opening: str, start):
-    """Inside, a request also finishes with the token that closes its first balanced answer; yields their ids.
-
-    The sampler has no stop strings. The decision depends on the sampled tokens alone, so sampling stays on-policy and
-    the log-probs are untouched.
-    """
-    answered = set()
-
-    def update(original, request, token_id, logprob):
-        finished, known = original(request, token_id, logprob), hasattr(request, "answer_scan")
-        state = request.answer_scan if known else start
-        for token in [token_id] if known else [*_before_restart(request), *request.generated_tokens]:
-            state = scan(state, sampler.piece(token), opening)
-        request.answer_scan = state
-        if state == CLOSED:
-            answered.add(request.request_id)
-            request.status = RequestStatus.FINISHED
-        return finished or state == CLOSED
-
-    with _at_each_token(update):
-        yield answered
-
-
-def stop_at_limits(limits: list[list[int]]):
-    """Inside, each response to each of this rank's prompts has its own longest length (bench/). A forked request would
-    have that of the one it came from."""
-    pairs = ((n, m, most) for n, own in enumerate(limits) for m, most in enumerate(own))
-    limit_of = {f"{n}__child#{m - 1}" if m else str(n): most for n, m, most in pairs}
-
-    def update(original, request, token_id, logprob):
-        request._new_tokens_limit = limit_of[request.request_id] - len(_before_restart(request))
-        return original(request, token_id, logprob)
-
-    return _at_each_token(update)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from reference import REWARDS, CaptureGradients, fresh_saver, load_plain, make_groups, same_bits, tiny_config, weights
 from worker import digest
 
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, save_checkpoint
+from checkpoint import finish_save, load_checkpoint, newest_checkpoint, save_checkpoint
 from grpo import make_samples, update
 from model import refresh
 from ranks import start_ranks
@@ -39,7 +39,7 @@ def main() -> None:
     save_checkpoint(saver)
     saved = finish_save(saver)
     other = fresh_saver(config, ranks)
-    load_checkpoint(other, *find_checkpoint(config))
+    load_checkpoint(other, *newest_checkpoint(Path(config.run_dir)))
     own = sum(parameter.to_local().numel() for parameter in saver.policy.parameters())
     facts = {
         "placements": [str(one) for one in next(saver.policy.parameters()).placements],

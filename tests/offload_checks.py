@@ -14,7 +14,7 @@ from reference import fresh_saver, same_bits, tiny_config, weights
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import grpo
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, save_checkpoint
+from checkpoint import finish_save, load_checkpoint, newest_checkpoint, save_checkpoint
 from grpo import Group, make_samples, update
 from model import refresh
 from prompts import BOXED_OPENING
@@ -73,7 +73,7 @@ def run(folder: Path, ranks: Ranks, family: str, offload: bool) -> dict:
     assert finish_save(saver)
 
     other = fresh_saver(config, ranks)
-    load_checkpoint(other, *find_checkpoint(config))
+    load_checkpoint(other, *newest_checkpoint(Path(config.run_dir)))
     loaded = same_bits(weights(other.sampler.replica), exported)
     rows += [one_step(other, 2), one_step(saver, 2)]
     masters = weights(saver.policy)

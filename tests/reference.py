@@ -21,8 +21,8 @@ from checkpoint import Saver, make_saver
 from config import Config
 from data import Corpus, Passage
 from grpo import Group, make_optimizer
-from methods import Run, add_parameters, needs_reference
-from model import build_policy, build_reference, load_replica, load_tokenizer
+from methods import METHODS, Run, needs_reference
+from model import add_extra, build_policy, build_reference, load_replica, load_tokenizer
 from rollout import Rollout, Sampler, make_sampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,8 @@ def wiki_passages(count: int) -> list[Passage]:
 def make_run(sampler: Sampler, passages: list[Passage] = ()) -> Run:
     """What train.set_up makes, around this sampler."""
     config, replica = sampler.config, sampler.replica
-    add_parameters(replica, sampler.tokenizer, config)
+    if extra := METHODS[config.method].extra:
+        add_extra(replica, extra(replica, sampler.tokenizer, config))
     policy = build_policy(replica, config, sampler.ranks)
     reference = build_reference(replica, config, sampler.ranks) if needs_reference(config) else None
     optimizer = make_optimizer(policy, config)

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 import ops
 import rollout
-from bench.step import NEVER
+from bench.step import NEVER, stop_at_limits
 from engine import cache
 from prompts import MASK_OPENING, mask_prompt
 
@@ -112,9 +112,11 @@ def test_the_gpus_order_of_events_changes_no_response(tiny_base, prompts, as_on_
     monkeypatch.setattr(rollout, "batching_settings", batching)
     limits = [[2 + (7 * row + 5 * column) % (TOKENS - 1) for column in range(COUNT)] for row in range(PROMPTS)]
     words = (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
-    plain = rollout.generate(*words, limits=limits)
+    with stop_at_limits(limits):
+        plain = rollout.generate(*words)
     asynchronous, seen = True, as_on_a_gpu()
-    found = rollout.generate(*words, limits=limits)
+    with stop_at_limits(limits):
+        found = rollout.generate(*words)
     assert seen["padding"] and bool(seen["taken away"]) == (name == "cache taken away")
     assert 2 < seen["longest query"] <= max(map(len, prompts)) + TOKENS  # of one request: a kernel's grid
     for responses, others in zip(plain, found, strict=True):
@@ -214,6 +216,7 @@ def test_new_prompts_wait_until_an_eighth_of_the_places_is_free(tiny_base, promp
     monkeypatch.setattr(FIFOScheduler, "schedule_batch", noted)
     tiny_base.config.max_requests, tiny_base.eos_ids = 32, {10**6}
     limits = [[2 + (5 * row) % (TOKENS - 1)] for row in range(16 * PROMPTS)]
-    groups = rollout.generate(tiny_base, prompts * 16, 1, TOKENS, NEVER, 0, limits=limits)
+    with stop_at_limits(limits):
+        groups = rollout.generate(tiny_base, prompts * 16, 1, TOKENS, NEVER, 0)
     assert [len(one.completion_ids) for (one,) in groups] == sum(limits, [])
     assert (batches.count(False), len(batches)) == (slow, steps)

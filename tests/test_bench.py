@@ -16,7 +16,7 @@ import rollout as sampling
 from bench import step as timing
 from bench.__main__ import main
 from bench.plan import PlanOptions, Work, read_words
-from bench.step import NEVER, given_work, made_up_work, make_run, random_sampler, step_table, time_steps
+from bench.step import NEVER, given_work, made_up_work, make_run, random_sampler, step_table, stop_at_limits, time_steps
 from config import Config, ConfigError
 from prompts import predict_prompt
 from rollout import generate
@@ -50,7 +50,8 @@ def test_every_response_gets_its_own_length(talkative, at_once):
     sampler.config = replace(sampler.config, max_requests=at_once)
     rng = random.Random(0)
     limits = [[rng.randint(1, 15) for _ in range(4)] for _ in prompts]
-    assert lengths(generate(sampler, prompts, 4, 15, NEVER, seed=1, limits=limits)) == limits
+    with stop_at_limits(limits):
+        assert lengths(generate(sampler, prompts, 4, 15, NEVER, seed=1)) == limits
     assert set(sum(lengths(generate(sampler, prompts, 4, 15, NEVER, seed=1)), [])) == {15}  # the limits are gone again
 
 
@@ -67,7 +68,8 @@ def test_a_restarted_response_keeps_its_length(talkative, monkeypatch):
     monkeypatch.setattr(sampling, "batching_settings", lambda *words: replace(batching(*words), num_blocks=9))
     monkeypatch.setattr(RequestState, "create_equivalent_initial_request", counted)
     limits = [[60, 9, 50, 33]] * len(prompts)
-    assert lengths(generate(sampler, prompts, 4, 60, NEVER, seed=1, limits=limits)) == limits
+    with stop_at_limits(limits):
+        assert lengths(generate(sampler, prompts, 4, 60, NEVER, seed=1)) == limits
     assert max(restarts) > 0, "none was restarted after it had begun"
 
 
@@ -127,7 +129,7 @@ def test_a_run_in_miniature(tiny, ranks, monkeypatch):
 
 
 BREAKS = {
-    "kernels": (timing, "sequence_logprobs", lambda sampler, rows: [[-6.0] * (len(row) - 1) for row in rows]),
+    "kernels": (timing, "score", lambda model, pairs, *_: [([-6.0] * len(end), []) for _, end in pairs]),
     "refresh": (train, "refresh", lambda policy, replica: 1.0),
     "ranks": (timing, "gather", lambda items: items if items != [0] else [1]),
     "checkpoint": (timing, "load_checkpoint", lambda saver, path, facts: None),

@@ -19,8 +19,7 @@ from benchmarks.evaluate import chunk_files, chunk_items, claim, conclude, evalu
 from benchmarks.scores import MATH, PAPER, SIZES, compare_evaluations, paper_means, summarise
 from benchmarks.sets import BENCHMARKS, Item
 from config import Config, ConfigError
-from text.files import DataError
-from benchmarks.exams import Exam, exams_of, load_exams, parse_tasks
+from benchmarks.exams import Exam, load_exams, parse_tasks
 from rollout import Rollout
 
 RECORDS = {
@@ -442,22 +441,13 @@ def test_the_comparison_is_a_command(outs, monkeypatch, capsys, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ during training
-def test_training_without_eval_every_reads_no_benchmark():
-    assert exams_of(Config(eval_tasks="gsm8k"), print) == []
-
-
-def test_benchmarks_of_a_training_run_are_checked_and_read_before_a_model_is(files, tmp_path):
-    (exam,) = exams_of(Config(eval_every=5, eval_tasks=f"aime24={files['aime24']}"), print)
+def test_benchmarks_of_a_training_run_are_asked_once_and_bad_ones_name_the_key(files):
+    (exam,) = load_exams(parse_tasks(f"aime24={files['aime24']}", key="eval_tasks"), 0, 1, Config(), print)
     assert (exam.name, len(exam.items), exam.samples) == ("aime24", 1, 1)  # once, greedy
-    (exam,) = exams_of(Config(eval_every=5, eval_tasks=f"gsm8k={files['gsm8k']}", eval_limit=1), print)
-    assert len(exam.items) == 1
     with pytest.raises(ConfigError, match="^eval_tasks='gsm9k': 'gsm9k': unknown benchmark"):
-        exams_of(Config(eval_every=5, eval_tasks="gsm9k"), print)
+        parse_tasks("gsm9k", key="eval_tasks")
     with pytest.raises(ConfigError, match="^eval_tasks: gsm8k=no_such.jsonl: no such file"):
-        exams_of(Config(eval_every=5, eval_tasks="gsm8k=no_such.jsonl"), print)
-    (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(DataError):
-        exams_of(Config(eval_every=5, eval_tasks=f"gsm8k={tmp_path / 'broken.jsonl'}"), print)
+        parse_tasks("gsm8k=no_such.jsonl", key="eval_tasks")
 
 
 def test_the_question_prompt_of_a_run_is_for_maths_alone(files):
@@ -472,7 +462,7 @@ def test_numbers_during_training_by_hand(build_sampler, folders, scripted, files
     calls = scripted(questions | {"Bob had 1,200 nuts and ate none.": "7", "Sort: c, a, b": "none"})
     tasks = f"gsm8k={files['gsm8k']},bbeh={files['bbeh']},math500={files['math500']}"
     sampler = build_sampler(folders["smollm3"], eval_every=1, eval_tasks=tasks, max_prediction_tokens=5)
-    metrics = exams.run_exams(exams_of(sampler.config, print), sampler)
+    metrics = exams.run_exams(load_exams(parse_tasks(tasks), 0, 1, sampler.config, print), sampler)
     assert metrics["eval/gsm8k"] == 50 and metrics["eval/gsm8k_standard_error"] == pytest.approx(50)
     assert metrics["eval/bbeh"] == 50 and metrics["eval/math500"] == 100
     assert metrics["eval/gsm8k_parse_rate"] == 1 and metrics["eval/gsm8k_length_mean"] == 3
@@ -486,7 +476,8 @@ def test_a_chat_models_responses_end_themselves_in_training_too(build_sampler, f
     monkeypatch.setattr(exams, "summarise", lambda records: dict.fromkeys(("score", *DETAILS)))
     sampler = build_sampler(folders["smollm3"], eval_every=1, eval_tasks=f"gsm8k={files['gsm8k']}")
     for frame in (None, ("<user>", "<end>")):
-        exams.run_exams(exams_of(sampler.config, print), replace(sampler, frame=frame))
+        asked_of = load_exams(parse_tasks(sampler.config.eval_tasks), 0, 1, sampler.config, print)
+        exams.run_exams(asked_of, replace(sampler, frame=frame))
     assert asked == [True, False] and sampler.config.stop_at_answer
 
 

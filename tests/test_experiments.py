@@ -36,7 +36,8 @@ HOLDING = {  # one run per arm in which every claim holds
     "active, G = 4": {"accuracy": 0.5}, "active, G = 16": {"accuracy": 0.3},
     "active, two facts": {"greedy_fact": 0.5, "greedy_shown": 0.2, "greedy_unseen": 0.1},
     "active, two facts, 200 steps": {"greedy_fact": 0.5}, "cpt, two facts": {"greedy_shown": 0.4},
-    "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
+    "active, 500 steps": {"fact": 0.96, "copy": 0.97, "shape": {"gen/share_copy": [0.0] * 19 + [0.3]}},
+    "random_span, 500 steps": {"fact": 0.9}, "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
     "active, then rlvr": {"accuracy": 0.8, "greedy": 0.6},
     "ladder: active": {"hop3": 0.9, "hop4": 0.9, "thought_use": 0.3, "shape": {
         "pred/length_mean": [5.0] * 10 + [10.0] * 10, "gen/share_hop2": [0.05] * 4 + [0.3] * 4 + [0.2] * 12,
@@ -50,6 +51,8 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
     "finds facts": [("random_span", "fact", 0.53), ("frozen generator", "fact", 0.53),
                     ("active", "gen/share_fact", 0.49), ("active", "gen/share_noise", 0.06)],
     "keeps copies": [("active, 1 of 4 masks random", "copy", 0.86), ("active, 1 of 4 masks random", "fact", 0.49)],
+    "comes back": [("active, 500 steps", "copy", 0.95), ("active, 500 steps", "fact", 0.9),
+                   ("active, 500 steps", "gen/share_copy", 0.29), ("random_span, 500 steps", "fact", 0.92)],
     "given answers": [("sft", "greedy_fact", 0.79), ("sft", "copy", 0.86), ("cpt", "copy", 0.81)],
     "entropy": [("entropy_token, top 20 %", "fact", 0.31), ("entropy_token, top 60 %", "fact", 0.29)],
     "difficulty": [("active, G = 4", "pred/accuracy", 0.39), ("active, G = 16", "pred/accuracy", 0.41)],
@@ -72,7 +75,9 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
 
 
 def holding() -> claims.Results:
-    return {arm: [make_run(arm, **ends)] for arm, ends in HOLDING.items()}
+    results = {arm: [make_run(arm, **ends)] for arm, ends in HOLDING.items()}
+    results["active, 500 steps"][0]["probes"].insert(1, {"step": 50, **BASE, "copy": 0.84})  # forgets, and comes back
+    return results
 
 
 def test_a_claim_holds_in_runs_made_to_its_words():
@@ -146,7 +151,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def test_of_two_lines_for_a_run_the_later_counts_and_an_arm_without_runs_is_named(tmp_path):
     rows = [make_run("sft", 11, fact=0.1), make_run("sft", 10), make_run("sft", 11, fact=0.9), make_run("active", 10)]
-    results = load_results(write_rows(tmp_path / "runs.jsonl", rows))
+    results = load_results(write_rows(tmp_path / "runs.jsonl", rows), claims.ARMS)
     assert [(arm, run["seed"]) for arm in results for run in results[arm]] == [("active", 10), ("sft", 10), ("sft", 11)]
     assert claims.ends(results["sft"], "fact") == [0.25, 0.9]
     with pytest.raises(ValueError, match="no run of random_span, frozen generator"):
@@ -219,12 +224,14 @@ def trained(tmp_path, monkeypatch):
         probe = {"probe/accuracy": 0.5, "probe/accuracy_fact": 0.123456, "probe/thought_use": 0.25}
         rows = [{"step": 0, **probe}]
         rows += [{"step": n, "reward": 1, "time/step": 2, "pred/accuracy": n / 10, "flops": n} for n in range(1, 11)]
-        write_rows(folder / "metrics.jsonl", [*rows[:-1], rows[-1] | probe])
+        write_rows(folder / "metrics.jsonl", [*rows[:-1], rows[-1] | probe | {"peak_memory_gb": 1.0}])
+        config = dict.fromkeys(claims.KEYS, 2) | {"seed": int(options["seed"]), "steps": 10}
+        (folder / "config.yaml").write_text(json.dumps(config))
+        (folder / "environment.txt").write_text("time: now\ngit: 123\n")
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     monkeypatch.setattr(runs.subprocess, "run", run)
-    monkeypatch.setattr(runs, "environment", lambda: "time: now\ngit: 123\n")
     return calls
 
 
@@ -290,7 +297,7 @@ def test_math_verify_tells_the_words_of_a_kind_apart():
 
 
 def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
-    config = dict.fromkeys(real.KEYS, 2) | {"method": "active", "seed": 3, "steps": 6, "dtype": "float32"}
+    config = dict.fromkeys(claims.KEYS, 2) | {"method": "active", "seed": 3, "steps": 6, "dtype": "float32"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     (tmp_path / "environment.txt").write_text("command: train.py\ngit: abc\n")
     rows = [{"step": 0, "probe/accuracy": 0.25, "probe/accuracy_greedy": 0.5, "probe/perplexity": 40.0}]
@@ -298,13 +305,11 @@ def test_a_run_on_real_text_is_kept_when_it_has_ended(tmp_path):
     rows += [shared | {"step": n, "pred/accuracy": n / 10, "gen/top_word_share": 0.1} for n in range(1, 7)]
     write_rows(tmp_path / "metrics.jsonl", rows)
     with pytest.raises(ValueError, match="its 6 steps have not ended with a probe"):
-        real.keep_run("active", tmp_path, tmp_path / "real.jsonl")
-    assert not (tmp_path / "real.jsonl").exists()
+        runs.record_run("active", tmp_path)
     rows[-1] |= rows[0] | {"step": 6, "probe/accuracy": 0.375}
     write_rows(tmp_path / "metrics.jsonl", rows)
-    real.keep_run("active", tmp_path, tmp_path / "real.jsonl")
-    real.keep_run("active", tmp_path, tmp_path / "real.jsonl")  # kept again: one row in the table
-    kept = real.load_real(tmp_path / "real.jsonl")
+    twice = [runs.record_run("active", tmp_path)] * 2  # kept again: one row in the table
+    kept = load_results(write_rows(tmp_path / "real.jsonl", twice))
     (run,) = kept["active"]
     assert run["curves"]["pred/accuracy"] == [0.3, 0.6] and run["environment"] == ["git: abc"]
     kept["active"].append(run | {"seed": 4, "totals": {"responses": 2000}})

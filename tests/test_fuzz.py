@@ -25,7 +25,7 @@ from test_data import make_config, write_jsonl
 from config import Config
 from data import build_index, load_corpus, step_passages
 from masking import MASK, make_mask, mask_at, random_span
-from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, fill, last_answer, scan
+from prompts import BOXED_OPENING, CLOSED, MASK_OPENING, START, last_answer, scan
 from relatives.next_token import next_token_mask
 from relatives.rlp import THINK_CLOSE
 from relatives.rlvr import extract_gold, gold_answer, load_questions, question_text, strip_instruction
@@ -192,11 +192,6 @@ def test_answers_questions_prompts_and_paragraphs_from_anything(count):
         assert dropped >= 0 and all("\n" not in paragraph for paragraph in kept), repr(text)
         words = iter(text.split())
         assert all(word in words for paragraph in kept for word in paragraph.split()), repr(text)  # in order
-        head = text.replace("{passage}", "")
-        assert fill(f"{head}{{passage}}</s>", text) == f"{head}{text}</s>"
-        if text.count("{passage}") != 1:
-            with pytest.raises(ValueError, match="once"):
-                fill(text, "")
     assert golds > count / 40
 
 

@@ -19,7 +19,7 @@ import masking
 import methods
 from config import Config, ConfigError
 from data import Passage
-from prompts import leading_ids, mask_prompt, predict_prompt, question_prompt
+from prompts import chat_frame, leading_ids, mask_prompt, predict_prompt, question_prompt
 from text.files import DataError
 from grpo import Group, update
 from masking import Mask, make_mask
@@ -28,7 +28,7 @@ from metrics import sample_rows, step_metrics
 from model import build_reference, load_tokenizer
 from relatives import next_token, rlp, rlvr
 from relatives.next_token import LOOKAHEAD, next_token_mask
-from relatives.rlp import Position, make_frame, thought_frame, thought_prompt
+from relatives.rlp import Position, make_frame
 from rewards import answerable
 from rollout import Rollout
 
@@ -54,6 +54,11 @@ def with_copy(sampler):
     made = make_run(sampler)
     made.reference = build_reference(sampler.replica, made.config, made.ranks)
     return made
+
+
+def offsets(run, text: str) -> list[tuple[int, int]]:
+    """(start, end) of each token in characters."""
+    return run.sampler.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def draw(run, method: str, passages: list[Passage], step: int = 0, **sizes) -> list[list[Task]]:
@@ -144,7 +149,7 @@ def test_candidates_by_hand():
 def test_random_tokens_are_drawn_uniformly_without_repeats_in_a_step(run):
     """3 masks a step; chi-square over the tokens with a letter or digit, but the first."""
     passage = wiki_passages(1)[0]
-    spans, starts = next_token.token_spans(run.sampler, passage.text), Counter()
+    spans, starts = offsets(run, passage.text), Counter()
     for step in range(500):
         (drawn,) = draw(run, "random_token", [passage], step)
         assert len({task.mask.start for task in drawn}) == 3
@@ -192,7 +197,7 @@ def test_entropy_tokens_lie_among_the_fifth_where_the_start_model_is_least_sure(
             parameter.mul_(-1)
     highest = []
     for passage in passages:
-        spans = next_token.token_spans(run.sampler, passage.text)
+        spans = offsets(run, passage.text)
         entropies = plain_entropies(plain, run.sampler.tokenizer, passage.text)
         allowed = [n for n, (start, end) in enumerate(spans) if n > 0 and answerable(passage.text[start:end])]
         allowed.sort(key=lambda n, entropies=entropies: -entropies[n])
@@ -461,30 +466,42 @@ def test_questions_are_rewarded_by_math_verify(run):
 TEXT = "The moon turns around the earth, and the earth around the sun."  # one token per byte
 
 
+def positions_in(run, text: str, step: int = 0) -> list[Position]:
+    return [task.position for (task,) in rlp.propose_positions(run, [Passage("0#0", "", "", text)] * 100, step)]
+
+
+def frame_of(tokenizer, template: str, limit: int, chat=None):
+    """make_frame of a sampler with these keys."""
+    config = Config(rlp_prompt=template, max_prompt_tokens=limit)
+    return make_frame(SimpleNamespace(tokenizer=tokenizer, config=config, frame=chat))
+
+
+def thought_prompt(frame, prefix_ids: list[int]) -> list[int]:
+    return frame.head_ids + prefix_ids + frame.tail_ids
+
+
 @pytest.fixture
 def tokenizer(folders):
     return load_tokenizer(tiny_config(folders["smollm3"]))
 
 
-def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(tokenizer):
-    ids, frame = tokenizer(TEXT).input_ids, make_frame(tokenizer, rlp.THOUGHT_PROMPT, 1000)
-    drawn = [rlp.draw_position(TEXT, tokenizer, frame, random.Random(seed)) for seed in range(1500)]
-    assert all(one == Position(ids[: len(one.prefix_ids)], ids[len(one.prefix_ids)]) for one in drawn)
+def test_a_position_is_a_place_in_the_text_and_each_place_is_drawn(bytes_run, tokenizer):
+    bytes_run.config.max_prompt_tokens = 1000
+    ids, drawn = tokenizer(TEXT).input_ids, sum((positions_in(bytes_run, TEXT, step) for step in range(15)), [])
+    assert all(one == Position(ids[: (n := len(one.prefix_ids))], [ids[n]]) for one in drawn)
     assert {len(position.prefix_ids) for position in drawn} == set(range(rlp.MIN_PREFIX, len(ids)))
-    with pytest.raises(ValueError, match="empty range"):
-        rlp.draw_position("12345678", tokenizer, frame, random.Random(0))
-    only = rlp.draw_position("123456789", tokenizer, frame, random.Random(0))
-    assert only.prefix_ids == tokenizer("12345678").input_ids
+    assert positions_in(bytes_run, "123456789")[0].prefix_ids == tokenizer("12345678").input_ids
 
 
-def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
+def test_a_text_too_long_before_the_position_loses_its_beginning(bytes_run, tokenizer):
     """The limit holds for what is sampled from, and for what is scored with an empty thought and the target."""
-    frame, ids = make_frame(tokenizer, "{passage}", 40), tokenizer(TEXT * 4).input_ids
-    last = SimpleNamespace(randrange=lambda begin, end: end - 1)
-    position = rlp.draw_position(TEXT * 4, tokenizer, frame, last)
-    assert position == Position(ids[-1 - frame.longest_prefix : -1], ids[-1])
-    assert len(thought_prompt(frame, position)) <= 40
-    assert len(frame.start_ids + position.prefix_ids + frame.open_ids + frame.close_ids) + 1 == 40
+    bytes_run.config.max_prompt_tokens, bytes_run.config.rlp_prompt = 40, "{passage}"
+    frame, ids = make_frame(bytes_run.sampler), tokenizer(TEXT * 4).input_ids
+    (task, *_), *_ = rlp.propose_positions(bytes_run, [Passage("0#0", "", "", TEXT * 4)] * 2, 0)
+    prefix, text = task.position.prefix_ids, bytes(ids)
+    assert len(prefix) == frame.longest_prefix and bytes(prefix + task.position.ahead_ids) in text
+    assert task.prompt_ids == thought_prompt(frame, prefix) and len(task.prompt_ids) <= 40
+    assert len(frame.start_ids + prefix + frame.open_ids + frame.close_ids) + 1 == 40
 
 
 @pytest.mark.parametrize(("chat_template", "template", "expected"), [
@@ -495,31 +512,28 @@ def test_a_text_too_long_before_the_position_loses_its_beginning(tokenizer):
 def test_a_prompt_is_the_request_around_the_text_and_opens_the_thought(tokenizer, chat_template, template, expected):
     """With a chat template the request is one turn, and the thought opens the answer."""
     tokenizer.chat_template = chat_template
-    frame = make_frame(tokenizer, template, 1000)
-    assert tokenizer.decode(thought_prompt(frame, Position(tokenizer("Salt melts ").input_ids, 0))) == expected
+    frame = frame_of(tokenizer, template, 1000, chat_frame(tokenizer))
+    assert tokenizer.decode(thought_prompt(frame, tokenizer("Salt melts ").input_ids)) == expected
 
 
 def test_text_ids_are_never_tokenized_again():
     """The tiny base's tokenizer merges and writes <bos>: ids that no tokenizer would make of their text survive."""
     tokenizer = load_tokenizer(tiny_config(TINY_BASE))
-    frame = make_frame(tokenizer, "Text: {passage}\n", 100)
+    frame = frame_of(tokenizer, "Text: {passage}\n", 100)
     letters = [tokenizer(char, add_special_tokens=False).input_ids[0] for char in "Finn grew"]
     assert tokenizer("Finn grew", add_special_tokens=False).input_ids != letters
-    prompt, begin = thought_prompt(frame, Position(letters, 0)), len(frame.head_ids)
+    prompt, begin = thought_prompt(frame, letters), len(frame.head_ids)
     assert prompt[begin : begin + len(letters)] == letters and frame.start_ids == [tokenizer.bos_token_id]
     assert tokenizer.decode(prompt) == "<bos>Text: Finn grew\n<think>" and prompt.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_request_without_its_one_passage_or_without_room_for_text_is_refused(tokenizer):
-    for template in ("no text", "{passage} twice {passage}"):
-        with pytest.raises(ConfigError, match="rlp_prompt=.*{passage} once"):
-            make_frame(tokenizer, template, 1000)
+def test_a_request_without_room_for_text_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="max_prompt_tokens=20: must be at least [0-9]+") as caught:
-        make_frame(tokenizer, rlp.THOUGHT_PROMPT, 20)
+        frame_of(tokenizer, rlp.THOUGHT_PROMPT, 20)
     least = int(re.search("at least ([0-9]+)", str(caught.value))[1])
-    frame = make_frame(tokenizer, rlp.THOUGHT_PROMPT, least)
+    frame = frame_of(tokenizer, rlp.THOUGHT_PROMPT, least)
     assert frame.longest_prefix == rlp.MIN_PREFIX
-    assert len(thought_prompt(frame, Position([0] * rlp.MIN_PREFIX, 0))) == least
+    assert len(thought_prompt(frame, [0] * rlp.MIN_PREFIX)) == least
 
 
 # ------------------------------------------------------------------------------------------------------- rlp: thoughts
@@ -552,17 +566,17 @@ def test_every_thought_is_closed_once_before_it_is_scored():
 def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request, base):
     """Of a policy that has moved from its average, at temperature 1; <bos>, if any, stands in both contexts."""
     run = request.getfixturevalue("run" if base == "tiny_base" else "bytes_run")
-    trained, frame = load_plain(run.config.model).eval(), thought_frame(run.sampler)
+    trained, frame = load_plain(run.config.model).eval(), make_frame(run.sampler)
     average, generator = load_plain(run.config.model).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for ours, theirs in zip(run.policy.parameters(), trained.parameters(), strict=True):
             theirs.add_(0.05 * torch.randn(theirs.shape, generator=generator))
             ours.to_local().copy_(theirs)
-    positions = [Position(list(range(n)), 100 + n) for n in (9, 30, 12)]
+    positions = [Position(list(range(n)), [100 + n]) for n in (9, 30, 12)]
     thoughts = [[[7, 8], [7, 5, 6, 8]], [[7, *range(40), 8], []], [[7, 5, 8], [7, 9, 8]]]
     found = rlp.information_gain(run, positions, thoughts, frame)
     for position, group, gains in zip(positions, thoughts, found, strict=True):
-        text, target = frame.start_ids + position.prefix_ids, [position.target_id]
+        text, target = frame.start_ids + position.prefix_ids, position.ahead_ids
         ((baseline,), _), = naive_score(average, [(text, target)])
         for thought, gain in zip(group, gains, strict=True):
             ((logprob,), _), = naive_score(trained, [(text + thought, target)])
@@ -573,7 +587,7 @@ def test_the_reward_is_the_log_ratio_of_two_forwards_of_the_plain_model(request,
 
 
 def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(run):
-    frame = thought_frame(run.sampler)
+    frame = make_frame(run.sampler)
     proposals, ends = draw(run, "rlp", wiki_passages(2)), ("length", "eos", "answer")
     drawn = [task for (task,) in proposals]
     for task in drawn:
@@ -590,7 +604,7 @@ def test_thoughts_are_rewarded_by_the_information_they_give_however_they_ended(r
 
 
 def test_before_any_thought_nothing_is_gained_but_what_the_tags_do(run):
-    passages, frame = wiki_passages(2), thought_frame(run.sampler)
+    passages, frame = wiki_passages(2), make_frame(run.sampler)
     gains = rlp.gains_without_thought(run, passages)
     assert abs(gains["rlp/no_thought_gain"]) < 1e-5 < 0.01 < abs(gains["rlp/empty_thought_gain"])
     tags = frame.open_ids + frame.close_ids

@@ -5,13 +5,13 @@ import doctest
 import pytest
 
 import prompts
-from prompts import (BOXED_OPENING, CLOSED, MASK_OPENING, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START, fill,
+from prompts import (BOXED_OPENING, CLOSED, MASK_OPENING, MASK_PROMPT, PREDICT_PREFIX, PREDICT_PROMPT, START,
                      last_answer, scan)  # fmt: skip
 
 
 def test_examples_in_the_docstrings():
     results = doctest.testmod(prompts)
-    assert results.attempted >= 5 and results.failed == 0
+    assert results.attempted >= 4 and results.failed == 0
 
 
 def test_each_prompt_shows_its_own_command_in_a_worked_example():
@@ -21,17 +21,6 @@ def test_each_prompt_shows_its_own_command_in_a_worked_example():
     example = MASK_PROMPT.split("Passage:\n")[1].split("\n")[0]
     assert example.count("nitrogen") == 1
     assert example.replace("nitrogen", "[mask]") in PREDICT_PROMPT
-
-
-def test_fill_leaves_every_other_brace_alone():
-    passage = r"{0} {passage} {{x}} %s \boxed{y} \1 \g<0>"
-    assert fill(r"Use \mask{...}. {passage} {end}", passage) == rf"Use \mask{{...}}. {passage} {{end}}"
-
-
-@pytest.mark.parametrize("template", ["no place", "{passage} and {passage}", ""])
-def test_fill_wants_one_place(template):
-    with pytest.raises(ValueError, match="once"):
-        fill(template, "text")
 
 
 def test_the_prefix_leaves_the_completion_inside_the_box():

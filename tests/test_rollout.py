@@ -6,25 +6,26 @@ import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from reference import EOS, FAMILIES, ROOT, load_plain, naive_score, save_model, tiny_config, wiki_passages
-from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 
 import ops
 import rollout as rollout_module
 from config import Config, ConfigError
 from engine import batching
-from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, update
+from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, score, update
 from model import build_policy, refresh
+from ops import logprobs_of
 from prompts import (
     BOXED_OPENING, CLOSED, START, chat_frame, check_prompts, encode, last_answer, leading_ids, mask_prompt,
     predict_prefix, predict_prompt, scan,
 )  # fmt: skip
-from rollout import Rollout, as_arrays, derive_seed, from_arrays, generate, make_sampler, rollout, sequence_logprobs
+from rollout import derive_seed, generate, make_sampler, rollout
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
@@ -128,14 +129,15 @@ def test_a_phases_cache_is_gone_when_it_ends(sampler, monkeypatch):
     assert len(made) == 3
 
 
-def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders):
+def test_given_tokens_are_scored_as_the_plain_model_does_whatever_is_packed_together(build_sampler, folders, ranks):
     rng = random.Random(0)
-    sequences = [[rng.randrange(256) for _ in range(length)] for length in (30, 2, 17, 40, 1, 5)]
-    expected = naive_score(load_plain(folders["qwen3_tied"]), [(row[:1], row[1:]) for row in sequences])
-    for budget in (1, 45, 1000):
-        scores = sequence_logprobs(build_sampler(folders["qwen3_tied"], tokens_per_micro_batch=budget), sequences)
-        assert list(map(len, scores)) == [29, 1, 16, 39, 0, 4]
-        for found, (plain, _) in zip(scores, expected, strict=True):
+    sequences = [[rng.randrange(256) for _ in range(length)] for length in (30, 2, 17, 40, 5)]
+    pairs = [(row[:1], row[1:]) for row in sequences]
+    expected = naive_score(load_plain(folders["qwen3_tied"]), pairs)
+    for budget in (45, 1000):
+        sampler = build_sampler(folders["qwen3_tied"], tokens_per_micro_batch=budget)
+        scores = score(partial(logprobs_of, sampler.replica), pairs, sampler.config, ranks)
+        for (found, _), (plain, _) in zip(scores, expected, strict=True):
             assert found == pytest.approx(plain, abs=1e-4)
 
 
@@ -215,13 +217,15 @@ def test_a_response_ends_with_an_end_of_sequence_or_at_its_length(sampler):
 
 
 # ---- noise
-def test_slow_admission_changes_no_token_and_torchs_own_generator_is_left_as_it_was(sampler):
+def test_slow_admission_changes_no_token_and_torchs_own_generator_is_left_as_it_was(sampler, monkeypatch):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
     first = tokens(sample(sampler))
     assert torch.equal(torch.rand(4), expected)
-    assert tokens(sample(sampler, admitted=lambda number: time.sleep(0.02))) == first
+    add = ContinuousBatchingManager.add_request
+    monkeypatch.setattr(ContinuousBatchingManager, "add_request", lambda *a, **k: add(*a, **k) or time.sleep(0.02))
+    assert tokens(sample(sampler)) == first
 
 
 def test_noise_depends_on_seed_step_and_phase_for_ever(build_sampler, folders):
@@ -382,17 +386,3 @@ def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, 
         replica = SimpleNamespace(generation_config=plain, config=plain, get_input_embeddings=lambda: embeddings)
         with pytest.raises(ConfigError, match="names an end-of-sequence token"):
             make_sampler(replica, tokenizer, sampler.config, ranks)
-
-
-# ---- what ranks send each other
-def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
-    """Uneven counts and lengths; log-probs are float32, so nothing is rounded. No group: a rank that stopped."""
-    third = torch.tensor(-1 / 3).item()
-    groups = [
-        [Rollout([1, 2], [5, 6, 7], [third, -0.5, 0.0], "abc", "eos"), Rollout([1, 2], [8], [-2.0], "d", "length")],
-        [Rollout([3], [128_000], [third], "é", "answer")],
-    ]
-    arrays = as_arrays(groups)
-    assert arrays[2].dtype == np.int32 and arrays[3].dtype == np.float32
-    assert from_arrays(arrays, [[1, 2], [3]]) == groups
-    assert from_arrays(as_arrays([]), [[1, 2]]) == []

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 import train
 from benchmarks import evaluate as evaluation
 from benchmarks.evaluate import evaluate, read_settings
-from checkpoint import find_checkpoint, finish_save, load_checkpoint, make_saver, save_checkpoint
+from checkpoint import finish_save, load_checkpoint, make_saver, newest_checkpoint, save_checkpoint
 from config import read_config
 from data import Corpus, Passage
 from eval import make_probe, perplexity, run_probe
@@ -241,8 +241,8 @@ def check_the_second_copy(folder, ranks):
     results["agree"] = all(one == everywhere[0] for one in everywhere)
 
     # No tags, no instruction, no thought: nothing was gained
-    frame = make_frame(run.sampler.tokenizer, "{passage}", config.max_prompt_tokens)
-    positions = [Position(prefix, continuation[0]) for prefix, continuation in SEQUENCES]
+    frame = make_frame(replace(run.sampler, config=replace(config, rlp_prompt="{passage}")))
+    positions = [Position(prefix, continuation[:1]) for prefix, continuation in SEQUENCES]
     gains = information_gain(run, positions, [[[]]] * len(positions), frame)
     errors += [abs(gain) for group in gains for gain in group]
 
@@ -365,7 +365,7 @@ def check_a_checkpoint_restores_every_bit(folder, ranks):
         savers[0].done = number + 1
         save_checkpoint(savers[0])
     finish_save(savers[0])
-    latest, facts = find_checkpoint(config)
+    latest, facts = newest_checkpoint(Path(config.run_dir))
     load_checkpoint(savers[1], latest, facts)
 
     def same() -> list[bool]:

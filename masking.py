@@ -33,8 +33,8 @@ OTHER = rf"[^{UNSPACED}]"
 MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
 UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
 # A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
-WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
-WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
+WORD_START = rf"(?<!\p{{M}})(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
+WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))"
 
 
 @dataclass
@@ -167,21 +167,12 @@ def _fault(words: str, config: Config) -> str:
 
 def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
     """(start, end) of the words in the text, from left to right, without overlaps."""
-    pattern = r"\s+".join(map(re.escape, words.split()))
+    shown = regex.sub(r"\p{Cf}", "", words).split()  # invisible characters inside a word stand on neither side
+    pattern = r"\p{Cf}*\s[\s\p{Cf}]*".join(r"\p{Cf}*".join(map(re.escape, word)) for word in shown)
     if mask_rule.endswith("words"):
-        pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
-    spans = [match.span() for match in regex.finditer(pattern, text)]
-    whole = mask_rule.endswith("words")
-    return [
-        (start, end) for start, end in spans
-        if not _is_mark(text[start : start + 1]) and not _is_mark(text[end : end + 1])
-        and not (whole and _is_mark(text[max(start - 1, 0) : start]))
-    ]  # fmt: skip
-
-
-def _is_mark(char: str) -> bool:
-    """Whether this is a combining mark, an accent or a vowel sign, which belongs to the letter before it."""
-    return char != "" and unicodedata.category(char).startswith("M")
+        pattern = rf"{WORD_START}{pattern}{WORD_END}"
+    # combining marks, accents and vowel signs, belong to the letter before them
+    return [match.span() for match in regex.finditer(rf"(?V1)(?!\p{{M}}){pattern}(?!\p{{M}})", text)]
 
 
 def strip_hidden(text: str) -> str:

@@ -28,6 +28,7 @@ MASK = "[mask]"
 WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
+OUTER = regex.compile(r"[\s\p{P}\p{Cf}]*")
 HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
 OTHER = rf"[^{UNSPACED}]"
 MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
@@ -247,12 +248,5 @@ def _space_spans(text: str) -> list[tuple[int, int]]:
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
-
-    def outer(char: str) -> bool:
-        return char.isspace() or unicodedata.category(char)[0] == "P" or unicodedata.category(char) == "Cf"
-
-    while start < end and outer(text[start]):
-        start += 1
-    while start < end and outer(text[end - 1]):
-        end -= 1
-    return start, end
+    start = OUTER.match(text, start, end).end()
+    return start, end - OUTER.match(text[start:end][::-1]).end()

@@ -63,16 +63,12 @@ def undo_latex(text: str) -> str:
             wrapper = open_braces.pop() if open_braces else -1
             if wrapper >= 0:
                 parts[wrapper] = token = ""
-        elif token == "~":
-            token = " "
         elif len(token) > 2:
             open_braces.append(len(parts))
-        elif token[1] in "%&_$#{}":
-            token = token[1]
-        elif token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
+        elif token == "~" or token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
             token = " "
-        elif token[1] in "()[]":  # borders of a formula
-            token = ""
+        elif token[1] in "%&_$#{}()[]":  # escapes, and borders of a formula
+            token = token[1].strip("()[]")
         parts.append(token)
     return "".join(parts) + text[position:]
 

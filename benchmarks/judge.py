@@ -13,7 +13,6 @@ places or more equals a fraction that rounds to it. Needs no torch.
 import hashlib
 import re
 import unicodedata
-from string import ascii_uppercase
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -30,16 +29,17 @@ SYMBOLS = {
     "∈": r"\in ", "º": r"^\circ ", "°": r"^\circ ", "٫": ".", "٬": ",", "٪": "%",
 }  # fmt: skip
 SMALL_DIGITS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
-LOOK = re.compile(  # commands that only change the look of what follows, or the space beside it
-    r"\\(?:(?:displaystyle|textstyle|[lL]arge|LARGE|[hH]uge|[bB]igg?[lr]?|q?quad)(?![A-Za-z])"
-    r"|(?:text)?color ?\{\w+\}|[hv]space\*? ?\{[^{}]*\})|^\\(?:bf|rm)(?![A-Za-z])"
-)
+LOOK = r"\\(?:displaystyle|textstyle|[lL]arge|[hH]uge|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|^\\(?:bf|rm)(?![A-Za-z])"
+LOOK = re.compile(LOOK + r"|\\(?:text)?color ?\{\w+\}")  # the look of what follows, or the space beside it
 REWRITES = [(re.compile(pattern), new) for pattern, new in {
     r"\\! ?": "", r"(?:\\[a-z]+ ?)?\{(, ?|\\[,;: ])\}": r"\1",  # 1,\!000 1{,}000 1\text{,}000
     r"\b([AaPp])\. ?([Mm])\b\.?": r"\1\2", r"(?<=[0-9])\^ ?\{?(?:\\text ?\{)?(st|nd|rd|th)\}{0,2}": r"\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1", r"(?<=[0-9]) \(?(?:in )?base ([0-9]+)\)?$": r"_\1",  # (1011)_2, 1011 (base 2)
     r"\\\\ ?\[[0-9.]+ ?[a-z]+\]": r"\\\\", r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
-    r"(?<=[0-9])\*\*(?=-?[0-9])": "^", r"\b(?:minus|negative) (?=[0-9])": "-",
+    r"(?<=[0-9])\*\*(?=-?[0-9])": "^", r"\b(?:minus|negative) (?=[0-9])": "-", r"\\(?:textdollar|pounds)(?![a-z])": "$",
+    r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot) ?\{ ?([0-9]{1,20}) ?\}":  # 0.1\overline{6} is 15/90
+    lambda decimal: r"\frac{%d}{%s}" % (int("".join(decimal.groups())) - int(decimal[1] + decimal[2] or 0),
+                                        "9" * len(decimal[3]) + "0" * len(decimal[2])),
 }.items()]  # fmt: skip
 ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt(?=\())\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
@@ -57,25 +57,22 @@ PLAIN = re.compile(
     rf"(?P<sign>(?<![\w)}}\]])[-+])? ?(?P<whole>[0-9]+(?= (?:{PRODUCT}) ?/| ?\\[dtc]?frac))? ?"
     rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
 )
-COMMANDS = {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "textdollar": "$", "pounds": "£", "textdegree": "°"}
-COMMANDS |= {"left": "", "right": ""}
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
-BEFORE = re.compile(
-    r"(?!.*\b(?:square|cube|reciprocal|inverse|opposite|third|quarter) of\b)"
-    r"(?:[^\W\d_]|[\s,.:')]|(?<!\w)\(|(?<=[a-z])-(?=[a-z]))*"
+BEFORE = r"(?!.*(?:square|cube|reciprocal|third|quarter) of )"
+BEFORE = re.compile(BEFORE + r"(?:[^\W\d_]|[\s,.:')]|(?<!\w)\(|(?<=[a-z])-(?=[a-z]))*")
+AFTER = re.compile(
+    r"(?!K [a-z]{3})(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*"
 )
-AFTER = re.compile(r"(?!K [a-z]{3})(?:[^\W\d_]|(?:(?<=[^\W\d_])|(?<=unit ))\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
 WORD = re.compile(r"[^\W\d_]+(?:'[a-z]{3,})?")
 CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7}
-SCALES |= {"billion": 10**9, "trillion": 10**12}
-NOT_UNITS = frozenset(
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NOT_UNITS = {*SCALES} | set(
     "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths eighths tenths "
     "hundredths thousandths ths twice double triple doubled tripled halved squared cubed factorial more less fewer "
     "greater least most below above over under beyond exceeds between than to mod modulo base choose divided "
     "multiplied root sqrt sin cos tan log one two three four five six seven eight nine ten eleven twelve twenty thirty "
-    "forty fifty tens hundreds thousands millions except but wrong incorrect false".split()
-) | frozenset(SCALES)
+    "forty fifty tens hundreds thousands millions lakh crore except but wrong incorrect false".split()
+)
 """Words that make another number, or a second one, of the number beside them."""
 UNITS = frozenset(
     "m g s h L N J W V K C F A Å T Ω cm mm km nm kg mg ml mL ft in yd mi oz lb hr Hz Pa kW kV kJ eV au AU pc am pm "
@@ -89,8 +86,7 @@ WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z
 PHRASE = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{1,3}(?![A-Za-z])")
 CLOCK = re.compile(r"[0-9] ?: ?[0-9]+(?: ?:|.*[ap]m\b)", re.IGNORECASE)  # and a ratio of three
-TUPLE = re.compile(r"(?:\\left ?)?[(\[][^()\[\]]*[)\]]")
-REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot) ?\{ ?([0-9]{1,20}) ?\}")
+SET_AND_TUPLE = re.compile(r"(?:\\left ?)?\\\{[^<>|:\n]*\n(?:\\left ?)?[(\[][^()\[\]]*[)\]]")
 NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 
 
@@ -122,12 +118,10 @@ def _check(gold: str, answer: str, seconds: float) -> float:
         return float(gold == answer != "")
     number = read_number(gold, is_gold=True)
     if number is None and (WRAPPER.fullmatch(gold) or PHRASE.fullmatch(gold) or CLOCK.search(gold)):
-        letter = option_letter(answer, ascii_uppercase)
-        gold, answer = (normalise(text).casefold().strip("()[]{}$ ") for text in (gold, answer))
-        if CLOCK.search(gold):
-            gold, answer = gold.replace(" ", ""), answer.replace(" ", "")
+        letter = option_letter(answer, "ABCDEFGHIJ")
+        gold, answer = (normalise(text).casefold().replace(" ", "").strip("()[]{}$") for text in (gold, answer))
         return float(gold == answer or len(gold) == 1 and gold.upper() == letter)
-    if any(one.startswith(r"\{") and TUPLE.fullmatch(two) for one, two in ((gold, answer), (answer, gold))):
+    if SET_AND_TUPLE.fullmatch(f"{gold}\n{answer}") or SET_AND_TUPLE.fullmatch(f"{answer}\n{gold}"):
         return 0.0
     names = {text.rpartition("=")[0].replace(" ", "") for text in (gold, answer)} - {""}
     if number and len(names) < 2:  # x = 5 is not y = 5
@@ -149,7 +143,7 @@ def _spell(text: str) -> str:
     `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`"""
     text = SMALL_DIGITS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
-    text = REPEATING.sub(_fraction, "".join(map(_ascii, text)))
+    text = "".join(map(_ascii, text))
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     for _ in range(9):  # layers
@@ -164,13 +158,6 @@ def _spell(text: str) -> str:
         if inner.startswith("{") and inner.endswith("}") and last_answer(rf"\x{inner}", "x") == inner[1:-1]:
             text = inner[1:-1]
     return text
-
-
-def _fraction(decimal: re.Match) -> str:
-    """The value of a decimal whose last digits repeat: 0.1 and 6 repeated is 15/90."""
-    once = int(decimal[1] + decimal[2] or 0)
-    repeated = int(f"{once}{decimal[3]}")
-    return rf"\frac{{{repeated - once}}}{{{(10 ** len(decimal[3]) - 1) * 10 ** len(decimal[2])}}}"
 
 
 def _ascii(char: str) -> str:
@@ -194,9 +181,9 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     >>> [read_number(text) for text in ("12 or 13", "12!", "5x", "18 feet 6 inches", "more than 12")]
     [None, None, None, None, None]
     """
-    text = WRAPPER.sub(" unit ", text) if is_gold else text
+    text = WRAPPER.sub(" unit ", text).replace("unit ^", "unit^") if is_gold else text
     text = re.sub(r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\(?:degree|circ)(?![A-Za-z])", "°", text)
-    for command, char in COMMANDS.items():
+    for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
         text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
     text = " ".join(re.sub(r"\\q?quad", " ", undo_latex(text)).split())
     text = re.sub(r"(?<!\S)(\*\*|[*`])([^*`]+)\1(?!\S)", r"\2", text)  # one of several words in bold
@@ -215,7 +202,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     names = WORD.findall(after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
     for name in WORD.findall(before) + names[scale > 1 :]:
-        known = not is_gold and ({name, name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
+        known = not is_gold and ({name, name.lower() if name[1:] else ""} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None
@@ -239,9 +226,7 @@ def _same(gold: Number, answer: Number) -> bool:
     """Whether two plain numbers are equal. The gold's base goes without saying; a percent is a number or a share."""
     if answer.base not in ("", gold.base or "10"):
         return False
-    share = 1 if gold.percent == answer.percent else Fraction(1, 100)
-    of_gold, of_answer = (share if gold.percent else 1), (share if answer.percent else 1)
-    if gold.value in (answer.value, answer.value * of_answer) or gold.value * of_gold == answer.value:
+    if gold.value in (answer.value, answer.value * Fraction(100) ** (gold.percent - answer.percent)):
         return True
     for exact, decimal in ((gold.value, answer), (answer.value, gold)):
         if decimal.places >= 6 and 10**2000 % exact.denominator:  # no decimal is that fraction
@@ -256,8 +241,7 @@ def _algebra(text: str, variables: bool) -> str:
     text = re.sub(r"(?:, {0,3})?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", FUNCTIONS.sub(r"\\\1 ", text))
     text = re.sub(r"(?<![\w.\\^{}])([0-9.]+|\([0-9.]+\))(?=(?:\\left)?\()", r"\1\\cdot ", text)  # 2(1/2) is no 2 1/2
     text = re.sub(r"^\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{?R\}? ?)?(?:\\mid|[|:])(.*)\\\}$", r"\1", text)
-    text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number and an end
-    # the whole: in an expression 2e-3 may mean Euler's number
+    text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number, as 2e-3 inside may be
     text = re.sub(r"^([-+]?\d+(?:\.\d*)?)[eE]\+?(-?)0*(\d{1,4})$", r"\1\\times 10^{\2\3}", text)
     # in braces, letters at the end do not pass for a unit
     end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
@@ -270,14 +254,13 @@ NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?
 ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
 LETTER = re.compile(
     r"(?i:(?:the |my |so the )?(?:correct |right |final |best )?(?:answer|option|choice|letter)(?: is)?:? ?)*"
-    r"[(\[【]? ?([A-Za-z])"
-    r"(?: ?[)\].:、】]+ ?| ?; ?(?![A-Za-z]\b)|,? *[—–]+ *| +- *| *(?=\(.*\)$)"
+    r"[(\[【$]? ?([A-Za-z])\$?(?: ?[)\].:、】]+ ?| ?;(?! ?[A-Za-z]\b) ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)"
     r"| is (?=(?:the )?(?:correct|right|answer))|$)(.*)"
 )
 # in the words behind the letter: an alternative at once, a letter alone, or another letter set off as the first is
 ANOTHER = (
-    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$|(?!(?i:both|all|neither|none)\b)(?:.*(?:[,;/&)]|\b(?:and|or)) ?)?"
-    r"(?i:option )?[(\[]?[{0}](?:[)\].:](?!\w)| ?[—–(]| -)|.*[a-z0-9)] [{0}]\. |(?!(?i:both|all)\b).* [(\[]?[{0}][)\]]"
+    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$|(?:.* )?[a-z0-9]\S* [{0}]\. |(?!(?i:both|all|neither|none)\b)"
+    r"(?:(?:.*(?:[,;/&)]|\b(?:and|or)) ?)?(?i:option )?[(\[]?[{0}](?:[)\].:](?!\w)| ?[—–(]| -)|.* [(\[]?[{0}][)\]])"
 )
 
 
@@ -291,7 +274,7 @@ def option_letter(box: str, letters: str) -> str | None:
     ['C', 'C', 'C', None, None, None]
     """
     box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", LOOK.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", box)))
-    text = normalise(box).replace("**", "").replace("__", "").replace("$", "").strip("*{}\\ ")
+    text = normalise(box).replace("**", "").replace("__", "").strip("$*{}\\ ")
     found = LETTER.fullmatch(text)
     letter = found[1].upper() if found else ""
     return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter

@@ -29,7 +29,6 @@ WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
 OUTER = regex.compile(r"[\s\p{P}\p{Cf}]*")
-HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
 OTHER = rf"[^{UNSPACED}]"
 MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
 UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
@@ -167,12 +166,11 @@ def _fault(words: str, config: Config) -> str:
 
 
 def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
-    """(start, end) of the words in the text, from left to right, without overlaps."""
+    """(start, end) of the words in the text, from left to right, without overlaps. Accents stay with their letter."""
     shown = regex.sub(r"\p{Cf}", "", words).split()  # invisible characters inside a word stand on neither side
     pattern = r"\p{Cf}*\s[\s\p{Cf}]*".join(r"\p{Cf}*".join(map(re.escape, word)) for word in shown)
     if mask_rule.endswith("words"):
         pattern = rf"{WORD_START}{pattern}{WORD_END}"
-    # combining marks, accents and vowel signs, belong to the letter before them
     return [match.span() for match in regex.finditer(rf"(?V1)(?!\p{{M}}){pattern}(?!\p{{M}})", text)]
 
 
@@ -234,10 +232,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in word_spans(text)]
     ['in', '北', '京，', '1949', '年', 'and']
     """
-    spans = _space_spans(text)
-    if not HAS_UNSPACED.search(text):
-        return spans
-    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in spans)
+    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in _space_spans(text))
     return [match.span() for matches in found for match in matches]
 
 

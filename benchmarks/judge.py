@@ -38,8 +38,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in {
     r"\\\\ ?\[[0-9.]+ ?[a-z]+\]": r"\\\\", r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
     r"(?<=[0-9])\*\*(?=-?[0-9])": "^", r"\b(?:minus|negative) (?=[0-9])": "-", r"\\(?:textdollar|pounds)(?![a-z])": "$",
     r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot) ?\{ ?([0-9]{1,20}) ?\}":  # 0.1\overline{6} is 15/90
-    lambda decimal: r"\frac{%d}{%s}" % (int("".join(decimal.groups())) - int(decimal[1] + decimal[2] or 0),
-                                        "9" * len(decimal[3]) + "0" * len(decimal[2])),
+    lambda d: rf"\frac{{{int(d[1] + d[2] + d[3]) - int(d[1] + d[2] or 0)}}}{{{'9' * len(d[3]) + '0' * len(d[2])}}}",
 }.items()]  # fmt: skip
 ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt(?=\())\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
@@ -58,11 +57,9 @@ PLAIN = re.compile(
     rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
 )
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
-BEFORE = r"(?!.*(?:square|cube|reciprocal|third|quarter) of )"
+BEFORE = r"(?!.*(?:square|cube|reciprocal|third|quarter) of\b)"
 BEFORE = re.compile(BEFORE + r"(?:[^\W\d_]|[\s,.:')]|(?<!\w)\(|(?<=[a-z])-(?=[a-z]))*")
-AFTER = re.compile(
-    r"(?!K [a-z]{3})(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*"
-)
+AFTER = re.compile(r"(?!K [a-z]{3})(?:[^\W\d_]|(?<=[^\W\d_])\^\{?-?[0-9]|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
 WORD = re.compile(r"[^\W\d_]+(?:'[a-z]{3,})?")
 CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -202,7 +199,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     names = WORD.findall(after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
     for name in WORD.findall(before) + names[scale > 1 :]:
-        known = not is_gold and ({name, name.lower() if name[1:] else ""} & UNITS or name == "a" and names[-1:] != ["a"])
+        known = not is_gold and ({name, name[1:] and name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None

@@ -42,7 +42,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in {
 }.items()]  # fmt: skip
 ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt(?=\())\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
-FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|\\+[,;: ]?$")
+FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|(?<!\\)\\+[,;: ]?$")
 ABOUT = r"\\(?:approx|sim|simeq|cong|thickapprox)(?![A-Za-z])"
 LATEX_THOUSANDS = re.compile(r"(?<![\w.,^}\\])[0-9]{1,3}(?:(?:\\[,;: ]|[~ ])[0-9]{3})+(?![0-9])")
 # digits in groups of three, set apart by one kind of sign: 1,000,000 or 1 000 000 or 1'000'000

@@ -28,13 +28,13 @@ MASK = "[mask]"
 WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
-HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
+OUTER = regex.compile(r"[\s\p{P}\p{Cf}]*")
 OTHER = rf"[^{UNSPACED}]"
 MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
 UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
 # A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
-WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
-WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
+WORD_START = rf"(?<!\p{{M}})(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
+WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))"
 
 
 @dataclass
@@ -166,22 +166,12 @@ def _fault(words: str, config: Config) -> str:
 
 
 def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
-    """(start, end) of the words in the text, from left to right, without overlaps."""
-    pattern = r"\s+".join(map(re.escape, words.split()))
+    """(start, end) of the words in the text, from left to right, without overlaps. Accents stay with their letter."""
+    shown = regex.sub(r"\p{Cf}", "", words).split()  # invisible characters inside a word stand on neither side
+    pattern = r"\p{Cf}*\s[\s\p{Cf}]*".join(r"\p{Cf}*".join(map(re.escape, word)) for word in shown)
     if mask_rule.endswith("words"):
-        pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
-    spans = [match.span() for match in regex.finditer(pattern, text)]
-    whole = mask_rule.endswith("words")
-    return [
-        (start, end) for start, end in spans
-        if not _is_mark(text[start : start + 1]) and not _is_mark(text[end : end + 1])
-        and not (whole and _is_mark(text[max(start - 1, 0) : start]))
-    ]  # fmt: skip
-
-
-def _is_mark(char: str) -> bool:
-    """Whether this is a combining mark, an accent or a vowel sign, which belongs to the letter before it."""
-    return char != "" and unicodedata.category(char).startswith("M")
+        pattern = rf"{WORD_START}{pattern}{WORD_END}"
+    return [match.span() for match in regex.finditer(rf"(?V1)(?!\p{{M}}){pattern}(?!\p{{M}})", text)]
 
 
 def strip_hidden(text: str) -> str:
@@ -242,10 +232,7 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in word_spans(text)]
     ['in', '北', '京，', '1949', '年', 'and']
     """
-    spans = _space_spans(text)
-    if not HAS_UNSPACED.search(text):
-        return spans
-    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in spans)
+    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in _space_spans(text))
     return [match.span() for matches in found for match in matches]
 
 
@@ -256,12 +243,5 @@ def _space_spans(text: str) -> list[tuple[int, int]]:
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
-
-    def outer(char: str) -> bool:
-        return char.isspace() or unicodedata.category(char)[0] == "P" or unicodedata.category(char) == "Cf"
-
-    while start < end and outer(text[start]):
-        start += 1
-    while start < end and outer(text[end - 1]):
-        end -= 1
-    return start, end
+    start = OUTER.match(text, start, end).end()
+    return start, end - OUTER.match(text[start:end][::-1]).end()

@@ -15,14 +15,14 @@ INVALID_MASK_REWARD = 0.0
 """Reward of a generator response whose mask cannot be used. It stays in its group. Paper: silent."""
 # Commands that only change the look of their argument, {\\bf ...} too; escapes; bare braces; an unbreakable space.
 LATEX = re.compile(
-    r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|sl|up|md)?|math(?:normal|bf|it|rm|sf|tt)|emph|underline|mbox|operatorname)\s*\{"
-    r"|\{\s*\\(?:bf|it|em|rm|sf|tt|sc|sl)(?![A-Za-z])\s*"
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|sl|up|md)?|math(?:normal|bf|it|rm|sf|tt|cal)|boldsymbol|bm|emph|underline"
+    r"|[fhm]?box(?:ed)?|operatorname)\s*\{|\{\s*\\(?:bf|it|em|rm|sf|tt|sc|sl)(?:series|shape|family)?(?![A-Za-z])\s*"
     r"|\\.|[{}~]",
     re.DOTALL,
 )
 QUOTES = frozenset("\"'`“”„‟‘’‚‛«»‹›「」『』")
 MARKUP = QUOTES | {"*", "$"}
-FINAL_STOPS = ".,。、।॥۔،։።។"
+FINAL_STOPS = ".,。、।॥۔،።፣։។៕။၊།༎܂܁᠃᠂"
 
 
 def normalise(text: str) -> str:
@@ -63,16 +63,12 @@ def undo_latex(text: str) -> str:
             wrapper = open_braces.pop() if open_braces else -1
             if wrapper >= 0:
                 parts[wrapper] = token = ""
-        elif token == "~":
-            token = " "
         elif len(token) > 2:
             open_braces.append(len(parts))
-        elif token[1] in "%&_$#{}":
-            token = token[1]
-        elif token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
+        elif token == "~" or token[1].isspace() or token[1] in ",;:":  # LaTeX's spaces
             token = " "
-        elif token[1] in "()[]":  # borders of a formula
-            token = ""
+        elif token[1] in "%&_$#{}()[]":  # escapes, and borders of a formula
+            token = token[1].strip("()[]")
         parts.append(token)
     return "".join(parts) + text[position:]
 

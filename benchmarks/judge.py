@@ -25,12 +25,24 @@ MAX_NUMBER_CHARS = 200  # powers in a longer text could take long to multiply ou
 
 SYMBOLS = {
     "−": "-", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
-    "π": r"\pi ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "º": "°",
+    "‘": "'", "π": r"\pi ", "≈": r"\approx ", "∼": r"\sim ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ",
+    "∈": r"\in ", "º": r"^\circ ", "°": r"^\circ ", "٫": ".", "٬": ",", "٪": "%",
 }  # fmt: skip
 SMALL_DIGITS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+|[₀₁₂₃₄₅₆₇₈₉]+")
-ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
+LOOK = r"\\(?:displaystyle|textstyle|[lL]arge|[hH]uge|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|^\\(?:bf|rm)(?![A-Za-z])"
+LOOK = re.compile(LOOK + r"|\\(?:text)?color ?\{\w+\}")  # the look of what follows, or the space beside it
+REWRITES = [(re.compile(pattern), new) for pattern, new in {
+    r"\\! ?": "", r"(?:\\[a-z]+ ?)?\{(, ?|\\[,;: ])\}": r"\1",  # 1,\!000 1{,}000 1\text{,}000
+    r"\b([AaPp])\. ?([Mm])\b\.?": r"\1\2", r"(?<=[0-9])\^ ?\{?(?:\\text ?\{)?(st|nd|rd|th)\}{0,2}": r"\1",
+    r"\(([0-9A-Z]+)\)(?=_)": r"\1", r"(?<=[0-9]) \(?(?:in )?base ([0-9]+)\)?$": r"_\1",  # (1011)_2, 1011 (base 2)
+    r"\\\\ ?\[[0-9.]+ ?[a-z]+\]": r"\\\\", r"\{([^{}]*)\\choose([^{}]*)\}": r"\\binom{\1}{\2}",
+    r"(?<=[0-9])\*\*(?=-?[0-9])": "^", r"\b(?:minus|negative) (?=[0-9])": "-", r"\\(?:textdollar|pounds)(?![a-z])": "$",
+    r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot) ?\{ ?([0-9]{1,20}) ?\}":  # 0.1\overline{6} is 15/90
+    lambda d: rf"\frac{{{int(d[1] + d[2] + d[3]) - int(d[1] + d[2] or 0)}}}{{{'9' * len(d[3]) + '0' * len(d[2])}}}",
+}.items()]  # fmt: skip
+ROOT = re.compile(r"(?:√|(?<![A-Za-z\\])sqrt(?=\())\s*(?:\(([^()]*)\)|([0-9]+|[A-Za-z]))")
 OUTER = [("**", "**"), ("*", "*"), ("__", "__"), (r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")]
-FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|\\\\$|\\[,;: ]$")
+FINAL_STOP = re.compile(rf"(?<!\\)(?<!\\right)[{FINAL_STOPS};:]$|(?<!\\)\\+[,;: ]?$")
 ABOUT = r"\\(?:approx|sim|simeq|cong|thickapprox)(?![A-Za-z])"
 LATEX_THOUSANDS = re.compile(r"(?<![\w.,^}\\])[0-9]{1,3}(?:(?:\\[,;: ]|[~ ])[0-9]{3})+(?![0-9])")
 # digits in groups of three, set apart by one kind of sign: 1,000,000 or 1 000 000 or 1'000'000
@@ -45,29 +57,33 @@ PLAIN = re.compile(
     rf"(?:{FRAC}|(?P<top>{PRODUCT})(?: ?/ ?(?P<bottom>{PRODUCT}))?)(?:_(?:\{{ ?)?(?P<base>[0-9]{{1,2}})\}}?)?"
 )
 FACTOR = re.compile(rf"({NUMBER})(?: ?\^ ?\{{? ?([-+]?[0-9]+))?")
-BEFORE = re.compile(r"(?:[^\W\d_]|[\s,.:'()]|(?<=[a-z])-(?=[a-z]))*")
-AFTER = re.compile(r"(?:[^\W\d_]|(?<=[^\W\d_])\^(?:\{-?[0-9]\}|-?[0-9])|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
+BEFORE = r"(?!.*(?:square|cube|reciprocal|third|quarter) of\b)"
+BEFORE = re.compile(BEFORE + r"(?:[^\W\d_]|[\s,.:')]|(?<!\w)\(|(?<=[a-z])-(?=[a-z]))*")
+AFTER = re.compile(r"(?!K [a-z]{3})(?:[^\W\d_]|(?<=[^\W\d_])\^\{?-?[0-9]|[\s/.,()'°%{}·]|(?<!\s)-(?=[a-z]{3}))*")
 WORD = re.compile(r"[^\W\d_]+(?:'[a-z]{3,})?")
 CURRENCY = "$€£¥₹₩₽¢₺₫฿₪₱# "
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NOT_UNITS = frozenset(
+NOT_UNITS = {*SCALES} | set(
     "or and not no nor none never minus negative plus times half halves thirds fourths fifths sixths eighths tenths "
-    "hundredths thousandths twice double triple squared cubed factorial more less fewer greater least most below above "
-    "over under between than to mod modulo base choose divided multiplied root sqrt sin cos tan log one two three four "
-    "five six seven eight nine ten eleven twelve twenty thirty forty fifty hundreds thousands millions except".split()
-) | frozenset(SCALES)
+    "hundredths thousandths ths twice double triple doubled tripled halved squared cubed factorial more less fewer "
+    "greater least most below above over under beyond exceeds between than to mod modulo base choose divided "
+    "multiplied root sqrt sin cos tan log one two three four five six seven eight nine ten eleven twelve twenty thirty "
+    "forty fifty tens hundreds thousands millions lakh crore except but wrong incorrect false".split()
+)
 """Words that make another number, or a second one, of the number beside them."""
 UNITS = frozenset(
     "m g s h L N J W V K C F A Å T Ω cm mm km nm kg mg ml mL ft in yd mi oz lb hr Hz Pa kW kV kJ eV au AU pc am pm "
-    "AM PM dB St cc sq kΩ μm μs ms ns of on is at by we he it US px KB MB GB".split()
+    "AM PM dB St cc sq kΩ μm μs ms ns of on is at by we he it US HK NZ Rs px KB MB GB st nd rd th".split()
 )
 """Units, and words of phrases; another word of one or two letters may be a variable."""
-FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi|arc[a-z]+)(?![a-z])")
+FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:np\.)?(sin|cos|tan|log|ln|exp|pi|arc[a-z]+)(?![a-z])")
 # words, a ratio, an inequality, a base: math-verify would take letters for factors, and read past the rest
-NO_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?<>]|\\(?:[lg]eq?|neq?)(?![a-z])|[0-9](?:_| +[0-9])")
+NO_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2}|[:;?<>]|\\(?:[lg]eq?|neq?)(?![a-z])|(?<![_0-9])[0-9]+(?:_| +[0-9])")
 WRAPPER = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm)\s*\{([^{}\\]*[A-Za-z][^{}\\]*)\}")
 PHRASE = re.compile(r"(?=.*[aeiouy])[^\W\d_]{4,}(?:[ '-][^\W\d_]+)*", re.IGNORECASE)
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{1,3}(?![A-Za-z])")
+CLOCK = re.compile(r"[0-9] ?: ?[0-9]+(?: ?:|.*[ap]m\b)", re.IGNORECASE)  # and a ratio of three
+SET_AND_TUPLE = re.compile(r"(?:\\left ?)?\\\{[^<>|:\n]*\n(?:\\left ?)?[(\[][^()\[\]]*[)\]]")
 NAME = re.compile(r"^\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([a-z]\))?\s*=(?=[^=]*$)")
 
 
@@ -98,9 +114,12 @@ def _check(gold: str, answer: str, seconds: float) -> float:
     if not gold or not answer or gold == answer:
         return float(gold == answer != "")
     number = read_number(gold, is_gold=True)
-    if number is None and (WRAPPER.fullmatch(gold) or PHRASE.fullmatch(gold)):
-        gold, answer = (normalise(text).casefold().strip("()[]{}$ ") for text in (gold, answer))
-        return float(gold == answer)
+    if number is None and (WRAPPER.fullmatch(gold) or PHRASE.fullmatch(gold) or CLOCK.search(gold)):
+        letter = option_letter(answer, "ABCDEFGHIJ")
+        gold, answer = (normalise(text).casefold().replace(" ", "").strip("()[]{}$") for text in (gold, answer))
+        return float(gold == answer or len(gold) == 1 and gold.upper() == letter)
+    if SET_AND_TUPLE.fullmatch(f"{gold}\n{answer}") or SET_AND_TUPLE.fullmatch(f"{answer}\n{gold}"):
+        return 0.0
     names = {text.rpartition("=")[0].replace(" ", "") for text in (gold, answer)} - {""}
     if number and len(names) < 2:  # x = 5 is not y = 5
         if found := read_number(answer):
@@ -121,9 +140,11 @@ def _spell(text: str) -> str:
     `"**x²**."` -> `"x^{2}"`, `"3½"` -> `r"3\frac{1}{2}"`, `"–３"` -> `"-3"`"""
     text = SMALL_DIGITS.sub(lambda run: ("_{%s}" if "₀" <= run[0][0] <= "₉" else "^{%s}") % _ascii(run[0]), text)
     text = ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
-    text = "".join(map(_ascii, text)).replace(r"\displaystyle", "").replace(r"\!", "").replace("{,}", ",")
+    text = "".join(map(_ascii, text))
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
     for _ in range(9):  # layers
-        text = FINAL_STOP.sub("", text.strip())
+        text = FINAL_STOP.sub("", LOOK.sub(" ", text).strip())
         for left, right in OUTER:
             inner = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
@@ -157,7 +178,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     >>> [read_number(text) for text in ("12 or 13", "12!", "5x", "18 feet 6 inches", "more than 12")]
     [None, None, None, None, None]
     """
-    text = WRAPPER.sub(" unit ", text) if is_gold else text
+    text = WRAPPER.sub(" unit ", text).replace("unit ^", "unit^") if is_gold else text
     text = re.sub(r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\(?:degree|circ)(?![A-Za-z])", "°", text)
     for command, char in {"times": "×", "cdot": "·", "Omega": "Ω", "mu": "μ", "left": "", "right": ""}.items():
         text = re.sub(rf"\\{command}(?![A-Za-z]) ?", char, text)
@@ -178,7 +199,7 @@ def read_number(text: str, is_gold: bool = False) -> Number | None:
     names = WORD.findall(after)
     scale = SCALES.get(names[0].lower(), 1) if names else 1
     for name in WORD.findall(before) + names[scale > 1 :]:
-        known = not is_gold and ({name, name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
+        known = not is_gold and ({name, name[1:] and name.lower()} & UNITS or name == "a" and names[-1:] != ["a"])
         variable = len(name) < (4 if is_gold else 3) and unicodedata.category(name[0]) != "Lo" and not known
         if variable or name.lower() in NOT_UNITS:
             return None
@@ -200,11 +221,9 @@ def _product(text: str) -> Fraction:
 
 def _same(gold: Number, answer: Number) -> bool:
     """Whether two plain numbers are equal. The gold's base goes without saying; a percent is a number or a share."""
-    if answer.base not in ("", gold.base):
+    if answer.base not in ("", gold.base or "10"):
         return False
-    share = 1 if gold.percent == answer.percent else Fraction(1, 100)
-    of_gold, of_answer = (share if gold.percent else 1), (share if answer.percent else 1)
-    if gold.value in (answer.value, answer.value * of_answer) or gold.value * of_gold == answer.value:
+    if gold.value in (answer.value, answer.value * Fraction(100) ** (gold.percent - answer.percent)):
         return True
     for exact, decimal in ((gold.value, answer), (answer.value, gold)):
         if decimal.places >= 6 and 10**2000 % exact.denominator:  # no decimal is that fraction
@@ -215,10 +234,11 @@ def _same(gold: Number, answer: Number) -> bool:
 def _algebra(text: str, variables: bool) -> str:
     r"""A text as math-verify reads it right: there `2\,107` is 2 + 107, 4.5e33 has a factor e, `a t` a unit t."""
     text = LATEX_THOUSANDS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), re.sub(rf"^{ABOUT}", "", text).strip())
-    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", text)
-    text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number and an end
-    # the whole: in an expression 2e-3 may mean Euler's number
+    text = re.sub(r"\\(?:text|mbox|mathrm)\s*\{([abceiknp-ru-z]|[^{}]*(?:\d|\b(?:and|or)\b)[^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?:, {0,3})?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", FUNCTIONS.sub(r"\\\1 ", text))
+    text = re.sub(r"(?<![\w.\\^{}])([0-9.]+|\([0-9.]+\))(?=(?:\\left)?\()", r"\1\\cdot ", text)  # 2(1/2) is no 2 1/2
+    text = re.sub(r"^\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{?R\}? ?)?(?:\\mid|[|:])(.*)\\\}$", r"\1", text)
+    text = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\epsilon ", text)  # else E_{1} is Euler's number, as 2e-3 inside may be
     text = re.sub(r"^([-+]?\d+(?:\.\d*)?)[eE]\+?(-?)0*(\d{1,4})$", r"\1\\times 10^{\2\3}", text)
     # in braces, letters at the end do not pass for a unit
     end = rf"(?<=.)(?<![A-Za-z\\])(?![ie](?![A-Za-z]))([A-Za-z]{{1,3}})(?=(?:\s*{WRAPPER.pattern})?$)"
@@ -230,14 +250,14 @@ PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?")
 NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)}\]])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:/\d+|\.\d+)?|\.\d+)")
 ANSWER_PHRASE = re.compile(r"The (?:final )?answer is[: ]\s*")
 LETTER = re.compile(
-    r"(?i:(?:the )?(?:correct |right |final )?(?:answer|option|choice)(?: is)?:? ?)*"
-    r"[(\[【]? ?([A-Za-z])"
-    r"(?: ?[)\].:、;】]+ ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)| is (?=(?:the )?(?:correct|right|answer))|$)(.*)"
+    r"(?i:(?:the |my |so the )?(?:correct |right |final |best )?(?:answer|option|choice|letter)(?: is)?:? ?)*"
+    r"[(\[【$]? ?([A-Za-z])\$?(?: ?[)\].:、】]+ ?| ?;(?! ?[A-Za-z]\b) ?|,? *[—–]+ *| +- *| *(?=\(.*\)$)"
+    r"| is (?=(?:the )?(?:correct|right|answer))|$)(.*)"
 )
 # in the words behind the letter: an alternative at once, a letter alone, or another letter set off as the first is
 ANOTHER = (
-    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$"
-    r"|(?:.*(?:[,;/&]|\b(?:and|or)) ?)?[(\[]?[{0}][)\].:](?!\w)|.* [(\[]?[{0}][)\]]"
+    r"(?i:and|or|&|,|/)(?!\w)|[(\[]?[{0}][)\].:]*$|(?:.* )?[a-z0-9]\S* [{0}]\. |(?!(?i:both|all|neither|none)\b)"
+    r"(?:(?:.*(?:[,;/&)]|\b(?:and|or)) ?)?(?i:option )?[(\[]?[{0}](?:[)\].:](?!\w)| ?[—–(]| -)|.* [(\[]?[{0}][)\]])"
 )
 
 
@@ -250,8 +270,8 @@ def option_letter(box: str, letters: str) -> str | None:
     >>> [option_letter(box, "ABCD") for box in (r"\textbf{(c)}", "C. nitrogen", "Answer: C.", "A dog", "A, C", "E")]
     ['C', 'C', 'C', None, None, None]
     """
-    box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", re.sub(r"\\(?:left|right)(?![a-z])", "", box))
-    text = normalise(box).replace("**", "").replace("__", "").strip("$*{} ")
+    box = re.sub(r"\n(?=[(\[]?[A-Z][)\].:])", ", ", LOOK.sub("", re.sub(r"\\(?:left|right)(?![a-z])", "", box)))
+    text = normalise(box).replace("**", "").replace("__", "").strip("$*{}\\ ")
     found = LETTER.fullmatch(text)
     letter = found[1].upper() if found else ""
     return None if not letter or letter not in letters or re.match(ANOTHER.format(letters), found[2]) else letter

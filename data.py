@@ -28,18 +28,15 @@ import numpy as np
 
 from config import Config, one_line, parse_command_line
 from text.files import RESERVED, DataError, Record, Tally, file_records, hub_records, local_files
-from text.paragraphs import cut_at_sentences, group_paragraphs, paragraphs, token_counts
+from text.paragraphs import INVISIBLE, cut_at_sentences, group_paragraphs, paragraphs, token_counts
 
 LABEL = re.compile(r"\w{1,20}", re.ASCII)
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
 
 
-# ---------------------------------------------------------------------------------------------- where records come from
-
-
 # ------------------------------------------------------------------------------------------------- articles to passages
 
-INDEX_VERSION = 4  # raise it with any edit that changes passages, or an old index would be reused
+INDEX_VERSION = 5  # raise it with any edit that changes passages, or an old index would be reused
 BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
 
 
@@ -62,11 +59,14 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
     seen, ids = set(), set()
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
+        text = INVISIBLE.sub("", text) if isinstance(text, str) else text
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
-            tally.skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
+            kind = f" is a {type(text).__name__}" if config.text_field in record else ""
+            fields = ", ".join(list(record)[:8])
+            tally.skip("no_text", where, f"text_field={config.text_field!r}{kind}, fields are {fields}")
         elif not text.strip():
             tally.skip("empty", where)
         elif SURROGATE.search(named):

@@ -20,7 +20,7 @@ import regex
 
 from config import Config
 from rewards import answerable, undo_latex, unquote
-from text.paragraphs import SENTENCE_END, UNSPACED
+from text.paragraphs import INVISIBLE, SENTENCE_END, UNSPACED
 
 if TYPE_CHECKING:
     from data import Passage
@@ -29,12 +29,12 @@ WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
 HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
-OTHER = rf"[^{UNSPACED}]"
-MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
-UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
-# A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
-WORD_START = rf"(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
-WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))(?!\p{{M}})"
+SYMBOLS = rf"(?:(?![{UNSPACED}\p{{L}}\p{{N}}\p{{M}}])\X)*"  # and punctuation: both stay with the letter before them
+UNSPACED_WORD = regex.compile(rf"(?V1){SYMBOLS}(?={UNSPACED})\X{SYMBOLS}|(?:(?!{UNSPACED})\X)+")
+# A border of words: not between two letters or digits of a script with spaces, nor at a joiner or soft hyphen there.
+PART, JOINER = r"[[\w\p{N}\p{M}]--[\u200c\u200d]]", r"[\u00ad\u200c\u200d]?"
+WORD_START = rf"(?:(?<!{PART}{JOINER})|(?<={UNSPACED})|(?={UNSPACED}))"
+WORD_END = rf"(?:(?!{JOINER}{PART})|(?={UNSPACED})|(?<={UNSPACED}))"
 
 
 @dataclass
@@ -86,10 +86,10 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     spans = _occurrences(words, passage.text, config.mask_rule)
-    if not spans:  # as written; perhaps without the marks of LaTeX and markdown
-        plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))
-        if plain != words and not _fault(plain, config):
-            words, spans = plain, _occurrences(plain, passage.text, config.mask_rule)
+    plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))  # perhaps without the marks of LaTeX and markdown
+    for form in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
+        if not spans and form != words and not _fault(form, config):
+            words, spans = form, _occurrences(form, passage.text, config.mask_rule)
     if not spans:
         return Mask(words, invalid="not_in_passage")
     if len(spans) > config.max_occurrences:
@@ -166,22 +166,19 @@ def _fault(words: str, config: Config) -> str:
 
 
 def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
-    """(start, end) of the words in the text, from left to right, without overlaps."""
-    pattern = r"\s+".join(map(re.escape, words.split()))
+    """(start, end) of the words in the text, from left to right, without overlaps. Invisible characters match nothing
+    and anything; a letter keeps its accents and vowel signs, an emoji its parts."""
+    hidden = "" if text.isascii() else r"\p{Cf}*"
+    words = words if words.isascii() else "".join(char for char in words if unicodedata.category(char) != "Cf")
+    pattern = rf"{hidden}\s+{hidden}".join(hidden.join(map(re.escape, word)) for word in words.split())
     if mask_rule.endswith("words"):
         pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
     spans = [match.span() for match in regex.finditer(pattern, text)]
-    whole = mask_rule.endswith("words")
-    return [
-        (start, end) for start, end in spans
-        if not _is_mark(text[start : start + 1]) and not _is_mark(text[end : end + 1])
-        and not (whole and _is_mark(text[max(start - 1, 0) : start]))
-    ]  # fmt: skip
-
-
-def _is_mark(char: str) -> bool:
-    """Whether this is a combining mark, an accent or a vowel sign, which belongs to the letter before it."""
-    return char != "" and unicodedata.category(char).startswith("M")
+    if not spans or text.isascii():
+        return spans
+    visible = INVISIBLE.sub(lambda found: " " * len(found[0]), text)
+    borders = {len(text), *(letter.start() for letter in regex.finditer(r"\X", visible))}
+    return [span for span in spans if borders.issuperset(span)]
 
 
 def strip_hidden(text: str) -> str:

@@ -22,7 +22,7 @@ LATEX = re.compile(
 )
 QUOTES = frozenset("\"'`“”„‟‘’‚‛«»‹›「」『』")
 MARKUP = QUOTES | {"*", "$"}
-FINAL_STOPS = ".,。、।॥۔،։።។"
+FINAL_STOPS = ".,。、।॥۔،։።។៕။၊།༎᠃"
 
 
 def normalise(text: str) -> str:

@@ -64,9 +64,8 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
-            kind = f" is a {type(text).__name__}" if config.text_field in record else ""
-            fields = ", ".join(list(record)[:8])
-            tally.skip("no_text", where, f"text_field={config.text_field!r}{kind}, fields are {fields}")
+            kind, fields = f" is a {type(text).__name__}" if config.text_field in record else "", list(record)[:8]
+            tally.skip("no_text", where, f"text_field={config.text_field!r}{kind}, fields are {', '.join(fields)}")
         elif not text.strip():
             tally.skip("empty", where)
         elif SURROGATE.search(named):
@@ -74,7 +73,8 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
         elif digest in seen:
             tally.skip("duplicate", where, id_)
         else:
-            if labels is not None and not _label_words(labels, text):
+            named = isinstance(labels, list) and all(isinstance(one, str) and LABEL.fullmatch(one) for one in labels)
+            if labels is not None and not (named and len(labels) == len(text.split())):
                 if not tally.counts["labels_ignored"]:
                     tally.log(one_line(f"data: {where}: labels are ignored, they are not one short name for each word"))
                 tally.counts["labels_ignored"] += 1
@@ -85,13 +85,6 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             seen.add(digest)
             ids.add(id_)
             yield Article(id_, title, url, text, labels, where, key)
-
-
-def _label_words(labels, text: str) -> bool:
-    return (
-        isinstance(labels, list) and len(labels) == len(text.split())
-        and all(isinstance(label, str) and LABEL.fullmatch(label) for label in labels)
-    )  # fmt: skip
 
 
 @dataclass
@@ -297,8 +290,7 @@ def load_corpus(folder: Path, config: Config) -> Corpus:
     if found != expected:
         raise DataError(f"{passages_file}: {expected} passages expected; delete {folder} to build it again")
     if len(keys) == 1 and found > 1:  # its last passages stand for a held-out article
-        several = train + heldout
-        last = max(1, round(config.heldout * found))
+        several, last = train + heldout, max(1, round(config.heldout * found))
         train, heldout = several[:-last], several[-last:]
     for side, passages, advice in (("held out", heldout, "raise"), ("left to train on", train, "lower")):
         if not passages:

@@ -28,6 +28,7 @@ MASK = "[mask]"
 WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
+INNER = regex.compile(r"(?s)[^\s\x1c-\x1f\p{P}\p{Cf}](?:.*[^\s\x1c-\x1f\p{P}\p{Cf}])?")
 HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
 SYMBOLS = rf"(?:(?![{UNSPACED}\p{{L}}\p{{N}}\p{{M}}])\X)*"  # and punctuation: both stay with the letter before them
 UNSPACED_WORD = regex.compile(rf"(?V1){SYMBOLS}(?={UNSPACED})\X{SYMBOLS}|(?:(?!{UNSPACED})\X)+")
@@ -86,10 +87,10 @@ def make_mask(words: str | None, passage: Passage, config: Config, rng: random.R
     if fault := _fault(words, config):
         return Mask(words, invalid=fault)
     spans = _occurrences(words, passage.text, config.mask_rule)
-    plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))  # perhaps without the marks of LaTeX and markdown
-    for form in (plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))):
-        if not spans and form != words and not _fault(form, config):
-            words, spans = form, _occurrences(form, passage.text, config.mask_rule)
+    if not spans:  # as written; perhaps without the marks of LaTeX and markdown
+        plain = strip_hidden(unquote(strip_hidden(undo_latex(words))))
+        if plain != words and not _fault(plain, config):
+            words, spans = plain, _occurrences(plain, passage.text, config.mask_rule)
     if not spans:
         return Mask(words, invalid="not_in_passage")
     if len(spans) > config.max_occurrences:
@@ -183,8 +184,7 @@ def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]
 
 def strip_hidden(text: str) -> str:
     """Without outer white space and invisible characters."""
-    hidden = "".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"})
-    return text.strip(hidden)
+    return text.strip("".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"}))
 
 
 def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int, config: Config) -> Mask:
@@ -253,12 +253,5 @@ def _space_spans(text: str) -> list[tuple[int, int]]:
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
-
-    def outer(char: str) -> bool:
-        return char.isspace() or unicodedata.category(char)[0] == "P" or unicodedata.category(char) == "Cf"
-
-    while start < end and outer(text[start]):
-        start += 1
-    while start < end and outer(text[end - 1]):
-        end -= 1
-    return start, end
+    inner = INNER.search(text, start, end)
+    return inner.span() if inner else (end, end)

@@ -68,10 +68,7 @@ BENCHMARKS = {
 }
 PROMPTS = {"maths": QUESTION_PROMPT, "choice": CHOICE_PROMPT, "bbeh": PUZZLE_PROMPT}
 ID_FIELDS = ("id", "question_id", "uuid", "unique_id", "idx")
-SKIPS = {
-    "no_question": "no text in the question", "no_answer": "no answer that can be checked",
-    "no_options": "not 2 to 26 options", "bad_utf8": CAUSES["bad_utf8"],
-}  # fmt: skip
+SKIPS = CAUSES | {"no_question": "no text in the question", "no_options": "not 2 to 26 options"}
 OPTIONS_INSIDE = re.compile(r"\s*\n\s*Options are:\s*\n(?=A\. )")
 
 

@@ -1,13 +1,12 @@
 """Files and the hub -> records, one reader for passages, questions and benchmarks.
 
 Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A .json file holds records a
-line, one array, an object with an array under a key of ARRAY_KEYS, or one record; a .jsonl file may be an array, too. A record that cannot be used is counted under a cause of CAUSES,
-with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
-after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of one
-long jsonl, a capped index (max_passages) is the first part. Shuffle it beforehand.
+line, an array, an object with an array under one of ARRAY_KEYS, or one record; a .jsonl file may be an array, too. A
+record that cannot be used is counted under a cause of CAUSES, with file and line. The hub is read through `datasets`;
+files are not, because it neither names a bad line nor goes on after it. Files, row groups and rows of parquet files
+come in seeded order, lines of other files as they stand: shuffle a long jsonl before max_passages takes its first part.
 """
 
-import codecs
 import gzip
 import json
 import os
@@ -96,9 +95,8 @@ def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None
 
 
 def _kind(path: Path) -> str:
-    name = path.name.lower()
-    kinds = [kind for kind in ("jsonl", "json", "txt") if name.removesuffix(".gz").endswith(f".{kind}")]
-    return "parquet" if name.endswith(".parquet") else "".join(kinds)
+    found = re.search(r"\.(?:(parquet)|(jsonl|json|txt)(\.gz)?)$", path.name.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 def file_records(
@@ -220,39 +218,32 @@ def _parquet_records(
 
 
 def _json_records(path: Path, name: str, kind: str, skip: Skip) -> Iterator[Record]:
-    values, mark = _whole_json(path, kind, skip), ": record "
-    if values is None:
-        values, mark = _json_lines(path, skip), ":"
-    for number, value in values:
+    whole = _whole_json(path, kind, skip)
+    lines = ((number, line) for number, line in _lines(path, skip) if line and line.strip())
+    for number, value in lines if whole is None else whole:
+        where = f"{path}:{number}" if whole is None else f"{path}: record {number}"
+        try:
+            value = json.loads(value) if whole is None else value
+        except (ValueError, RecursionError) as error:
+            skip("bad_json", where, str(error))
+            continue
         if isinstance(value, dict):
-            yield f"{path}{mark}{number}", f"{name}:{number}", value
+            yield where, f"{name}:{number}", value
         else:
-            skip("bad_json", f"{path}{mark}{number}", f"a {type(value).__name__}")
-
-
-def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, object]]:
-    for number, line in _lines(path, skip):
-        if line and line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                skip("bad_json", f"{path}:{number}", str(error))
-            else:
-                yield number, value
+            skip("bad_json", where, f"a {type(value).__name__}")
 
 
 def _whole_json(path: Path, kind: str, skip: Skip) -> Iterable[tuple[int, object]] | None:
-    """(number from 1, record) of a file that is one JSON value; None for a file to be read line by line, which a .jsonl
-    file is unless it begins with an array's bracket."""
+    """(number from 1, record) of a file that is one JSON value, a .jsonl only if it begins with [; else None."""
     try:
         with _open(path) as file:
             head = file.read(99)
-            if kind == "jsonl" and not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            if kind == "jsonl" and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 return None
             text = (head + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if not text.lstrip().startswith("["):
+        if kind == "jsonl" or not text.lstrip().startswith("["):
             return None
         skip("bad_json", f"{path}:{error.lineno}", error.msg)
         return []
@@ -283,8 +274,7 @@ def _open(path: Path):
 
 
 def _lines(path: Path, skip: Skip, lost: str = "") -> Iterator[tuple[int, str | None]]:
-    """(line number from 1, its text) of a text file; None for a line that was skipped, at the `lost` of more. Ends early
-    at a gzip's break."""
+    """(line number from 1, its text) of a text file; None for a line that was skipped. Ends early at a gzip's break."""
     number = 0
     try:
         with _open(path) as file:

@@ -1,8 +1,8 @@
 """An article -> its paragraphs of prose -> pieces that fit a passage.
 
 A text of one line is taken as it is. Else hard-wrapped blocks are joined and each line is a paragraph; it is kept when
-it has MIN_PROSE_CHARS characters, ends like a sentence, does not go on with the line before it and is no list item; code
-between fences and all from END_SECTION on goes. Thai, Lao and Tibetan mark no end of a sentence: any line counts as
+it has MIN_PROSE_CHARS characters, ends like a sentence, does not go on with one of the line before and is no list item;
+fenced code and all from END_SECTION on goes. Thai, Lao and Tibetan mark no end of a sentence: any line counts as
 ended and may be cut at a space.
 """
 
@@ -33,15 +33,12 @@ SENTENCE_BREAK = regex.compile(  # where a paragraph may be cut; a full stop aft
     rf"|(?:[\p{{Sentence_Terminal}}--[.!?၊．]]|．(?!\p{{N}})){CLOSERS}(?![\s\p{{P}}\p{{M}}]|$)"
     rf"|(?<={UNMARKED})\s+(?={UNMARKED})"
 )
-BESIDE_WRAP = rf"[{UNSPACED}\u3001-\u303f\uff01-\uff60]"
-WRAP_WITHOUT_SPACE = regex.compile(
-    rf"(?V1)(?<={BESIDE_WRAP}[\p{{P}}\p{{N}}]{{0,9}})\n(?=[\p{{P}}\p{{N}}]{{0,9}}{BESIDE_WRAP})"
-)
+BESIDE = rf"[{UNSPACED}\u3001-\u303f\uff01-\uff60]"
+WRAP_WITHOUT_SPACE = regex.compile(rf"(?V1)(?<={BESIDE}[\p{{P}}\p{{N}}]{{,9}})\n(?=[\p{{P}}\p{{N}}]{{,9}}{BESIDE})")
 INVISIBLE = regex.compile(  # and joiners that join nothing
     r"[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
     r"|(?<![\p{L}\p{M}\p{S}])[\u200c\u200d]+|[\u200c\u200d]+(?![\p{L}\p{M}\p{S}])"
 )
-WRAP_COLUMNS = 120  # the lines of hard-wrapped Thai have about one length, and no more than this
 INDENT = r"(?:\u3000|\t| {2,})"  # of a paragraph; the hub's Wikipedia indents list items by one space
 BLOCK_END = re.compile(rf"\n\s*\n|\n(?=\u3000|{INDENT}\s*\S.*\n\S)")
 LIST_MARK = re.compile(r"\*+(?!\S[^*\n]*\*)|[•·|;:]|\{\||[-–—!#]+\s|\(?\d{1,3}[.)]\s")
@@ -66,9 +63,8 @@ def paragraphs(text: str) -> tuple[list[str], int]:
     kept, used, ended = [], 0, True
     end = END_SECTION.search(text)
     for block in BLOCK_END.split(FENCED.sub("", text[: end.start()] if end else text)):
+        block = re.sub(rf"(?m)^{INDENT}\s*", "", block) if re.match(INDENT, block) else block
         lines = [line.rstrip() for line in block.split("\n") if line.strip()]
-        if lines and re.match(INDENT, lines[0]):
-            lines = [re.sub(rf"^{INDENT}\s*", "", line) for line in lines]
         count = len(lines)
         if _is_hard_wrapped(lines):
             lines = [" ".join(WRAP_WITHOUT_SPACE.sub("", "\n".join(lines)).split("\n"))]
@@ -91,11 +87,10 @@ def _is_hard_wrapped(lines: list[str]) -> bool:
     """Most line ends fall inside a sentence: the next line starts in lower case, or a long line ends without a stop."""
     if len(lines) < 2 or any(line[0].isspace() or LIST_MARK.match(line) for line in lines[1:]):
         return False
-    longest = max(map(len, lines))
-    full = 0.7 * longest if longest <= WRAP_COLUMNS else longest + 1
+    longest = max(map(len, lines))  # wrapped lines of Thai have about one length, of no more than 120
     inside = sum(
         after[0].islower() or (line[-1] != ":" and _long_enough(line) and not SENTENCE_END.search(line))
-        or (len(line) >= full and UNMARKED_END.search(line) is not None)
+        or (0.7 * longest <= len(line) and longest <= 120 and UNMARKED_END.search(line) is not None)
         for line, after in pairwise(lines)
     )  # fmt: skip
     return 2 * inside >= len(lines) - 1

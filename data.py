@@ -28,7 +28,7 @@ import numpy as np
 
 from config import Config, one_line, parse_command_line
 from text.files import RESERVED, DataError, Record, Tally, file_records, hub_records, local_files
-from text.paragraphs import cut_at_sentences, group_paragraphs, paragraphs, token_counts
+from text.paragraphs import INVISIBLE, cut_at_sentences, group_paragraphs, paragraphs, token_counts
 
 LABEL = re.compile(r"\w{1,20}", re.ASCII)
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-8 cannot write it
@@ -36,7 +36,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, UTF-
 
 # ------------------------------------------------------------------------------------------------- articles to passages
 
-INDEX_VERSION = 4  # raise it with any edit that changes passages, or an old index would be reused
+INDEX_VERSION = 5  # raise it with any edit that changes passages, or an old index would be reused
 BATCH_ARTICLES, BATCH_CHARS = 512, 4 << 20
 
 
@@ -64,11 +64,13 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
     seen, ids = set(), set()
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
+        text = INVISIBLE.sub("", text) if isinstance(text, str) else text
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
-            tally.skip("no_text", where, f"text_field={config.text_field!r}, fields are {', '.join(list(record)[:8])}")
+            kind, fields = f" is a {type(text).__name__}" if config.text_field in record else "", list(record)[:8]
+            tally.skip("no_text", where, f"text_field={config.text_field!r}{kind}, fields are {', '.join(fields)}")
         elif not text.strip():
             tally.skip("empty", where)
         elif SURROGATE.search(named):
@@ -76,7 +78,8 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
         elif digest in seen:
             tally.skip("duplicate", where, id_)
         else:
-            if labels is not None and not _label_words(labels, text):
+            named = isinstance(labels, list) and all(isinstance(one, str) and LABEL.fullmatch(one) for one in labels)
+            if labels is not None and not (named and len(labels) == len(text.split())):
                 if not tally.counts["labels_ignored"]:
                     tally.log(one_line(f"data: {where}: labels are ignored, they are not one short name for each word"))
                 tally.counts["labels_ignored"] += 1
@@ -87,13 +90,6 @@ def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> It
             seen.add(digest)
             ids.add(id_)
             yield Article(id_, title, url, text, labels, where=where, key=key)
-
-
-def _label_words(labels, text: str) -> bool:
-    return (
-        isinstance(labels, list) and len(labels) == len(text.split())
-        and all(isinstance(label, str) and LABEL.fullmatch(label) for label in labels)
-    )  # fmt: skip
 
 
 def reserved_marks(tokenizer) -> list[str]:
@@ -294,8 +290,7 @@ def load_corpus(folder: Path, config: Config) -> Corpus:
     if found != expected:
         raise DataError(f"{passages_file}: {expected} passages expected; delete {folder} to build it again")
     if len(keys) == 1 and found > 1:  # its last passages stand for a held-out article
-        several = train + heldout
-        last = max(1, round(config.heldout * found))
+        several, last = train + heldout, max(1, round(config.heldout * found))
         train, heldout = several[:-last], several[-last:]
     for side, passages, advice in (("held out", heldout, "raise"), ("left to train on", train, "lower")):
         if not passages:

@@ -20,7 +20,7 @@ import regex
 
 from config import Config
 from rewards import answerable, undo_latex, unquote
-from text.paragraphs import SENTENCE_END, UNSPACED
+from text.paragraphs import INVISIBLE, SENTENCE_END, UNSPACED
 
 if TYPE_CHECKING:
     from data import Passage
@@ -28,13 +28,14 @@ MASK = "[mask]"
 WORD_KINDS = ("number", "name", "content", "function")
 """Of words, where the corpus does not label them."""
 GEOMETRIC, LONGEST, TRIES = 0.2, 10, 100
-OUTER = regex.compile(r"[\s\p{P}\p{Cf}]*")
-OTHER = rf"[^{UNSPACED}]"
-MARKS = rf"[^{UNSPACED}\p{{L}}\p{{N}}\p{{M}}]*"  # punctuation and symbols stay with the letter before them
-UNSPACED_WORD = regex.compile(rf"(?V1){MARKS}(?={UNSPACED})\X{MARKS}|{OTHER}+")
-# A border of words: not between two letters or digits of a script with spaces, nor in front of a vowel sign.
-WORD_START = rf"(?<!\p{{M}})(?:(?<![\w\p{{N}}])|(?<={UNSPACED})|(?={UNSPACED}))"
-WORD_END = rf"(?:(?![\w\p{{N}}])|(?={UNSPACED})|(?<={UNSPACED}))"
+INNER = regex.compile(r"(?s)[^\s\x1c-\x1f\p{P}\p{Cf}](?:.*[^\s\x1c-\x1f\p{P}\p{Cf}])?")
+HAS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")
+SYMBOLS = rf"(?:(?![{UNSPACED}\p{{L}}\p{{N}}\p{{M}}])\X)*"  # and punctuation: both stay with the letter before them
+UNSPACED_WORD = regex.compile(rf"(?V1){SYMBOLS}(?={UNSPACED})\X{SYMBOLS}|(?:(?!{UNSPACED})\X)+")
+# A border of words: not between two letters or digits of a script with spaces, nor at a joiner or soft hyphen there.
+PART, JOINER = r"[[\w\p{N}\p{M}]--[\u200c\u200d]]", r"[\u00ad\u200c\u200d]?"
+WORD_START = rf"(?:(?<!{PART}{JOINER})|(?<={UNSPACED})|(?={UNSPACED}))"
+WORD_END = rf"(?:(?!{JOINER}{PART})|(?={UNSPACED})|(?<={UNSPACED}))"
 
 
 @dataclass
@@ -166,18 +167,24 @@ def _fault(words: str, config: Config) -> str:
 
 
 def _occurrences(words: str, text: str, mask_rule: str) -> list[tuple[int, int]]:
-    """(start, end) of the words in the text, from left to right, without overlaps. Accents stay with their letter."""
-    shown = regex.sub(r"\p{Cf}", "", words).split()  # invisible characters inside a word stand on neither side
-    pattern = r"\p{Cf}*\s[\s\p{Cf}]*".join(r"\p{Cf}*".join(map(re.escape, word)) for word in shown)
+    """(start, end) of the words in the text, from left to right, without overlaps. Invisible characters match nothing
+    and anything; a letter keeps its accents and vowel signs, an emoji its parts."""
+    hidden = "" if text.isascii() else r"\p{Cf}*"
+    words = words if words.isascii() else "".join(char for char in words if unicodedata.category(char) != "Cf")
+    pattern = rf"{hidden}\s+{hidden}".join(hidden.join(map(re.escape, word)) for word in words.split())
     if mask_rule.endswith("words"):
-        pattern = rf"{WORD_START}{pattern}{WORD_END}"
-    return [match.span() for match in regex.finditer(rf"(?V1)(?!\p{{M}}){pattern}(?!\p{{M}})", text)]
+        pattern = rf"(?V1){WORD_START}{pattern}{WORD_END}"
+    spans = [match.span() for match in regex.finditer(pattern, text)]
+    if not spans or text.isascii():
+        return spans
+    visible = INVISIBLE.sub(lambda found: " " * len(found[0]), text)
+    borders = {len(text), *(letter.start() for letter in regex.finditer(r"\X", visible))}
+    return [span for span in spans if borders.issuperset(span)]
 
 
 def strip_hidden(text: str) -> str:
     """Without outer white space and invisible characters."""
-    hidden = "".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"})
-    return text.strip(hidden)
+    return text.strip("".join({char for char in text if char.isspace() or unicodedata.category(char) == "Cf"}))
 
 
 def _replace(words: str, passage: Passage, spans: list[tuple[int, int]], occurrences: int, config: Config) -> Mask:
@@ -232,7 +239,10 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in word_spans(text)]
     ['in', '北', '京，', '1949', '年', 'and']
     """
-    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in _space_spans(text))
+    spans = _space_spans(text)
+    if not HAS_UNSPACED.search(text):
+        return spans
+    found = (UNSPACED_WORD.finditer(text, start, end) for start, end in spans)
     return [match.span() for matches in found for match in matches]
 
 
@@ -243,5 +253,5 @@ def _space_spans(text: str) -> list[tuple[int, int]]:
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer punctuation: a bracket or a comma is no word and could not be guessed."""
-    start = OUTER.match(text, start, end).end()
-    return start, end - OUTER.match(text[start:end][::-1]).end()
+    inner = INNER.search(text, start, end)
+    return inner.span() if inner else (end, end)

@@ -118,7 +118,7 @@ def _gold(value, only_marked: bool = False) -> str:
         return str(value) if abs(value) < math.inf else ""  # not for nan either
     if not isinstance(value, str):
         return ""
-    return extract_gold(value) or ("" if only_marked else value.strip())
+    return extract_gold(value) or ("" if only_marked or value.rstrip().endswith("####") else value.strip())
 
 
 def extract_gold(text: str) -> str | None:

@@ -148,8 +148,8 @@ def test_hard_wrapped_text_is_joined_again():
     "Long enough to be a paragraph of prose but without a final stop",
 ])  # fmt: skip
 def test_what_is_no_prose(line):
-    assert paragraphs(f"{sentence(1, 12)}\n\n{line}\n\n{sentence(2, 12)}") == ([sentence(1, 12), sentence(2, 12)], 1)
     after = sentence(2, 12).capitalize()
+    assert paragraphs(f"{sentence(1, 12)}\n\n{line}\n\n{after}") == ([sentence(1, 12), after], 1)
     assert paragraphs(f"{line}\n{after}") == ([after], 1) or line[0] == "L"
 
 

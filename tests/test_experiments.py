@@ -37,7 +37,8 @@ HOLDING = {  # one run per arm in which every claim holds
     "active, two facts": {"greedy_fact": 0.5, "greedy_shown": 0.2, "greedy_unseen": 0.1},
     "active, two facts, 200 steps": {"greedy_fact": 0.5}, "cpt, two facts": {"greedy_shown": 0.4},
     "active, 500 steps": {"fact": 0.96, "copy": 0.97, "shape": {"gen/share_copy": [0.0] * 19 + [0.3]}},
-    "random_span, 500 steps": {"fact": 0.9}, "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
+    "random_span, 500 steps": {"fact": 0.9},
+    "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
     "active, then rlvr": {"accuracy": 0.8, "greedy": 0.6},
     "ladder: active": {"hop3": 0.9, "hop4": 0.9, "thought_use": 0.3, "shape": {
         "pred/length_mean": [5.0] * 10 + [10.0] * 10, "gen/share_hop2": [0.05] * 4 + [0.3] * 4 + [0.2] * 12,

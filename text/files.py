@@ -1,16 +1,17 @@
 """Files and the hub -> records, one reader for passages, questions and benchmarks.
 
 Local parquet, jsonl, json or txt files (the last three also .gz), or a folder of them. A .json file holds records a
-line, one array, {"examples": [...]} or one record. A record that cannot be used is counted under a cause of CAUSES,
-with file and line. The hub is read through `datasets`; files are not, because it neither names a bad line nor goes on
-after it. Files, row groups and rows of parquet files come in seeded order, lines of other files as they stand: of one
-long jsonl, a capped index (max_passages) is the first part. Shuffle it beforehand.
+line, an array, an object with an array under one of ARRAY_KEYS, or one record; a .jsonl file may be an array, too. A
+record that cannot be used is counted under a cause of CAUSES, with file and line. The hub is read through `datasets`;
+files are not, because it neither names a bad line nor goes on after it. Files, row groups and rows of parquet files
+come in seeded order, lines of other files as they stand: shuffle a long jsonl before max_passages takes its first part.
 """
 
 import gzip
 import json
 import os
 import random
+import re
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ CAUSES = {
 }
 QUIET = ("no_prose", "too_short", "too_long", "reserved")  # normal; the others are logged with file and line
 TURN, OPEN_AT_ONCE = 1000, 64  # records, files
+ARRAY_KEYS = ("examples", "data", "rows", "records", "items", "articles")
 ARRAY_LIMIT = 1 << 30  # bytes; a longer file is not parsed as one JSON value
 TXT_PIECE = 1 << 18  # characters; a longer text file is cut at blank lines into pieces, not held whole
 Skip = Callable[..., None]  # skip(cause, where, detail="")
@@ -70,9 +72,9 @@ class Tally:
 
 
 def source_path(config: Config) -> Path:
-    """config.data as a path, links followed. Uses os.path, which never raises: a link loop, an overlong name or an
-    unknown user gives a path that does not exist."""
-    return Path(os.path.realpath(os.path.expanduser(config.data)))
+    """config.data as a path. Uses os.path, which never raises: a link loop, an overlong name or an unknown user gives
+    a path that does not exist. Links keep their names, which say what kind of file they lead to."""
+    return Path(os.path.abspath(os.path.expanduser(config.data)))
 
 
 def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None:
@@ -82,20 +84,19 @@ def local_files(config: Config, log: Callable[[str], None]) -> list[Path] | None
         return None
     if os.path.isdir(root / config.data_config):  # of a download in the hub's layout that part only; "": the whole
         root /= config.data_config
-    found = [root] if root.is_file() else [path for path in sorted(root.rglob("*")) if path.is_file()]
+    found = [root] if root.is_file() else [p for p in sorted(root.rglob("*")) if p.is_file() or p.is_symlink()]
     found = [path for path in found if "/." not in path.as_posix().removeprefix(root.as_posix())]  # none is hidden
-    files = [path for path in found if _kind(path)]
+    files = [path for path in found if _kind(path) and path.is_file()]
     if len(files) < len(found):
-        log(one_line(f"data: {len(found) - len(files)} files of other kinds in {root} are ignored"))
+        log(one_line(f"data: {len(found) - len(files)} files of other kinds or linked folders in {root} are ignored"))
     if not files:
         raise DataError(f"{root}: no .parquet, .jsonl, .json or .txt file (the last three also .gz)")
     return files
 
 
 def _kind(path: Path) -> str:
-    name = path.name.lower()
-    kinds = [kind for kind in ("jsonl", "json", "txt") if name.removesuffix(".gz").endswith(f".{kind}")]
-    return "parquet" if name.endswith(".parquet") else "".join(kinds)
+    found = re.search(r"\.(?:(parquet)|(jsonl|json|txt)(\.gz)?)$", path.name.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 def file_records(
@@ -204,6 +205,7 @@ def _parquet_records(
                     where = f"{path}: row {first + i}"
                     try:
                         [record] = batch.slice(i, 1).to_pylist()
+                        record = {key: v.decode() if isinstance(v, bytes) else v for key, v in record.items()}
                     except (ValueError, LookupError, OverflowError) as error:  # also a date that Python does not have
                         skip("bad_utf8" if isinstance(error, UnicodeDecodeError) else "unreadable", where, str(error))
                     else:
@@ -216,50 +218,48 @@ def _parquet_records(
 
 
 def _json_records(path: Path, name: str, kind: str, skip: Skip) -> Iterator[Record]:
-    values, mark = _whole_json(path, skip) if kind == "json" else None, ": record "
-    if values is None:
-        values, mark = _json_lines(path, skip), ":"
-    for number, value in values:
+    whole = _whole_json(path, kind, skip)
+    lines = ((number, line) for number, line in _lines(path, skip) if line and line.strip())
+    for number, value in lines if whole is None else whole:
+        where = f"{path}:{number}" if whole is None else f"{path}: record {number}"
+        try:
+            value = json.loads(value) if whole is None else value
+        except (ValueError, RecursionError) as error:
+            skip("bad_json", where, str(error))
+            continue
         if isinstance(value, dict):
-            yield f"{path}{mark}{number}", f"{name}:{number}", value
+            yield where, f"{name}:{number}", value
         else:
-            skip("bad_json", f"{path}{mark}{number}", f"a {type(value).__name__}")
+            skip("bad_json", where, f"a {type(value).__name__}")
 
 
-def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, object]]:
-    for number, line in _lines(path, skip):
-        if line and line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                skip("bad_json", f"{path}:{number}", str(error))
-            else:
-                yield number, value
-
-
-def _whole_json(path: Path, skip: Skip) -> Iterable[tuple[int, object]] | None:
-    """(number from 1, record) of a file that is one JSON value; None for a file to be read line by line."""
+def _whole_json(path: Path, kind: str, skip: Skip) -> Iterable[tuple[int, object]] | None:
+    """(number from 1, record) of a file that is one JSON value, a .jsonl only if it begins with [; else None."""
     try:
         with _open(path) as file:
-            text = file.read(ARRAY_LIMIT).decode("utf-8-sig")
+            head = file.read(99)
+            if kind == "jsonl" and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                return None
+            text = (head + file.read(ARRAY_LIMIT)).decode("utf-8-sig")
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if not text.lstrip().startswith("["):
+        if kind == "jsonl" or not text.lstrip().startswith("["):
             return None
         skip("bad_json", f"{path}:{error.lineno}", error.msg)
         return []
     except (OSError, EOFError, zlib.error, ValueError, RecursionError):
         return None  # the reader of lines reports it
-    value = value.get("examples", value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = next((value[key] for key in ARRAY_KEYS if isinstance(value.get(key), list)), [value])
     return enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def _txt_records(path: Path, name: str, text_field: str, skip: Skip) -> Iterator[Record]:
-    """One article per file, titled by the file's name. A long file is cut at blank lines into pieces, which share the
+    """One article per file, titled by the file's path. A long file is cut at blank lines into pieces, which share the
     title and so the side of the split; a piece with an unreadable line is dropped whole."""
-    title = one_line(Path(path.name.removesuffix(".gz")).stem)
+    title = re.sub(r"(\.txt)?(\.gz)?$", "", name, flags=re.IGNORECASE)
     piece, size, first, broken = [], 0, 1, False  # lines, characters, number of the first line, holds a bad line
-    for number, line in chain(_lines(path, skip), [(0, "")]):
+    for number, line in chain(_lines(path, skip, "; the article around it is dropped"), [(0, "")]):
         piece.append((line or "").rstrip())
         size += len(piece[-1])
         broken = broken or line is None
@@ -273,7 +273,7 @@ def _open(path: Path):
     return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
 
 
-def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
+def _lines(path: Path, skip: Skip, lost: str = "") -> Iterator[tuple[int, str | None]]:
     """(line number from 1, its text) of a text file; None for a line that was skipped. Ends early at a gzip's break."""
     number = 0
     try:
@@ -283,7 +283,7 @@ def _lines(path: Path, skip: Skip) -> Iterator[tuple[int, str | None]]:
                 try:
                     text = line.decode("utf-8-sig")  # some editors put a byte order mark first
                 except UnicodeDecodeError as error:
-                    skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}")
+                    skip("bad_utf8", f"{path}:{number}", f"byte {error.start}: {error.reason}{lost}")
                 yield number, text
     except (OSError, EOFError, zlib.error) as error:
         skip("unreadable", f"{path}:{number + 1}", str(error))

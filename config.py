@@ -55,8 +55,9 @@ def parse_words(words: list[str], first: str) -> dict:
         if not equals or text.startswith("="):
             raise ConfigError(f"{word!r}: expected key=value after {first}")
         value = values[key] = _parse_yaml(text, word)
-        if isinstance(value, str) and value != text.strip() and text.strip()[0] not in "'\"":
-            raise ConfigError(f"{word!r}: YAML reads {value!r} (a comment, a line end?); put the value in quotes")
+        plain = text.strip()
+        if isinstance(value, str) and ("\n" in plain or value != plain and plain[0] not in "'\""):
+            raise ConfigError(f"{word!r}: YAML reads {value!r}; put it in double quotes, with \\n for a line end")
     return values
 
 

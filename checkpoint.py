@@ -50,6 +50,8 @@ ENGINE = (
 ).split()
 """Keys that another machine may need. Weights, optimizer and passages stay; rounding and samples may not."""
 
+STEPS = "step_" + 6 * "[0-9]"
+
 
 @dataclass
 class Saver:
@@ -85,7 +87,7 @@ def make_saver(policy: nn.Module, optimizer, sampler: Sampler, average: nn.Modul
     index, known = Path(config.run_dir) / "cache/index.json", {}
     if sampler.ranks.rank == 0:
         for part in _folder(config).glob("*.part"):
-            part.unlink() if part.is_symlink() else shutil.rmtree(part)
+            part.unlink() if part.is_symlink() or part.is_file() else shutil.rmtree(part, ignore_errors=True)
         known = {"model": model_fingerprint(config.model)}
         with suppress(OSError, ValueError):  # of questions there is no index
             made = json.loads(index.read_text())
@@ -142,7 +144,7 @@ def _publish(written: Future, part: Path, frozen, sampler: Sampler, facts: dict,
         _point_latest(final)
         if sampler.config.keep_last:
             # not those of a later step, which a rewound `latest` may have left: the one just saved must stay
-            done = sorted(path for path in folder.glob("step_??????") if path.name <= final.name)
+            done = sorted(path for path in folder.glob(STEPS) if path.name <= final.name)
             for old in done[: -sampler.config.keep_last]:
                 shutil.rmtree(old)
     except (Exception, CheckpointException) as error:
@@ -202,7 +204,7 @@ def newest_checkpoint(run: Path, say=print) -> tuple[Path, dict] | None:
     forget its rows.
     """
     folder = run / "checkpoints"
-    steps, link = sorted(folder.glob("step_??????"), reverse=True), folder / "latest"
+    steps, link = sorted(folder.glob(STEPS), reverse=True), folder / "latest"
     if link.is_symlink() and link.is_dir():
         newer = [path.name for path in steps if path.name > link.resolve().name]
         if newer:
@@ -238,10 +240,10 @@ def exported_model(folder: Path) -> Path | None:
 def missing_parts(path: Path) -> str:
     """What of a checkpoint is missing or cut short, by the sizes in its checkpoint.json; empty: nothing."""
     try:
-        files = json.loads((path / "checkpoint.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = json.loads((path / "checkpoint.json").read_text())["files"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"checkpoint.json: {type(error).__name__}"
-    for name, size in files.items():
+    for name, size in files:
         found = (path / name).stat().st_size if (path / name).is_file() else 0
         if found != size:
             return f"{name} has {found} bytes of {size}"
@@ -259,16 +261,17 @@ def model_fingerprint(model: str) -> str:
 def check_same_run(facts: dict, config: Config, data_key: str = "") -> None:
     """Raises ConfigError, one line, if a key differs that makes it another run: MAY_DIFFER and ENGINE may.
 
-    A model or data at another path is the same if its fingerprint is. data_key: that of config.data, if known.
+    Model and data are the same, wherever they lie, if their fingerprints are. data_key: that of config.data, if known.
     """
     now, known = asdict(config), facts.get("fingerprints", {})
     whole = asdict(Config()) | facts["config"]  # a key that the code has got since had its default
     kept = {key: value for key, value in whole.items() if key not in (*MAY_DIFFER, *ENGINE)}
     other = {key: old for key, old in kept.items() if key in now and now[key] != old}
-    if "model" in other and known.get("model") == model_fingerprint(config.model):
-        del other["model"]
-    if "data" in other and data_key and known.get("data") == data_key:
-        del other["data"]
+    for key, print_ in (("model", model_fingerprint(config.model)), ("data", data_key)):
+        if print_ and known.get(key) == print_:
+            other.pop(key, None)
+        elif print_ and key in known:
+            other[key] = f"{whole[key]}, with other content"
     if other:
         told = ", ".join(f"{key}={now[key]!r} (saved: {old!r})" for key, old in other.items())
         raise ConfigError(

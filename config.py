@@ -56,9 +56,12 @@ def parse_words(words: list[str], first: str) -> dict:
     values = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals:
+        if not equals or text.startswith("="):
             raise ConfigError(f"{word!r}: expected key=value after {first}")
-        values[key] = _parse_yaml(text, word)
+        value = values[key] = _parse_yaml(text, word)
+        plain = text.strip()
+        if isinstance(value, str) and ("\n" in plain or value != plain and plain[0] not in "'\""):
+            raise ConfigError(f"{word!r}: YAML reads {value!r}; put it in double quotes, with \\n for a line end")
     return values
 
 
@@ -91,9 +94,28 @@ def read_file(path: Path, depth: int = 0) -> dict:
     return {**read_file(path.parent / base, depth + 1), **values}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without two silences of it: a key that stands twice, and whole numbers of base 8 or 60 (010, 1:30)."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]} stands twice")
+        return super().construct_mapping(node, deep)
+
+    def number(self, node):
+        if re.match("[-+]?0[0-9_]+$|.*:", self.construct_scalar(node)):
+            raise ValueError(f"YAML reads {node.value} as another number; without leading 0 or colon, or in quotes")
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+
+
 def _parse_yaml(text: str, where: str):
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # the last four are PyYAML's own stumbles, over !!int '', !!bool maybe, !!timestamp x and deep nesting
         reason = " ".join(str(error).split())[:200]
@@ -416,6 +438,8 @@ def read_config(words: list[str]) -> Config:
     values |= parse_words(words, "the config file")
     known = {field.name: field.type for field in fields(Config)}
     config = Config(**typed(values, known))
+    for key in ("model", "data", "run_dir", "chat_template"):
+        setattr(config, key, os.path.expanduser(getattr(config, key)))
     # a dry run must not touch the evidence of the run that it prepares
     config.run_dir = config.run_dir or f"runs/{name}" + ("-dry" if config.steps == 0 else "")
     check(config)

@@ -10,6 +10,7 @@ computes a step's metrics from the same records, so nothing is communicated.
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from statistics import fmean
 
 import torch
 
-from config import Config, dump_config
+from config import Config, ConfigError, dump_config
 from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
@@ -45,9 +46,12 @@ def open_run(config: Config, fresh: bool = True, say=print) -> Path:
     """Make the run directory and write what defines the run. fresh: nothing is continued; an earlier run is then moved
     aside, not written over. A dry run leaves an earlier one as it is.
 
-    Called by rank 0 alone, before the others look. Raises OSError where the folder cannot be written.
+    Called by rank 0 alone, before the others look. Raises OSError where the folder cannot be written, ConfigError where
+    another process writes to it.
     """
     run = Path(config.run_dir)
+    if (run / "environment.txt").exists():
+        claim(run)
     if fresh and (config.steps or config.resume == "never") and (run / "metrics.jsonl").exists():
         number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.{n}").exists())
         run.rename(run.with_name(f"{run.name}.{number}"))
@@ -56,9 +60,26 @@ def open_run(config: Config, fresh: bool = True, say=print) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     if config.steps or not (run / "config.yaml").exists():
         write_whole(run / "config.yaml", dump_config(config))
-    with (run / "environment.txt").open("a", encoding="utf-8") as file:
-        file.write(environment() + hub_commits(config) + "\n")
+    claim(run)
+    print(environment() + hub_commits(config), file=_held, flush=True)
     return run
+
+
+_held: object = None
+"""The open file by which this process holds its run directory as long as it lives."""
+
+
+def claim(run: Path) -> None:
+    """Locks the run directory for this process. Raises ConfigError if another one holds it."""
+    global _held
+    _held = None  # of an earlier run of this process
+    _held = (run / "environment.txt").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"run_dir={str(run)!r}: another process is writing to it; give this run another") from None
+    except OSError:
+        pass  # a disk without locks
 
 
 def environment() -> str:

@@ -19,6 +19,7 @@ import logging
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -30,7 +31,9 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
 from engine.batching import adapt, batching_settings, capture_graphs, decoding
-from prompts import CLOSED, START, chat_frame, scan
+from model import usable
+from ops import logprobs_of, pack
+from prompts import CLOSED, MASK_OPENING, START, chat_frame, mask_prompt, scan
 from ranks import Ranks, gather, stop_requested
 
 
@@ -79,16 +82,34 @@ def make_sampler(replica, tokenizer, config: Config, ranks: Ranks, frame: tuple[
     for ids in (tokenizer.eos_token_id, replica.generation_config.eos_token_id, replica.config.eos_token_id):
         eos |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
     vocabulary = replica.get_input_embeddings().num_embeddings  # an architecture's default may lie beyond it
-    eos = {token for token in eos if token is not None and token < vocabulary}
     if tokenizer.chat_template:
-        end_of_turn = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
-        eos |= {token for token in end_of_turn if token not in (None, tokenizer.unk_token_id)}
+        eos |= {*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])}
+        eos -= {tokenizer.unk_token_id}
+    eos = {token for token in eos if token is not None and 0 <= token < vocabulary}
     if not eos:
         raise ConfigError(
             f"model={config.model!r}: neither its tokenizer nor its config names an end-of-sequence token; "
             "add eos_token to tokenizer_config.json"
         )
     return Sampler(replica, tokenizer, config, ranks, eos, frame or chat_frame(tokenizer))
+
+
+@torch.no_grad()
+def try_sampler(sampler: Sampler) -> None:
+    """Raises ConfigError where a model cannot be sampled, or where the same tokens twice in one packed row get other
+    log-probs than the sampler gave: by attention, positions or states that the packing does not keep apart."""
+    config, prompt = sampler.config, mask_prompt(sampler, "")
+    with usable(config, f"sampler with attention={sampler.replica.config._attn_implementation}"):
+        groups = generate(sampler, [prompt], 1, 2, MASK_OPENING, 0, greedy=True)
+        for response in chain(*groups):  # none after a signal to stop
+            row, limit = prompt + response.completion_ids, 1e-3 if config.dtype == "float32" else 0.5
+            places = [begin + place - 1 for begin in (0, len(row)) for place in range(len(prompt), len(row))]
+            inputs = pack([row, row], sampler.ranks.device)
+            inputs |= {"predicts": places, "targets": inputs["input_ids"][0, 1:][places], "temperature": 1.0}
+            packed = logprobs_of(sampler.replica, **inputs)[0].tolist()
+            for sampled, score in zip(response.sampler_logprobs * 2, packed, strict=True):
+                if not abs(sampled - score) < limit:
+                    raise ValueError(f"a packed row has log-prob {score:.4f}, the sampler {sampled:.4f}")
 
 
 # Hide its request for psutil on a CPU: it would size a cache that is sized here

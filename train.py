@@ -12,6 +12,7 @@ skips a collective call, the others wait for it until `rank_timeout`.
 import gc
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,7 @@ from model import (
 from prompts import chat_frame, check_prompts
 from ranks import Ranks, Stopped, begin_step, gather, leave_with, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
-from rollout import make_sampler
+from rollout import make_sampler, try_sampler
 
 
 @dataclass
@@ -198,7 +199,10 @@ def train(config: Config, ranks: Ranks) -> int:
     begin, folder = time.perf_counter(), Path(config.run_dir)
     say = tqdm.write if ranks.rank == 0 else lambda *_: None
     check_device(config, ranks)  # before a folder is touched
-    (found,) = gather([open_or_resume(config, ranks.world, say)] if ranks.rank == 0 else [])
+    try:
+        (found,) = gather([open_or_resume(config, ranks.world, say)] if ranks.rank == 0 else [])
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: cannot be written ({error})") from None
     path, saved = found or (None, None)
     if saved and saved["step"] >= config.steps and not saved["row"]:
         say(f"{folder}: this run is finished: step {saved['step']}. steps= continues it, resume=never starts afresh")
@@ -266,12 +270,7 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     folder = Path(config.run_dir)
     tasks = parse_tasks(config.eval_tasks, key="eval_tasks") if config.eval_every else {}
     exams = load_exams(tasks, config.eval_limit, 1, config, say)  # every rank reads them, before a model is loaded
-    try:
-        tokenizer = load_tokenizer(config)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        lost = "" if os.path.exists(config.model) else "no such folder here, and "
-        raise ConfigError(f"model={config.model!r}: {lost}no usable tokenizer ({reason})") from None
+    tokenizer = load_tokenizer(config)
     if METHODS[config.method].questions:
         corpus = question_corpus(config, say)
     else:
@@ -295,7 +294,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     optimizer = make_optimizer(policy, config)
     (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
     sampler = make_sampler(replica, tokenizer, config, ranks, frame)
-    check_prompts(sampler)
+    check_prompts(sampler, corpus.train)
+    try_sampler(sampler)
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
     run = Run(config, ranks, corpus, sampler, policy, reference, optimizer, probe)
@@ -325,8 +325,8 @@ def open_frame(path: Path, tokenizer, say) -> tuple[str, str] | None:
     if kept.get("template") != template:
         kept = {"template": template, "frame": chat_frame(tokenizer)}
         write_whole(path, json.dumps(kept))
-    if "now" in str(template) or "date" in str(template):
-        say(f"warning: chat_template seems to write the date; this run keeps what it wrote first, in {path}")
+    if re.search("now|date|random", str(template)):
+        say(f"warning: chat_template seems to write the date or noise; this run keeps what it wrote first, in {path}")
     return tuple(kept["frame"])
 
 

@@ -36,8 +36,9 @@ from config import Config, ConfigError, check, command, parse_words, typed
 from engine.batching import describe_attention
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import load_replica, load_tokenizer
+from prompts import chat_frame
 from ranks import Ranks, gather, leave_with, start_ranks
-from rollout import derive_seed, make_sampler
+from rollout import derive_seed, make_sampler, try_sampler
 
 MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
 MODEL_KEYS += "question_prompt temperature seed".split()
@@ -136,11 +137,10 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
         raise ConfigError(todo)
     chunks = [(exam, *numbered) for exam in exams for numbered in enumerate(chunk_files(exam, settings))]
     sizes = {path: exam.samples * len(chunk_items(exam, number, settings.chunk)) for exam, number, path in chunks}
-    try:
-        tokenizer = load_tokenizer(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpoint {settings.checkpoint!r}: no usable tokenizer ({_line(error)})") from None
-    sampler = to_the_end(make_sampler(load_replica(config, ranks), tokenizer, config, ranks))
+    tokenizer = load_tokenizer(config)
+    (frame,) = gather([chat_frame(tokenizer)] if ranks.rank == 0 else [])  # one, should the template write the time
+    sampler = to_the_end(make_sampler(load_replica(config, ranks), tokenizer, config, ranks, frame))
+    try_sampler(sampler)
     if sampler.config.stop_at_answer != config.stop_at_answer:
         say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
     context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None) or math.inf

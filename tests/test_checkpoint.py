@@ -3,6 +3,7 @@
 What a checkpoint restores is in test_distributed.py, what is left after a fault in test_faults.py.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -397,3 +398,15 @@ def test_a_card_that_fails_costs_a_line_and_no_checkpoint(trained, ranks, monkey
     path = saved(trained(), ranks, 3)
     assert "WARNING: no model card in the checkpoint of step 3" in capsys.readouterr().err
     assert missing_parts(path) == "" and not list((path / "hf").glob("README*"))
+
+
+def test_one_process_at_a_time_writes_to_a_run_and_other_files_beside_its_checkpoints_do_not_matter(config, tmp_path):
+    fake(config, 2)
+    shutil.copytree(tmp_path / "run/checkpoints/step_000002", tmp_path / "run/checkpoints/step_backup")
+    assert newest_checkpoint(Path(config.run_dir), [].append)[0].name == "step_000002"
+    open_or_resume(replace(config, resume="never"), 2, [].append)
+    with (tmp_path / "run/environment.txt").open() as file:
+        evidence._held = None
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is writing to it"):
+            open_or_resume(config, 2, [].append)

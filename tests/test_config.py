@@ -1,6 +1,7 @@
 """The configuration: one line says what is wrong, before anything is loaded; what is dumped reads back the same."""
 
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 from reference import ROOT
@@ -84,7 +85,7 @@ def test_a_bad_key_of_a_base_is_found_and_base_is_no_key_of_the_command_line(tmp
 
 
 def test_a_dumped_config_reads_back_equal(tmp_path):
-    words = ["learning_rate=5e-7", "mask_prompt='a: {passage}\n\\mask{é}'", "resume=never", "liger=false", "clip_low=0"]
+    words = ["learning_rate=5e-7", r'mask_prompt="a: {passage}\n\\mask{é}"', "resume=never", "liger=no", "clip_low=0"]
     config = read_config([*LOCAL, *words, "run_dir=elsewhere"])
     (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
     assert read_config([str(tmp_path / "again.yaml")]) == config
@@ -236,3 +237,14 @@ def test_a_key_that_a_method_does_not_read_is_refused(word):
         with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}=.*: changes nothing with {method}$"):
             read_config(["configs/tiny.yaml", f"method={method}", word])
     read_config(["configs/tiny.yaml", "method=random_span", "warmup_method=sft", "warmup_method_steps=5", word])
+
+
+@pytest.mark.parametrize(("word", "reason"), [
+    ("steps=010", "YAML reads 010"), ("learning_rate=1:30.5", "YAML reads 1:30.5"), ("steps==5", "expected key=value"),
+    ("run_dir=a #1", "YAML reads 'a'"), ("mask_prompt=Hide\n{passage}", "YAML reads 'Hide"),
+    ("run_dir={a: 1, a: 2}", "the key a stands twice"),
+])  # fmt: skip
+def test_what_yaml_would_change_in_silence_is_refused(word, reason):
+    with pytest.raises(ConfigError, match=reason):
+        read_config([*LOCAL, word])
+    assert read_config([*LOCAL, "run_dir=~/a b"]).run_dir == str(Path.home() / "a b")

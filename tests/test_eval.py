@@ -396,7 +396,7 @@ def test_a_hub_name_that_cannot_be_read_and_a_folder_without_tokenizer_are_one_l
         evaluate(hub, ranks)
     bare = tmp_path / "bare"
     shutil.copytree(folders["smollm3"], bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(ConfigError, match="^checkpoint '.*/bare': no usable tokenizer [^\n]*$"):
+    with pytest.raises(ConfigError, match="^model='.*/bare': no usable tokenizer [^\n]*$"):
         evaluate(settings_for(bare, tmp_path / "b", files=tasks), ranks)
 
 

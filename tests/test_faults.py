@@ -283,7 +283,7 @@ def test_what_one_rank_alone_refuses_is_said_by_that_rank(tmp_path):
     fault = {"do": "unreadable", "at": "set-up, tokenizer", "step": None, "rank": 1}
     ended = start(WORDS, tmp_path / "run", fault)
     assert ended.status == 1 and ended.seconds < END
-    said = "config error: model='assets/tiny_base': no usable tokenizer (stale file handle) (rank 1)"
+    said = "config error: model='assets/tiny_base': no usable tokenizer (OSError: stale file handle) (rank 1)"
     assert said in ended.text and "Traceback" not in ended.text.split("config error")[0], ended.text
 
 

@@ -177,12 +177,12 @@ def test_a_head_that_is_more_than_a_matrix_product_is_refused(folders, ranks, mo
     plain = AutoModelForCausalLM.from_pretrained
 
     def capped(*words, **keys):
-        model = plain(*words, **keys)
+        model, found = plain(*words, **keys)
         model.config.final_logit_softcapping = 30.0
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", capped)
-    with pytest.raises(RuntimeError, match="head is not a plain matrix product.*final_logit_softcapping"):
+    with pytest.raises(ConfigError, match="head is not a plain matrix product.*final_logit_softcapping"):
         load_replica(tiny_config(folders["smollm3"]), ranks)
 
 

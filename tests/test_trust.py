@@ -62,7 +62,7 @@ def test_a_model_of_pickles_is_refused(kind, tmp_path, mark, ranks):
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Payload(mark) if kind == "payload" else torch.ones(96)},
                folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(ConfigError, match="no file named model.safetensors"):
         load_replica(tiny_config(folder), ranks)
 
 
@@ -187,3 +187,20 @@ def test_every_model_and_tokenizer_is_loaded_as_data():
     for file, name, words in loads:
         assert words.get("trust_remote_code") == "False", (file, name)
         assert "Model" not in name or "from_config" in name or words.get("use_safetensors") == "True", (file, name)
+
+
+@pytest.mark.parametrize(("file", "changes", "reason"), [
+    ("config.json", {"num_hidden_layers": 5, "layer_types": 5 * ["full_attention"], "no_rope_layers": [1] * 5},
+     "9 are missing or of another shape"),
+    ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantised weights cannot be trained"),
+    ("config.json", {"vocab_size": 800}, "of another shape than config.json says: model.embed_tokens.weight"),
+    ("config.json", {"model_type": "nonesuch"}, "no usable weights"), ("tokenizer.json", {"model": 1}, "tokenizer"),
+    ("model.safetensors", None, "no usable weights"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_loaded_whole_is_one_line(file, changes, reason, tmp_path, ranks):
+    folder = folder_with(tmp_path, file, **changes) if changes else shutil.copytree(BASE, tmp_path / "model")
+    if not changes:
+        os.truncate(folder / file, 1000)
+    with pytest.raises(ConfigError, match=f"^model='.*{reason}[^\n]*$"):
+        load_tokenizer(tiny_config(folder))
+        load_replica(tiny_config(folder), ranks)

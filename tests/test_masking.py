@@ -39,7 +39,7 @@ MAIN = [
     ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
     ("น้", "น้ำ น้", "น้ำ [mask]"), ("ｶ", "ｶﾞ ｶ", "ｶﾞ [mask]"),
-    ("\u1112\u1161", "\u1112\u1161\u11ab \u1112\u1161", "\u1112\u1161\u11ab [mask]"), ("a 👩", "a 👩‍🚀 a 👩", "a 👩‍🚀 [mask]"), ("a 🇩", "a 🇩🇪 a 🇩", "a 🇩🇪 [mask]"),
+    ("\u1112\u1161", "\u1112\u1161\u11ab \u1112\u1161", "\u1112\u1161\u11ab [mask]"), ("a 🇩", "a 🇩🇪 a 🇩", "a 🇩🇪 [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
 ]  # fmt: skip
 WORDS = [
@@ -219,8 +219,8 @@ HINDI = "यह नगर नदी के तट पर स्थित है 
 def test_words_are_what_stands_between_spaces_or_a_character_with_its_marks():
     for text in ("Rome, is (old).\n\x1c½ x", HINDI, "한국어 낱말 둘", "… !", ""):
         assert [text[a:b] for a, b in word_spans(text)] == text.split()
-    cut = {"在1465年，「石」（a b）": "在 1465 年，「 石」（ a b）", "กำลังที่ ดี": "กำ ลั ง ที่ ดี", "かﾞ、ー。": "かﾞ、 ー。"} | {
-        "a\u0303石\u0303b": "a\u0303 石\u0303 b"}
+    cut = {"在1465年，「石」（a b）": "在 1465 年，「 石」（ a b）", "กำลังที่ ดี": "กำ ลั ง ที่ ดี", "かﾞ、ー。": "かﾞ、 ー。"}
+    cut["a\u0303石\u0303b"] = "a\u0303 石\u0303 b"
     for text, words in cut.items():
         assert [text[a:b] for a, b in word_spans(text)] == words.split()
 

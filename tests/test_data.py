@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import regex
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -164,7 +165,42 @@ def test_sentences_end_in_many_scripts():
     assert paragraphs(text) == (["".join(chinese), thai, hindi], 1)
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\u2028", "\x85"])
+def test_lines_end_in_many_ways(end):
+    assert paragraphs(LIGHTHOUSE.replace("\n", end))[0] == LIGHTHOUSE_PROSE
+
+
+THAI = "เมืองนี้ตั้งอยู่ริมแม่น้ำสายใหญ่ทางเหนือของประเทศมีตลาดและวัดเก่าแก่หลายแห่งผู้คนส่วนใหญ่ทำนาและค้าขาย"
+
+
+def test_wrapped_lines_and_indented_paragraphs_are_whole_again():
+    chinese = "青石镇位于大河的北岸，距离白沙镇大约三十公里，这个镇在1949年以前因为“丝绸”贸易而兴盛，每年有船只。"
+    for text, widths in ((THAI, (33, 40, 45)), (chinese, range(20, 33))):
+        for width in widths:
+            letters = regex.findall(r"\X", text)
+            lines = ["".join(letters[i : i + width]) for i in range(0, len(letters), width)]
+            assert paragraphs("\n".join(lines) + f"\n\n{LIGHTHOUSE_PROSE[0]}")[0] == [text, LIGHTHOUSE_PROSE[0]]
+            if text == chinese:
+                assert paragraphs("\u3000\u3000" + "\n".join(lines) + f"\n\u3000\u3000{text}")[0] == [text, text]
+    typed = "    The tower stands on a reef that lies\neleven miles off.\n    It was lit in the winter of 1811 by\nmen."
+    first, second = (" ".join(part.split()) for part in typed.split("\n    "))
+    assert paragraphs(typed)[0] == [first, second]
+
+
+def test_closing_marks_do_not_hide_a_sentences_end_and_markdown_is_read():
+    line = "Ein Satz, lang genug, um ein Absatz zu sein, endet so"
+    for end in (" เมือง (2500)", ".\u200f", ".[1][12]", ".“", ".**", "。｣", "፡፡", " है |"):
+        assert paragraphs(f"{line}{end}\n\nx") == ([line + end], 1)
+    bold, item = "**Ada Lovelace** was an English mathematician.", "**Ada Lovelace was an English mathematician."
+    code = '```\nprint("A line of code, long enough to be a sentence of prose.")\n```'
+    goes_on = "x = y\n\nholds for all the numbers there are in the world."
+    assert paragraphs("\n\n".join([bold, item, code, goes_on]))[0] == [bold]
+
+
 @pytest.mark.parametrize("sentences", [
+    ["Am 3. Mai kam er. ", "Er sagte: „Ja.“ ", "Es war 45. "], ["Он жил на ул. Ленина. ", "Потом умер."],
+    ["यह नगर है।", "नगर बड़ा है।"], ["重さは３．５である．", "次だ。"], ["ที่นี่ ", "ดร. สมชาย"],
+    ["It is so.[1] ", "“No.” ", "Yes."],
     ["Mr. Fox ran to St. Ives. ", "J. R. Fox saw 3.5 km of it. ", "Why? ", "“Because.” ", "So he said, etc. and left."],
     ["石门镇位于北岸。", "这个镇很大！", "他说：「好。」", "好？"],
     ["यह नगर है। ", "नगर की स्थापना हुई।"], ["เมืองนี้ ", "มีตลาด ", "ใหญ่"], ["one sentence without an end"],
@@ -321,12 +357,29 @@ def test_ids_that_begin_anew_in_each_file_cost_no_article(tmp_path, index):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("layout", [list, lambda rows: {"examples": rows}])
-def test_one_json_value_holds_records_as_lines_do(layout, indent, tmp_path, index):
-    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(layout([*records(6), 7]), indent=indent))
-    rows, counts, logged = index(tmp_path / "a.json")
+@pytest.mark.parametrize(("layout", "name"), [
+    (list, "a.json"), (list, "a.jsonl"), (lambda rows: {"examples": rows}, "a.json"),
+    (lambda rows: {"version": 1, "data": rows}, "a.JSON"),
+])  # fmt: skip
+def test_one_json_value_holds_records_as_lines_do(layout, name, indent, tmp_path, index):
+    (tmp_path / name).write_text("\ufeff" + json.dumps(layout([*records(6), 7]), indent=indent))
+    rows, counts, logged = index(tmp_path / name)
     assert [row["id"] for row in rows] == [f"a{i}#0" for i in range(6)] and counts["bad_json"] == 1
-    assert "a.json: record 7: skipped, not a JSON object (a int)" in logged[0]
+    assert f"{name}: record 7: skipped, not a JSON object (a int)" in logged[0]
+
+
+def test_bytes_links_and_invisible_characters(tmp_path, index):
+    write_parquet(tmp_path / "src/a.parquet", [{"text": sentence(1).encode()}])
+    (tmp_path / "blob").write_text(json.dumps({"text": sentence(2).replace(" ", "\u200b ") + "\u00ad می\u200cخواهم"}))
+    (tmp_path / "src/b.jsonl").symlink_to(tmp_path / "blob")
+    (tmp_path / "src/more").symlink_to(tmp_path)
+    for book in "xy":
+        (tmp_path / "src" / book).mkdir()
+        (tmp_path / "src" / book / "text.TXT").write_text(f"{book} {sentence(3)}")
+    rows, _, logged = index(tmp_path / "src")
+    assert {row["text"] for row in rows} >= {sentence(1), f"{sentence(2)} می\u200cخواهم"} and "1 files" in logged[0]
+    assert {row["key"] for row in rows} >= {"x/text", "y/text"}
+    assert len(index(tmp_path / "src/b.jsonl")[0]) == 1
 
 
 # ---- sources
@@ -683,7 +736,7 @@ def test_every_layout_gives_its_text_and_answer(record, answer, tmp_path):
         {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     )),
     *(({"question": "p"} | record, "no_answer") for record in (
-        {}, {"answer": ""}, {"answer": True}, {"answer": float("nan")}, {"answer": float("inf")},
+        {}, {"answer": ""}, {"answer": "none\n####"}, {"answer": True}, *({"answer": float(n)} for n in ("nan", "inf")),
         {"answer": ["1", "2"]}, {"answer": {"value": 5}}, {"answer": "5" * 2001}, {"solution": "By symmetry, 7."},
         {"final_answer": []}, {"final_answer": ["1", None]}, {"reward_model": {"ground_truth": None}, "answer": "5"},
     )),

@@ -38,6 +38,8 @@ MAIN = [
     ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"), ("Köln", "In Köln", "In [mask]"),
     ("naïve café", "a naïve café", "a [mask]"), ("🙂 ok", "so 🙂 ok", "so [mask]"),
     ("New York", "in New\nYork and New  York", "in [mask] and [mask]"), ("New\n York", "in New York", "in [mask]"),
+    ("น้", "น้ำ น้", "น้ำ [mask]"), ("ｶ", "ｶﾞ ｶ", "ｶﾞ [mask]"), ("a 🇩", "a 🇩🇪 a 🇩", "a 🇩🇪 [mask]"),
+    ("\u1112\u1161", "\u1112\u1161\u11ab \u1112\u1161", "\u1112\u1161\u11ab [mask]"),
     ("Rome", "Rome rome ROME", "[mask] rome ROME"), ("U.S.", "the U.S. and U.S.A.", "the [mask] and [mask]A."),
 ]  # fmt: skip
 WORDS = [
@@ -46,7 +48,9 @@ WORDS = [
     ("Rome", "Rome's and pre-Rome.", "[mask]'s and pre-[mask]."),
     ("New York", "New York, New Yorkers", "[mask], New Yorkers"), ("(b)", "a (b) c", "a [mask] c"),
     ("1", "1 11 1.1", "[mask] 11 [mask].[mask]"), ("北京", "我在北京。北京很大", "我在[mask]。[mask]很大"),
-    ("क", "कि क", "कि [mask]"), ("कि", "कि किय कि।", "[mask] किय [mask]।"),
+    ("क", "कि क", "कि [mask]"), ("कि", "कि किय कि।", "[mask] किय [mask]।"), ("นี่", "ที่นี่", "ที่[mask]"),
+    ("Kordoba", "in Kor\u00addoba\u200b, Kor", "in [mask]\u200b, Kor"), ("می", "می‌خواهم می", "می‌خواهم [mask]"),
+    ("Kor", "Kor\u00addoba Kor\u200d x", "Kor\u00addoba [mask]\u200d x"), ("o", "Sa\u0303o o", "Sa\u0303o [mask]"),
 ]  # fmt: skip
 
 
@@ -216,6 +220,7 @@ def test_words_are_what_stands_between_spaces_or_a_character_with_its_marks():
     for text in ("Rome, is (old).\n\x1c½ x", HINDI, "한국어 낱말 둘", "… !", ""):
         assert [text[a:b] for a, b in word_spans(text)] == text.split()
     cut = {"在1465年，「石」（a b）": "在 1465 年，「 石」（ a b）", "กำลังที่ ดี": "กำ ลั ง ที่ ดี", "かﾞ、ー。": "かﾞ、 ー。"}
+    cut["a\u0303石\u0303b"] = "a\u0303 石\u0303 b"
     for text, words in cut.items():
         assert [text[a:b] for a, b in word_spans(text)] == words.split()
 

@@ -46,7 +46,8 @@ MAY_DIFFER = "steps run_dir resume save_every keep_last probe_every samples_per_
 MAY_DIFFER += "eval_every eval_tasks eval_limit".split()
 """Keys that a resumed run may change: how long, where, how often. `steps` moves a cosine's end, and the run says so."""
 ENGINE = (
-    "tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory max_requests"
+    "tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory max_requests "
+    "max_mismatch verify_seconds"
 ).split()
 """Keys that another machine may need. Weights, optimizer and passages stay; rounding and samples may not."""
 

@@ -59,15 +59,15 @@ class Article(Passage):
 
 
 def read_articles(records: Iterable[Record], config: Config, tally: Tally) -> Iterator[Article]:
-    """Usable articles. A record that repeats id, title, url and text is dropped; an id with another text gets the
-    record's file and line added, since many corpora number the records of each file anew."""
+    """Usable articles. A record that repeats a text is dropped, or it might be trained on and held out; an id with
+    another text gets the record's file and line added, since many corpora number the records of each file anew."""
     seen, ids = set(), set()
     for where, own_id, record in records:
         text, labels = record.get(config.text_field), record.get("labels")
         text = INVISIBLE.sub("", text) if isinstance(text, str) else text
         id_, title, url = (str(v) if isinstance(v := record.get(k), str | int) else "" for k in ("id", "title", "url"))
         named = "\0".join((id_, title, url, text if isinstance(text, str) else ""))
-        digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).digest()[:16]
+        digest = hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).digest()[:16]
         if not isinstance(text, str):
             kind, fields = f" is a {type(text).__name__}" if config.text_field in record else "", list(record)[:8]
             tally.skip("no_text", where, f"text_field={config.text_field!r}{kind}, fields are {', '.join(fields)}")

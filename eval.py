@@ -70,13 +70,13 @@ def make_probe(corpus: Corpus, sampler: Sampler, config: Config) -> Probe:
         else:
             drawn = [random_span(passage, config, rng)]
         pairs += [(passage, mask) for mask in drawn if mask is not None and not mask.invalid]
+    pairs = [pair for pair in pairs if len(prompt(sampler, pair[1].masked)) <= config.max_prompt_tokens]
     if not pairs:
         why = "" if drawn[0] is None else f" ({drawn[0].invalid}, in the last)"
         raise DataError(
             f"{config.data}: no probe mask can be drawn from {len(passages)} held-out passages{why}; "
-            "give other text or change mask_rule, max_occurrences, max_span_words or max_span_chars"
+            "give other text or change max_prompt_tokens, mask_rule, max_occurrences, max_span_words or max_span_chars"
         )
-    pairs = [pair for pair in pairs if len(prompt(sampler, pair[1].masked)) <= config.max_prompt_tokens]
     return Probe(passages, [mask for _, mask in pairs], prompt, [passage for passage, _ in pairs])
 
 

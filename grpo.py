@@ -100,6 +100,11 @@ class Sample:
         """What it adds to its prompt in a packed row."""
         return len(self.rollout.completion_ids)
 
+    @property
+    def shares(self) -> tuple:
+        """What is computed once for all samples that have the same."""
+        return tuple(self.rollout.prompt_ids)
+
 
 def group_advantages(rewards: list[float], config: Config) -> list[float]:
     """A_i = (r_i - mean) / (std + 1e-6), the standard deviation with n - 1 (arXiv 2402.03300). With advantage_std=False
@@ -147,7 +152,8 @@ def micro_batch_plan(lengths: list[int], budget: int, world: int) -> list[list[i
         return []
     if max(lengths) > budget:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a micro-batch of {budget}")
-    rounds = -(-sum(lengths) // (budget * world))
+    least = max(sum(lengths), budget * sum(2 * length > budget for length in lengths))  # two long ones share no bin
+    rounds = -(-least // (budget * world))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * world)]
         heap = [(0, number) for number in range(len(bins))]
@@ -187,7 +193,7 @@ def bundle(samples: list[Sample], config: Config) -> list[list[Sample]]:
     open_bundles: dict[tuple, list[Sample]] = {}  # by prompt, in order
     done = []
     for sample in samples:
-        prompt = tuple(sample.rollout.prompt_ids)
+        prompt = sample.shares
         own = open_bundles.setdefault(prompt, [])
         if own and bundle_length([*own, sample]) > config.tokens_per_micro_batch:
             done.append(open_bundles.pop(prompt))

@@ -211,13 +211,14 @@ def right_samples(run: Run, groups: list[Group], tasks: list[Task], passages: li
 def answer_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
     """`sft`: the masked words as the answer to the prediction prompt; with `sft_mask` also to the generator's."""
     tokenizer, rollouts = run.sampler.tokenizer, []
+    end = min(run.sampler.eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     for task in tasks:
         pairs = [(task.prompt_ids, run.config.sft_answer)]
         if run.config.sft_mask:
             pairs.append((mask_prompt(run.sampler, task.passage.text), run.config.sft_mask))
         for prompt_ids, completion in pairs:
             text = completion.replace("{answer}", task.mask.target)
-            ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids = tokenizer(text, add_special_tokens=False).input_ids + [end]
             rollouts.append(given_rollout(prompt_ids, ids))
     return given_samples(rollouts)
 

@@ -176,11 +176,10 @@ def keep_rows(path: Path, last_step: int) -> None:
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        if json.loads(line)["step"] <= last_step:
-            kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    beside = path.with_name(path.name + ".part")
+    with path.open(encoding="utf-8", newline="\n") as old, beside.open("w", encoding="utf-8", newline="\n") as new:
+        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+    os.replace(beside, path)
 
 
 @contextmanager
@@ -385,15 +384,16 @@ def mean(values: list) -> float:
 def agreement_warning(rows: list[dict]) -> str:
     """A line where training accuracy has risen by 0.2 and the held-out probe by less than a tenth of it, else "". rows:
     those of metrics.jsonl, up to one with a probe. The first and last five steps with predictions are compared."""
-    steps = [row["pred/accuracy"] for row in rows if row.get("pred/responses")]
-    probes = [row["probe/accuracy"] for row in rows if "probe/accuracy" in row]
+    begin = next(n for n, row in enumerate(rows) if n and row["method"] == rows[-1]["method"]) if len(rows) > 1 else 0
+    steps = [row["pred/accuracy"] for row in rows[begin:] if row.get("pred/responses")]  # not those of a warm-up
+    probes = [row["probe/accuracy"] for row in rows[max(0, begin - 1) :] if "probe/accuracy" in row]
     rise = mean(steps[-5:]) - mean(steps[:5]) if len(steps) >= 10 else 0.0
     if rise < 0.2 or len(probes) < 2 or max(probes[1:]) - probes[0] >= rise / 10:
         return ""
     return (
         f"WARNING: training accuracy rose from {mean(steps[:5]):.2f} to {mean(steps[-5:]):.2f}, held-out accuracy "
-        f"hardly ({probes[0]:.3f} to {probes[-1]:.3f}): both roles may have agreed on an answer (gen/top_word_share "
-        f"{rows[-1].get('gen/top_word_share', 0.0):.2f})"
+        f"hardly ({probes[0]:.3f} to {probes[-1]:.3f}): not the skill, the masks may have changed; both roles may have "
+        f"agreed on an answer (gen/top_word_share {rows[-1].get('gen/top_word_share', 0.0):.2f})"
     )
 
 

@@ -98,7 +98,7 @@ def make_sampler(replica, tokenizer, config: Config, ranks: Ranks, frame: tuple[
 def try_sampler(sampler: Sampler) -> None:
     """Raises ConfigError where a model cannot be sampled, or where the same tokens twice in one packed row get other
     log-probs than the sampler gave: by attention, positions or states that the packing does not keep apart."""
-    config, prompt = sampler.config, mask_prompt(sampler, "")
+    config, prompt = sampler.config, mask_prompt(sampler, "The moon")
     with usable(config, f"sampler with attention={sampler.replica.config._attn_implementation}"):
         groups = generate(sampler, [prompt], 1, 2, MASK_OPENING, 0, greedy=True)
         for response in chain(*groups):  # none after a signal to stop

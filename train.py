@@ -167,6 +167,8 @@ def dry_run(run: Run, say) -> int:
         say("no group with contrast: every other response counts as right in the update below")
         for group in done.groups:
             group.rewards = [n % 2.0 for n in range(len(group.rewards))]
+        for task in done.tasks:
+            task.correct = [n % 2 for n in range(len(task.correct))]
         every = replace(run, config=replace(config, train_generator=True, mask_truncated=False))
         samples = METHODS[config.method].samples(every, done.groups, done.tasks, done.passages)
         row |= update(run.policy, run.optimizer, samples, config, run.ranks, 0)
@@ -225,7 +227,8 @@ def train(config: Config, ranks: Ranks) -> int:
                 log_row(folder, row, config)
         elif saver.row:  # the run was stopped in this step's probe
             begin_step(saver.done)
-            log_step(run, saver.row, time.perf_counter(), say)
+            spent = sum(seconds for key, seconds in saver.row.items() if key.startswith("time/"))
+            log_step(run, saver.row, time.perf_counter() - spent, say)
             if ranks.rank == 0:
                 complete_row(path, saved)
             saver.row = None

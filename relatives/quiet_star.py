@@ -97,6 +97,10 @@ class Thought(Sample):
     def tokens(self) -> int:
         return len(self.rollout.completion_ids) + 1 + 2 * (len(self.place.ahead_ids) - 1)  # the text twice
 
+    @property
+    def shares(self) -> tuple:
+        return *self.rollout.prompt_ids, None, *self.place.ahead_ids  # two passages may begin alike
+
 
 def propose_places(run: Run, passages: list[Passage], step: int) -> list[list[Task]]:
     """Random positions of each text, as many as make the responses add up to those of `active`."""

@@ -151,9 +151,8 @@ def question_corpus(config: Config, log=print) -> Corpus:
     Raises DataError when there is no question on one of the sides."""
     questions, counts = load_questions(config, log)
     train, heldout = [], []
-    for question in questions:
-        side = heldout if is_heldout(question.text, config.heldout) else train
-        side.append(replace(question, text=strip_instruction(question.text)))
+    for question in (replace(one, text=strip_instruction(one.text)) for one in questions):
+        (heldout if is_heldout(question.text, config.heldout) else train).append(question)
     if not train or not heldout:
         raise DataError(f"{config.data}: {len(train)} questions to train on, {len(heldout)} held out; change heldout")
     return Corpus(train, heldout, {**counts, "train": len(train), "heldout": len(heldout)})

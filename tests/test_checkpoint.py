@@ -163,7 +163,7 @@ def test_every_key_is_compared_but_those_that_change_no_result(config):
     allowed = """steps run_dir resume save_every keep_last probe_every samples_per_step rank_timeout wandb
         eval_every eval_tasks eval_limit
         tokens_per_micro_batch gradient_checkpointing offload attention liger use_cuda_graph cache_memory
-        max_requests"""
+        max_requests max_mismatch verify_seconds"""
     assert free == set(allowed.split())
 
 

@@ -261,7 +261,7 @@ def test_the_maximum_holds_for_joined_text_even_if_tokens_do_not_add_up(tmp_path
 
 
 def test_an_articles_passages_do_not_depend_on_its_neighbours(tmp_path, index):
-    articles, cuts = [{"id": str(a), "text": long_text(30)} for a in range(4)], []
+    articles, cuts = [{"id": str(a), "text": f"{sentence(90 + a)}\n{long_text(30)}"} for a in range(4)], []
     for name, some in (("all", articles), ("last", articles[3:])):
         rows, _, _ = index(write_jsonl(tmp_path / f"{name}.jsonl", some), name)
         cuts.append([row["text"] for row in rows if row["id"].startswith("3#")])
@@ -272,7 +272,7 @@ def test_labelled_records_are_taken_whole_and_what_are_no_labels_is_ignored_and_
     text = " Rellin is a city .\n\nReferences\n\nRellin lies in Norland . "
     labels = "copy template template template template noise copy template template fact template".split()
     others = zip(records(5), ([0], ["sports"], "topic", 7, []), strict=True)
-    some = [{"id": "r", "text": text, "labels": labels}, {"id": "s", "text": text, "labels": labels[1:]}]
+    some = [{"id": "r", "text": text, "labels": labels}, {"id": "s", "text": text[1:], "labels": labels[1:]}]
     some += [{"text": sentence(9)}, *(record | {"labels": ignored} for record, ignored in others)]
     rows, counts, logged = index(write_jsonl(tmp_path / "mini.jsonl", some))
     by_id = {row["id"]: row for row in rows}
@@ -354,6 +354,12 @@ def test_ids_that_begin_anew_in_each_file_cost_no_article(tmp_path, index):
     rows, counts, _ = index(tmp_path / "src")
     assert len(rows) == len({row["id"] for row in rows}) == 31 and counts["duplicate"] == 3 + 2
     assert {row["key"] for row in rows if row["text"][1] == " "} == set("0123456789")  # whatever the seed
+
+
+def test_a_text_at_several_addresses_counts_once_and_so_is_on_one_side_of_the_split(tmp_path, index):
+    rows = [{"url": f"{site}/{i}", "text": sentence(i)} for i in range(40) for site in "ab"]
+    rows, counts, _ = index(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert len({row["text"] for row in rows}) == len(rows) == counts["duplicate"] == 40
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -637,10 +643,11 @@ def test_heldout_is_the_sha256_of_the_key_as_a_share():
 
 
 def test_whole_articles_are_held_out_and_never_trained_on(tmp_path, index):
-    long = [{"id": f"n{i}", "url": f"https://example.org/n{i}", "text": long_text(30)} for i in range(40)]
+    long = [{"id": f"n{i}", "url": f"https://example.org/n{i}", "text": f"{sentence(i, 20)}\n{long_text(30)}"}
+            for i in range(40)]  # fmt: skip
     # one article split over records by its corpus: the url, else the title, keeps them together
     by_url = [{"id": f"u{i}", "url": f"https://example.org/u{i // 5}", "text": sentence(i)} for i in range(100)]
-    by_title = [{"id": f"t{i}", "title": f"Title {i // 5}", "text": sentence(i)} for i in range(100)]
+    by_title = [{"id": f"t{i}", "title": f"Title {i // 5}", "text": sentence(200 + i)} for i in range(100)]
     source = write_jsonl(tmp_path / "a.jsonl", long + by_url + by_title)
     index(source)
     config = make_config(source)

@@ -198,6 +198,7 @@ def test_plans_by_hand():
     assert micro_batch_plan([5, 4, 3, 2], budget=14, world=1) == [[0, 1, 2, 3]]
     assert micro_batch_plan([3], budget=8, world=2) == [[0], []]  # the second rank gets a dummy
     assert micro_batch_plan([], budget=8, world=2) == []
+    assert list(map(len, micro_batch_plan([5] * 1000, budget=8, world=2))) == [1] * 1000  # no two fit: at once
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a micro-batch of 8"):
         micro_batch_plan([3, 9], budget=8, world=1)
 

@@ -241,3 +241,9 @@ def test_text_in_which_no_probe_mask_can_be_drawn_is_one_data_error():
     corpus = Corpus([], [Passage("1", "", "", "… ! " * 6), Passage("2", "", "", "— " * 10)], {})
     with pytest.raises(DataError, match="no probe mask can be drawn from 2 held-out passages"):
         make_probe(corpus, None, Config(data="x"))
+
+
+def test_questions_that_are_all_longer_than_a_prompt_are_a_data_error(build_sampler, folders):
+    sampler = build_sampler(folders["smollm3"], max_prompt_tokens=20)
+    with pytest.raises(DataError, match="change max_prompt_tokens"):
+        make_probe(Corpus([], [Passage("1", "", "", "What is 1 ?" * 9, answer="1")], {}), sampler, sampler.config)

@@ -433,7 +433,7 @@ def test_questions_are_split_by_a_hash_of_their_text(tmp_path):
     assert heldout < question_sides(file, 0.4)[2]
     ending, file = " Let's think step by step and output the final answer within \\\\boxed{}.", tmp_path / "q.jsonl"
     lines = [f'{{"question": "What is {n} + 0 ?{ending}", "answer": "{n}"}}\n' for n in range(20)]
-    file.write_text("".join(lines * 2))
+    file.write_text("".join([*lines, *(line.replace(ending, "") for line in lines)]))  # with the ending and without
     _, train, heldout = question_sides(file, 0.3)
     assert not train & heldout and train | heldout == {f"What is {n} + 0 ?" for n in range(20)}
     file.write_text(lines[0])

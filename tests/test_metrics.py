@@ -122,15 +122,19 @@ def test_gains_of_thoughts_are_rewards_but_neither_right_nor_wrong(step):
 
 def test_a_rise_in_training_that_the_probe_does_not_share_is_told():
     def rows(accuracies: list[float], probes: list[float]) -> list[dict]:
-        steps = [{"pred/responses": 8, "pred/accuracy": one, "gen/top_word_share": 0.75} for one in accuracies]
-        return [{"probe/accuracy": probes[0]}, *steps[:-1], steps[-1] | {"probe/accuracy": probes[-1]}]
+        shared = {"method": "active", "pred/responses": 8, "gen/top_word_share": 0.75}
+        steps = [shared | {"pred/accuracy": one} for one in accuracies]
+        first, last = ({"method": "active", "probe/accuracy": one} for one in probes)
+        return [first, *steps[:-1], steps[-1] | last]
 
     rising = [0.1] * 5 + [0.5] * 5
     told = agreement_warning(rows(rising, [0.02, 0.03]))
     assert "from 0.10 to 0.50" in told and "0.020 to 0.030" in told and "top_word_share 0.75" in told
     slow, few = rows([0.1] * 5 + [0.25] * 5, [0.02, 0.02]), rows(rising[1:], [0.02, 0.02])
-    unwritten = [{"probe/accuracy": 0.02}, *rows(rising, [0.02, 0.02])[1:-1], {"pred/responses": 8, "pred/accuracy": 1}]
-    for quiet in (rows(rising, [0.02, 0.07]), slow, few, unwritten):
+    unwritten = rows(rising, [0.02, 0.02])
+    del unwritten[-1]["probe/accuracy"]
+    warmed = [row | {"method": "random_span"} if 0 < n < 6 else row for n, row in enumerate(rows(rising, [0.02, 0.02]))]
+    for quiet in (rows(rising, [0.02, 0.07]), slow, few, unwritten, warmed):
         assert agreement_warning(quiet) == ""
 
 

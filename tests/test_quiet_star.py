@@ -17,12 +17,13 @@ from reference import CaptureGradients, largest_error, load_plain, make_run, tin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo import Group, make_micro_batches, score
+from grpo import Group, bundle, make_micro_batches, score
 from methods import METHODS
 from metrics import read_rows
 from model import load_replica, load_tokenizer, refresh
 from ranks import start_ranks
 from relatives.quiet_star import Quiet, Thought, grade_thoughts, pack_thoughts, talk, thought_samples
+from relatives.rlp import Position
 from rollout import Rollout, make_sampler
 
 METHOD = METHODS["quiet_star"]
@@ -102,6 +103,14 @@ def compare(run, tasks) -> dict:
         "sizes": [len(batch.thoughts) for batch in make_micro_batches(samples, run.config, run.ranks, pack_thoughts)],
         "graded": [*sum(rewards, []), metrics["quiet/gain"], metrics["quiet/mix"], metrics["entropy"]],
     }
+
+
+def test_passages_that_begin_alike_share_no_text_behind_the_position(folders, ranks):
+    """Each thought is scored by the text of its own passage, also where a prompt is computed once."""
+    run = quiet_run(folders["smollm3"], ranks)
+    ends = [Position([5, 6], ahead) for ahead in ([10, 11], [20, 21], [10, 11])]
+    samples = [Thought(Rollout([5, 6, 7], [8], [0.0], "", "length"), 0.0, place=place) for place in ends]
+    assert [[one.place.ahead_ids[0] for one in part] for part in bundle(samples, run.config)] == [[10, 10], [20]]
 
 
 @pytest.mark.parametrize(("family", "budget"), [("smollm3", 140), ("smollm3", 10_000), ("qwen3_untied", 140)])

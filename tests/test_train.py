@@ -216,6 +216,14 @@ def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, 
     assert "no group with contrast" in printed and ", no valid mask: " in printed
 
 
+def test_a_dry_run_of_star_tries_the_trainer_too(command, folders, tmp_path):
+    words = ["steps=0", "method=star", f"model={folders['smollm3']}"]
+    words += ["max_prompt_tokens=400", "tokens_per_micro_batch=512"]
+    printed = command(["train.py", *SMALL, *words, f"run_dir={tmp_path / 'run'}"], limit=90).stdout
+    (tokens,) = [float(line.split()[1]) for line in printed.splitlines() if line.split()[:1] == ["trained_tokens"]]
+    assert "no group with contrast" in printed and tokens > 0
+
+
 def test_a_bad_data_file_is_one_clear_line_and_ends_all_ranks(command, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text("no json\n" * 3)

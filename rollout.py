@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -33,8 +32,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from config import Config, ConfigError
 from engine.batching import adapt, batching_settings, capture_graphs, decoding, stop_at_answer, stop_at_limits
 from ops import pack, token_logprobs
-from model import usable
-from prompts import MASK_OPENING, START, chat_frame, mask_prompt, scan
+from prompts import START, chat_frame, scan
 from ranks import Ranks, gather, stop_requested
 
 
@@ -93,20 +91,6 @@ def make_sampler(replica, tokenizer, config: Config, ranks: Ranks, frame: tuple[
             "add eos_token to tokenizer_config.json"
         )
     return Sampler(replica, tokenizer, config, ranks, eos, frame or chat_frame(tokenizer))
-
-
-def try_sampler(sampler: Sampler) -> None:
-    """Raises ConfigError where a model cannot be sampled, or where the same tokens twice in one packed row get other
-    log-probs than the sampler gave: by attention, positions or states that the packing does not keep apart."""
-    config, prompt = sampler.config, mask_prompt(sampler, "")
-    with usable(config, f"sampler with attention={sampler.replica.config._attn_implementation}"):
-        groups = generate(sampler, [prompt], 1, 2, MASK_OPENING, 0, greedy=True)
-        for response in chain(*groups):  # none after a signal to stop
-            row, limit = prompt + response.completion_ids, 1e-3 if config.dtype == "float32" else 0.5
-            for scores in sequence_logprobs(sampler, [row, row]):
-                for sampled, score in zip(reversed(response.sampler_logprobs), reversed(scores), strict=False):
-                    if not abs(sampled - score) < limit:
-                        raise ValueError(f"a packed row has log-prob {score:.4f}, the sampler {sampled:.4f}")
 
 
 # Hide its request for psutil on a CPU: it would size a cache that is sized here

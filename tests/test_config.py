@@ -85,7 +85,7 @@ def test_a_bad_key_of_a_base_is_found_and_base_is_no_key_of_the_command_line(tmp
 
 
 def test_a_dumped_config_reads_back_equal(tmp_path):
-    words = ["learning_rate=5e-7", r'mask_prompt="a: {passage}\n\\mask{é}"', "resume=never", "liger=false", "clip_low=0"]
+    words = ["learning_rate=5e-7", r'mask_prompt="a: {passage}\n\\mask{é}"', "resume=never", "liger=no", "clip_low=0"]
     config = read_config([*LOCAL, *words, "run_dir=elsewhere"])
     (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
     assert read_config([str(tmp_path / "again.yaml")]) == config

@@ -20,6 +20,7 @@ import rollout as rollout_module
 from config import Config, ConfigError
 from data import Passage
 from engine import batching
+from engine.checks import try_sampler
 from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, update
 from model import build_policy, refresh
 from prompts import (
@@ -27,7 +28,7 @@ from prompts import (
     predict_prefix, predict_prompt, scan,
 )  # fmt: skip
 from rollout import (
-    Rollout, as_arrays, derive_seed, from_arrays, generate, make_sampler, rollout, sequence_logprobs, try_sampler,
+    Rollout, as_arrays, derive_seed, from_arrays, generate, make_sampler, rollout, sequence_logprobs,
 )  # fmt: skip
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -358,13 +359,13 @@ def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused_and_s
     keys = {"mask_prompt": "M {passage} m", "predict_prompt": "P {passage} predict", "max_passage_tokens": 64}
     sampler.config = replace(sampler.config, max_prompt_tokens=74, **keys)
     sampler.replica.config.max_position_embeddings = 82
-    check_prompts(sampler, [])
+    check_prompts(sampler)
     sampler.replica.config.max_position_embeddings = 81
     with pytest.raises(ConfigError, match="max_prompt_tokens=74.* 81 positions"):
-        check_prompts(sampler, [])
+        check_prompts(sampler)
     sampler.config.max_prompt_tokens = 73
     with pytest.raises(ConfigError, match="max_prompt_tokens=73: must be at least 74"):
-        check_prompts(sampler, [])
+        check_prompts(sampler)
 
 
 def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, ranks, build_sampler):
@@ -404,16 +405,15 @@ def test_rollouts_travel_as_arrays_and_come_back_as_they_were():
 
 def test_a_tokenizer_or_a_model_that_cannot_serve_is_refused_before_the_first_rollout(sampler, build_sampler, folders):
     """A tokenizer that writes in lower case, one with more tokens than the model, a model with a sliding window."""
-    try_sampler(sampler)
     passages = [Passage("0", "", "", "Titan is a moon.")] * 3
-    check_prompts(sampler, passages)
+    try_sampler(sampler, passages)
     sampler.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ConfigError, match="changes text, so no answer could match: 'Titan"):
-        check_prompts(sampler, passages)
+        try_sampler(sampler, passages)
     sampler.tokenizer.add_tokens(["more"])
     with pytest.raises(ConfigError, match="^model=.* has 'more', number 257, but it has 257 embeddings"):
-        check_prompts(sampler, passages)
+        try_sampler(sampler, passages)
     sampler = build_sampler(folders["qwen3_tied"])
     sampler.replica.model.layers[0].self_attn.sliding_window = 8
     with pytest.raises(ConfigError, match="^model=.*attention flash_varlen knows no sliding window"):
-        try_sampler(sampler)
+        try_sampler(sampler, [])

@@ -28,6 +28,8 @@ from pathlib import Path
 
 import yaml
 
+from text.strict_yaml import StrictLoader
+
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no path may hold the first, UTF-8 cannot write the others
 
 
@@ -94,28 +96,9 @@ def read_file(path: Path, depth: int = 0) -> dict:
     return {**read_file(path.parent / base, depth + 1), **values}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without two silences of it: a key that stands twice, and whole numbers of base 8 or 60 (010, 1:30)."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key {twice[0]} stands twice")
-        return super().construct_mapping(node, deep)
-
-    def number(self, node):
-        if re.match("[-+]?0[0-9_]+$|.*:", self.construct_scalar(node)):
-            raise ValueError(f"YAML reads {node.value} as another number; without leading 0 or colon, or in quotes")
-        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
-
-
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
-
-
 def _parse_yaml(text: str, where: str):
     try:
-        return _Loader(text).get_single_data()
+        return StrictLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # the last four are PyYAML's own stumbles, over !!int '', !!bool maybe, !!timestamp x and deep nesting
         reason = " ".join(str(error).split())[:200]

@@ -334,12 +334,12 @@ def step_passages(corpus: Corpus, config: Config, step: int) -> list[Passage]:
 
 def main() -> None:
     """Builds the index of a config and shows what the first step would read."""
-    from transformers import AutoTokenizer
+    from model import load_tokenizer
 
     config = parse_command_line("usage: python data.py CONFIG.yaml [key=value ...]")
     folder = Path(config.run_dir) / "cache"
     try:
-        build_index(config, AutoTokenizer.from_pretrained(config.model, trust_remote_code=False), folder)
+        build_index(config, load_tokenizer(config), folder)
         corpus = load_corpus(folder, config)
     except (DataError, OSError, ValueError) as error:  # the last two from the tokenizer
         raise SystemExit(f"data error: {one_line(str(error))}") from None

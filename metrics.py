@@ -10,7 +10,6 @@ computes a step's metrics from the same records, so nothing is communicated.
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -28,7 +27,8 @@ from statistics import fmean
 
 import torch
 
-from config import Config, ConfigError, dump_config
+from config import Config, dump_config
+from engine import checks
 from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
 from masking import WORD_KINDS, word_spans
@@ -51,7 +51,7 @@ def open_run(config: Config, fresh: bool = True, say=print) -> Path:
     """
     run = Path(config.run_dir)
     if (run / "environment.txt").exists():
-        claim(run)
+        checks.claim(run)
     if fresh and (config.steps or config.resume == "never") and (run / "metrics.jsonl").exists():
         number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.{n}").exists())
         run.rename(run.with_name(f"{run.name}.{number}"))
@@ -60,26 +60,9 @@ def open_run(config: Config, fresh: bool = True, say=print) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     if config.steps or not (run / "config.yaml").exists():
         write_whole(run / "config.yaml", dump_config(config))
-    claim(run)
-    print(environment() + hub_commits(config), file=_held, flush=True)
+    held = checks.claim(run)
+    print(environment() + hub_commits(config), file=held, flush=True)
     return run
-
-
-_held: object = None
-"""The open file by which this process holds its run directory as long as it lives."""
-
-
-def claim(run: Path) -> None:
-    """Locks the run directory for this process. Raises ConfigError if another one holds it."""
-    global _held
-    _held = None  # of an earlier run of this process
-    _held = (run / "environment.txt").open("a", encoding="utf-8")
-    try:
-        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"run_dir={str(run)!r}: another process is writing to it; give this run another") from None
-    except OSError:
-        pass  # a disk without locks
 
 
 def environment() -> str:

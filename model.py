@@ -12,12 +12,9 @@ times, and hang. The replica costs 2 bytes a parameter and one all-gather a step
 
 import copy
 import os
-import sys
 import types
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -28,10 +25,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from huggingface_hub.utils import enable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from config import Config, ConfigError
+from engine.checks import load_tokenizer as load_tokenizer, load_whole
 from ops import SHARED, apply_liger, choose_attention, policy_forward
 from ranks import Ranks, gather
 
@@ -64,44 +62,6 @@ def check_device(config: Config, ranks: Ranks) -> None:
         )
 
 
-@contextmanager
-def usable(config: Config, what: str):
-    """Inside, whatever transformers raises over a model becomes a ConfigError of one line; it prints nothing more."""
-    verbosity, batching = logging.get_verbosity(), getLogger("ContinuousBatchingLogger")
-    try:
-        logging.set_verbosity_error()
-        batching.disabled = True
-        yield
-    except Exception as error:
-        lost = "" if os.path.exists(config.model) else "no such folder here, and "
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"model={config.model!r}: {lost}no usable {what} ({reason})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        batching.disabled = False
-
-
-def load_tokenizer(config: Config):
-    """The model's tokenizer; with a chat template from a file if the config names one. Custom code is refused. Raises
-    ConfigError."""
-    with usable(config, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks on stdin
-    # Passages are measured before they are cut, which is no reason to warn of sequences longer than the model's
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if config.chat_template == "none":
-        tokenizer.chat_template = None
-    elif config.chat_template != "auto":
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template={config.chat_template!r}: cannot be read ({error})") from None
-        if not tokenizer.chat_template.strip("\ufeff \t\r\n"):
-            raise ConfigError(f"chat_template={config.chat_template!r}: is empty; chat_template=none for plain text")
-    if isinstance(tokenizer.chat_template, str):  # some editors put a byte order mark first
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    return tokenizer
-
-
 def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
     """The Hugging Face model that samples: config.dtype, no gradient, on this rank's device.
 
@@ -119,22 +79,7 @@ def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:
     if hub and not first:
         dist.barrier()
     if architecture is None:
-        with usable(config, "weights"):
-            hf_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-            if getattr(hf_config, "quantization_config", None):
-                raise ValueError("quantization_config in its config.json: quantised weights cannot be trained")
-            hf_config._attn_implementation = "sdpa"
-            replica, found = AutoModelForCausalLM.from_pretrained(
-                config.model, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-            if lost := sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]):
-                raise ValueError(f"{len(lost)} are missing or of another shape than config.json says: {lost[0]}")
-            if lost := [name for name, weight in replica.named_parameters() if not weight.sum().isfinite()]:
-                raise ValueError(f"{len(lost)} are not finite numbers: {lost[0]}")
-        if (unread := sorted(found["unexpected_keys"])) and ranks.rank == 0:
-            print(f"WARNING: model={config.model!r}: its config.json leaves {len(unread)} of its weights unread, as "
-                  f"{unread[0]}", file=sys.stderr)  # fmt: skip
+        replica = load_whole(config, dtype, ranks.rank)
     else:
         torch.manual_seed(config.seed)
         with ranks.device:

@@ -19,7 +19,6 @@ import logging
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import torch
 from torch import nn
@@ -31,9 +30,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from config import Config, ConfigError
 from engine.batching import adapt, batching_settings, capture_graphs, decoding
-from model import usable
-from ops import logprobs_of, pack
-from prompts import CLOSED, MASK_OPENING, START, chat_frame, mask_prompt, scan
+from prompts import CLOSED, START, chat_frame, scan
 from ranks import Ranks, gather, stop_requested
 
 
@@ -92,24 +89,6 @@ def make_sampler(replica, tokenizer, config: Config, ranks: Ranks, frame: tuple[
             "add eos_token to tokenizer_config.json"
         )
     return Sampler(replica, tokenizer, config, ranks, eos, frame or chat_frame(tokenizer))
-
-
-@torch.no_grad()
-def try_sampler(sampler: Sampler) -> None:
-    """Raises ConfigError where a model cannot be sampled, or where the same tokens twice in one packed row get other
-    log-probs than the sampler gave: by attention, positions or states that the packing does not keep apart."""
-    config, prompt = sampler.config, mask_prompt(sampler, "The moon")
-    with usable(config, f"sampler with attention={sampler.replica.config._attn_implementation}"):
-        groups = generate(sampler, [prompt], 1, 2, MASK_OPENING, 0, greedy=True)
-        for response in chain(*groups):  # none after a signal to stop
-            row, limit = prompt + response.completion_ids, 1e-3 if config.dtype == "float32" else 0.5
-            places = [begin + place - 1 for begin in (0, len(row)) for place in range(len(prompt), len(row))]
-            inputs = pack([row, row], sampler.ranks.device)
-            inputs |= {"predicts": places, "targets": inputs["input_ids"][0, 1:][places], "temperature": 1.0}
-            packed = logprobs_of(sampler.replica, **inputs)[0].tolist()
-            for sampled, score in zip(response.sampler_logprobs * 2, packed, strict=True):
-                if not abs(sampled - score) < limit:
-                    raise ValueError(f"a packed row has log-prob {score:.4f}, the sampler {sampled:.4f}")
 
 
 # Hide its request for psutil on a CPU: it would size a cache that is sized here

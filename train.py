@@ -27,6 +27,7 @@ from checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from config import Config, ConfigError, parse_command_line
+from engine.checks import try_sampler
 from data import Passage, build_index, data_fingerprint, load_corpus, step_passages
 from eval import make_probe, run_probe
 from grpo import Group, Sample, make_optimizer, update
@@ -41,7 +42,7 @@ from model import (
 from prompts import chat_frame, check_prompts
 from ranks import Ranks, Stopped, begin_step, gather, leave_with, listen, report_error, start_ranks
 from relatives.rlvr import question_corpus
-from rollout import make_sampler, try_sampler
+from rollout import make_sampler
 
 
 @dataclass
@@ -297,8 +298,8 @@ def set_up(config: Config, ranks: Ranks, saved: dict | None, say) -> Run:
     optimizer = make_optimizer(policy, config)
     (frame,) = gather([open_frame(folder / "chat_template.json", tokenizer, say)] if ranks.rank == 0 else [])
     sampler = make_sampler(replica, tokenizer, config, ranks, frame)
-    check_prompts(sampler, corpus.train)
-    try_sampler(sampler)
+    check_prompts(sampler)
+    try_sampler(sampler, corpus.train)
     probe = make_probe(corpus, sampler, config)
     probe.exams = exams
     run = Run(config, ranks, corpus, sampler, policy, reference, optimizer, probe)

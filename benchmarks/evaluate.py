@@ -15,6 +15,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -34,11 +35,12 @@ from benchmarks.sets import BENCHMARKS, Item
 from checkpoint import exported_model
 from config import Config, ConfigError, check, command, parse_words, typed
 from engine.batching import describe_attention
+from engine.checks import try_sampler
 from metrics import append_row, environment, peak_memory_gb, read_rows, write_whole
 from model import load_replica, load_tokenizer
 from prompts import chat_frame
 from ranks import Ranks, gather, leave_with, start_ranks
-from rollout import derive_seed, make_sampler, try_sampler
+from rollout import derive_seed, make_sampler
 
 MODEL_KEYS = "dtype attention liger use_cuda_graph cache_memory max_requests chat_template stop_at_answer".split()
 MODEL_KEYS += "question_prompt temperature seed".split()
@@ -63,7 +65,7 @@ class Settings:
 
 def read_settings(words: list[str]) -> Settings:
     """Command-line words -> checked settings; no file is opened. Raises ConfigError."""
-    if "=" in words[0]:
+    if "=" in words[0] and not os.path.exists(words[0]):
         raise ConfigError(f"{words[0]!r}: the first word must be a checkpoint")
     checkpoint, name = checkpoint_folder(words[0])
     values = parse_words(words[1:], "the checkpoint")
@@ -81,8 +83,8 @@ def read_settings(words: list[str]) -> Settings:
 
 def checkpoint_folder(word: str) -> tuple[str, str]:
     """(the folder to load, or the hub name as it stands; a name for it). Raises ConfigError."""
-    folder = Path(word).expanduser()
-    if not folder.exists():
+    folder = Path(os.path.expanduser(word))
+    if not os.path.exists(folder):
         if word.startswith((".", "/", "~")) or word.count("/") != 1:
             raise ConfigError(f"checkpoint {word!r}: no such folder, and not a hub name (owner/name)")
         return word, word.replace("/", "--")
@@ -140,7 +142,7 @@ def evaluate(settings: Settings, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(config)
     (frame,) = gather([chat_frame(tokenizer)] if ranks.rank == 0 else [])  # one, should the template write the time
     sampler = to_the_end(make_sampler(load_replica(config, ranks), tokenizer, config, ranks, frame))
-    try_sampler(sampler)
+    try_sampler(sampler, [])
     if sampler.config.stop_at_answer != config.stop_at_answer:
         say("stop_at_answer=false: a model with a chat template ends its responses itself; its last box counts")
     context = getattr(sampler.replica.config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -29,12 +29,13 @@ from bench.memory import decide_checkpointing
 from checkpoint import exported_model
 from config import Config, ConfigError, command, read_config
 from data import Corpus, Passage, build_index, load_corpus, reserved_marks
+from engine.checks import try_sampler
 from grpo import Sample, clipped_loss, group_advantages, keep_group, make_optimizer, pack_samples
 from methods import METHODS, Run, Task, make_task, named_masks, predict, reward
 from model import build_policy, build_reference, load_replica, load_tokenizer
 from prompts import check_prompts, last_answer, mask_prompt
 from ranks import Ranks, start_ranks
-from rollout import Rollout, Sampler, derive_seed, make_sampler, try_sampler
+from rollout import Rollout, Sampler, derive_seed, make_sampler
 from train import step
 
 RESPONSE_CHARS, TERMINAL_WIDTH = 600, 100
@@ -117,7 +118,7 @@ def play(passage: Passage, models: dict[str, str], config: Config, ranks: Ranks,
     for name, model in models.items():  # one after the other: they need not fit into memory together
         settings = replace(config, model=model)
         sampler = make_sampler(load_replica(settings, ranks), load_tokenizer(settings), settings, ranks)
-        try_sampler(sampler)
+        try_sampler(sampler, [passage])
         if (length := len(mask_prompt(sampler, passage.text))) > most:
             raise ConfigError(f"max_prompt_tokens={most}: this passage makes a prompt of {length} tokens")
         rng = random.Random(derive_seed(config.seed, 0, "mask", 0))
@@ -209,7 +210,8 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     policy = build_policy(replica, decide_checkpointing(replica.config, config, ranks), ranks)
     sampler = make_sampler(replica, tokenizer, config, ranks)
     corpus, optimizer = read_corpus(config, tokenizer), make_optimizer(policy, config)
-    check_prompts(sampler, corpus.train)
+    check_prompts(sampler)
+    try_sampler(sampler, corpus.train)
     before = build_reference(start, config, ranks)
     done = step(Run(config, ranks, corpus, sampler, policy, None, optimizer), 0)
     tasks, task = choose_mask(done.proposals)

@@ -26,6 +26,7 @@ from checkpoint import (
     resume_notes, save_checkpoint,
 )  # fmt: skip
 from config import Config, ConfigError
+from engine import checks
 from grpo import make_optimizer
 from methods import METHODS
 from metrics import append_row, read_rows, unwritten
@@ -406,7 +407,7 @@ def test_one_process_at_a_time_writes_to_a_run_and_other_files_beside_its_checkp
     assert newest_checkpoint(Path(config.run_dir), [].append)[0].name == "step_000002"
     open_or_resume(replace(config, resume="never"), 2, [].append)
     with (tmp_path / "run/environment.txt").open() as file:
-        evidence._held = None
+        checks._held = None
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is writing to it"):
             open_or_resume(config, 2, [].append)

@@ -20,6 +20,7 @@ import rollout as rollout_module
 from config import Config, ConfigError
 from data import Passage
 from engine import batching
+from engine.checks import try_sampler
 from grpo import Group, Sample, make_optimizer, make_samples, pack_samples, score, update
 from model import build_policy, refresh
 from ops import logprobs_of
@@ -27,7 +28,7 @@ from prompts import (
     BOXED_OPENING, CLOSED, START, chat_frame, check_prompts, encode, last_answer, leading_ids, mask_prompt,
     predict_prefix, predict_prompt, scan,
 )  # fmt: skip
-from rollout import derive_seed, generate, make_sampler, rollout, try_sampler
+from rollout import derive_seed, generate, make_sampler, rollout
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 PROMPTS = [[1, 2, 3], list(range(40, 80)), [7], [200, 100, 50, 25, 12, 6]]
@@ -360,13 +361,13 @@ def test_a_template_that_leaves_no_room_for_the_longest_passage_is_refused_and_s
     keys = {"mask_prompt": "M {passage} m", "predict_prompt": "P {passage} predict", "max_passage_tokens": 64}
     sampler.config = replace(sampler.config, max_prompt_tokens=74, **keys)
     sampler.replica.config.max_position_embeddings = 82
-    check_prompts(sampler, [])
+    check_prompts(sampler)
     sampler.replica.config.max_position_embeddings = 81
     with pytest.raises(ConfigError, match="max_prompt_tokens=74.* 81 positions"):
-        check_prompts(sampler, [])
+        check_prompts(sampler)
     sampler.config.max_prompt_tokens = 73
     with pytest.raises(ConfigError, match="max_prompt_tokens=73: must be at least 74"):
-        check_prompts(sampler, [])
+        check_prompts(sampler)
 
 
 def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, ranks, build_sampler):
@@ -393,16 +394,15 @@ def test_every_known_end_is_an_end_and_a_model_without_one_is_refused(tmp_path, 
 
 def test_a_tokenizer_or_a_model_that_cannot_serve_is_refused_before_the_first_rollout(sampler, build_sampler, folders):
     """A tokenizer that writes in lower case, one with more tokens than the model, a model with a sliding window."""
-    try_sampler(sampler)
     passages = [Passage("0", "", "", "Titan is a moon.")] * 3
-    check_prompts(sampler, passages)
+    try_sampler(sampler, passages)
     sampler.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ConfigError, match="changes text, so no answer could match: 'Titan"):
-        check_prompts(sampler, passages)
+        try_sampler(sampler, passages)
     sampler.tokenizer.add_tokens(["more"])
     with pytest.raises(ConfigError, match="^model=.* has 'more', number 257, but it has 257 embeddings"):
-        check_prompts(sampler, passages)
+        try_sampler(sampler, passages)
     sampler = build_sampler(folders["qwen3_tied"])
     sampler.replica.model.layers[0].self_attn.sliding_window = 8
     with pytest.raises(ConfigError, match="^model=.*attention flash_varlen knows no sliding window"):
-        try_sampler(sampler)
+        try_sampler(sampler, [])

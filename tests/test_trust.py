@@ -21,7 +21,7 @@ from benchmarks.judge import check_answers
 from config import ConfigError, read_config
 from model import load_replica, load_tokenizer
 
-FOLDERS = (".", "benchmarks", "report", "play", "bench", "miniature")
+FOLDERS = (".", "benchmarks", "report", "play", "bench", "miniature", "engine")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 BASE = ROOT / "assets/tiny_base"
 

@@ -77,7 +77,7 @@ def make_task(passage: Passage, mask: Mask, sampler: Sampler, proposal: Rollout 
         task.prompt_ids = (question_prompt if passage.answer else predict_prompt)(sampler, mask.masked)
         if len(task.prompt_ids) > sampler.config.max_prompt_tokens:
             mask.invalid, task.prompt_ids = "prompt_too_long", []
-    if mask.invalid and proposal:  # for the probe, which rewards nothing; in a step mask_rewards sets it again
+    if mask.invalid and proposal:  # for the probe, which rewards nothing; in a step `reward` sets it again
         task.proposal_reward = INVALID_MASK_REWARD
     return task
 

@@ -116,10 +116,11 @@ _held: object = None
 
 
 def claim(run: Path) -> object:
-    """Locks the run directory for this process; returns its environment.txt, open. Raises
-    ConfigError if another one holds it."""
+    """Locks the run directory for this process; returns its environment.txt, open. Raises ConfigError if another one
+    holds it."""
     global _held
-    _held = None  # of an earlier run of this process
+    if _held:  # of an earlier run of this process
+        _held.close()
     _held = (run / "environment.txt").open("a", encoding="utf-8")
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)

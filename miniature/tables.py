@@ -34,6 +34,9 @@ PLOTS = {  # file name -> title, explanation, and curves: arm, key, name
          ("frozen generator", "gen/share_fact", "frozen generator: facts")]),
     "copies": ("Copies of the subject, sampled", "share right, from 0.5; what active forgets",
         [(arm, "copy", arm) for arm in ("active", MIXED, "random_span")]),
+    "comes-back": ("What `active` forgets, it wins back", "share right on held-out articles, sampled; share of masks",
+        [("active, 500 steps", "copy", "copies"), ("active, 500 steps", "fact", "facts"),
+         ("active, 500 steps", "gen/share_copy", "masks on copies")]),
     "difficulty": ("Accuracy of the masks, by predictions a mask", "share right, means of five steps",
         [("active, G = 4", "pred/accuracy", "G = 4"), ("active", "pred/accuracy", "G = 8"),
          ("active, G = 16", "pred/accuracy", "G = 16")]),
@@ -106,11 +109,6 @@ def make_tables(results: Results) -> dict[str, str]:
         values = differences(results["active"], results[arm], probe)
         pairs.append([f"active - {arm}", probes[probe], interval(values), lowest_highest(values)])
 
-    difficulty = [["G", "best-paid accuracy", "accuracy of masks, steps 41 to 100"]]
-    for size, arm in ((4, "active, G = 4"), (8, "active"), (16, "active, G = 16")):
-        best = 1 - size ** (-1 / (size - 1))
-        difficulty.append([str(size), f"{best:.2f}", interval(late(results[arm], "pred/accuracy", 8))])
-
     several = [["method", "facts", "greedy, step 0", "greedy, last step", "gain of greedy", "sampled, last step"]]
     for arm in SEVERAL_ARMS:
         for label, name in {"fact": "may be masked", "shown": "read, never masked", "unseen": "never read"}.items():
@@ -138,8 +136,7 @@ def make_tables(results: Results) -> dict[str, str]:
             f"{lengths[0]:.1f} {lengths[1]:.1f}", f"{fmean(climb(runs)):.2f}",
             f"{sampled} {total(runs, 'trained_tokens') / 1000:.0f}k"])  # fmt: skip
 
-    tables = {"methods": methods, "differences": pairs, "difficulty": difficulty}
-    tables |= {"never masked": several, "rlvr": rlvr, "ladder": ladder}
+    tables = {"methods": methods, "differences": pairs, "never masked": several, "rlvr": rlvr, "ladder": ladder}
     held = {name: claim.holds(results) for name, claim in CLAIMS.items()}
     return {"claims": verdicts(held)} | {name: markdown(table) for name, table in tables.items()}
 

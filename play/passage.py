@@ -219,7 +219,7 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
 
     # ---- the passage, both prompts, the masks, and the predictions with their verdicts
     say(f"1. PASSAGE  {plain(passage.title)} {plain(passage.url)}\n{wrapped(passage.text)}")
-    say(f"\n2. PROPOSE  the generator reads this, {len(tasks)} times over")
+    say(f"\n2. PROPOSE  the generator reads this, {len(tasks)} times over (line ends are shown as spaces)")
     say(wrapped(tokenizer.decode(mask_prompt(sampler, passage.text)), most=RESPONSE_CHARS) + "\n")
     for number, proposed in enumerate(tasks, 1):
         mask = proposed.mask
@@ -243,7 +243,7 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
         mean, std = sum(group.rewards) / len(group.rewards), stdev(group.rewards)  # the latter with n - 1
         say(f"\n   The {name}, rewards {' '.join(f'{earned:g}' for earned in group.rewards)}")
         say(f"   advantage = (reward - mean) / (std + 1e-6), mean {mean:.4f}, std {std:.4f}")
-        for n, (earned, code) in enumerate(zip(group.rewards, group_advantages(group.rewards, config), strict=True)):
+        for n, (earned, code) in enumerate(zip(group.rewards, group_advantages(group.rewards, config), strict=True), 1):
             both(f"advantage {group.role} {n}", (earned - mean) / (std + 1e-6), code, 4)
 
     # ---- the weight of a token, its log-prob in three ways, and its loss

@@ -42,6 +42,7 @@ SECTIONS = {
         ("probe/accuracy_no_thought*", "sampled behind an opened box, by kind", SHARE),
         ("probe/accuracy_*", "right answers by kind of word", SHARE),
         ("probe/valid_rate", "share of responses with a closed box", SHARE),
+        ("probe/thought_use", "accuracy that a thought about another passage costs"),
         ("probe/perplexity", "of plain text; rises: the model forgets text"),
     ],
     "Benchmarks": [
@@ -181,7 +182,8 @@ def make_figures(families: list[Family]) -> dict[str, list[dict]]:
         keys = [key for key in keys if key not in found]
         if pattern in TOGETHER or (len(families) == 1 and fnmatch(pattern, "probe/*[*]")):
             for family in families if found else ():
-                lines = [family.series(key, key.removeprefix(pattern[:-1]).lstrip("_") or "all") for key in found]
+                own = sorted(found, key=pattern.startswith)  # `all` comes last: a kind has one colour in all charts
+                lines = [family.series(key, key.removeprefix(pattern[:-1]).lstrip("_") or "all") for key in own]
                 if any(line.points for line in lines):
                     title = f"{pattern} of {family.name}" if len(families) > 1 else pattern
                     legend = [f"{line.name} {last_value(line)}" for line in lines]

@@ -48,7 +48,7 @@ def test_a_code_with_another_rule_is_marked(ranks, monkeypatch):
 
 def test_every_number_worked_out_by_hand_is_the_codes(explained):
     numbers = {name: pair for name, pair in explained.items() if name != "changes"}
-    assert {"mask reward", "advantage pred 7"} <= set(numbers)
+    assert {"mask reward", "advantage pred 8"} <= set(numbers)
     assert all(numbers[name][1] != 0 for name in ("weight", "log p", "loss", "slope", "loss of the step"))
     for name, (hand, code) in numbers.items():
         assert hand == pytest.approx(code, rel=1e-4, abs=1e-6), name

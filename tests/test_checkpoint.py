@@ -407,7 +407,7 @@ def test_one_process_at_a_time_writes_to_a_run_and_other_files_beside_its_checkp
     assert newest_checkpoint(Path(config.run_dir), [].append)[0].name == "step_000002"
     open_or_resume(replace(config, resume="never"), 2, [].append)
     with (tmp_path / "run/environment.txt").open() as file:
-        checks._held = None
-        fcntl.flock(file, fcntl.LOCK_EX)
+        checks._held.close()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with pytest.raises(ConfigError, match="another process is writing to it"):
             open_or_resume(config, 2, [].append)

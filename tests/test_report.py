@@ -175,7 +175,7 @@ def test_the_probes_kinds_share_a_chart_in_one_run_and_have_their_own_where_runs
     of_one, of_two = (make_figures(some)["Held-out passages"] for some in (families[:1], families))
     assert {one["title"]: [text for _, text in one["legend"]] for one in of_one} == {
         "probe/accuracy": ["0.2"], "probe/accuracy_greedy_*": ["copy 0.4"],
-        "probe/accuracy_no_thought*": ["all 0.5", "fact 0.6"], "probe/accuracy_*": ["copy 0.1", "fact 0.3"],
+        "probe/accuracy_no_thought*": ["fact 0.6", "all 0.5"], "probe/accuracy_*": ["copy 0.1", "fact 0.3"],
     }  # fmt: skip
     assert {one["title"] for one in of_two} == {f"probe/accuracy{kind}" for kind in kinds}
 

@@ -61,7 +61,7 @@ figures: setup
 	$(BIN)/python -m miniature figures
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not faults" tests $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not faults" tests $(ARGS)
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests $(ARGS)

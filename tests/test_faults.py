@@ -261,7 +261,7 @@ FAILED = [
     Case("full", "update", 3, 0, "NOT ALL IS SAVED", more={"bytes": 1_000_000, "for": 9}),
     Case("full", "update", 3, 1, "THE CHECKPOINT OF STEP 4 WAS NOT SAVED (rank 1: ", more={"bytes": 1000, "for": 9}),
 ]  # fmt: skip
-QUICK = [KILLED[8], next(one for one in STOPPED if one.at == PROBE)]
+QUICK = [KILLED[8]]
 """In every `make test`."""
 REST = [case for case in FAILED + STOPPED + KILLED if case not in QUICK]
 

@@ -216,6 +216,7 @@ def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, 
     assert "no group with contrast" in printed and ", no valid mask: " in printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_star_tries_the_trainer_too(command, folders, tmp_path):
     words = ["steps=0", "method=star", f"model={folders['smollm3']}"]
     words += ["max_prompt_tokens=400", "tokens_per_micro_batch=512"]

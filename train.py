@@ -61,9 +61,9 @@ class Step:
 
 def step(run: Run, number: int, method: Method | None = None) -> Step:
     """One step, number from 0, of the run's method or of another (bench gives its own). Every rank calls it."""
-    name = method_at(run.config, number)
+    passages, name = step_passages(run.corpus, run.config, number), method_at(run.config, number)
     method, row = method or METHODS[name], {"step": number + 1, "method": name}
-    done = Step(row, step_passages(run.corpus, run.config, number))
+    done = Step(row, passages)
 
     # ---------------------------------------------------- 1. propose: the generator, or a rule, chooses words to mask
     with clock(row, "propose"):

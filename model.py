@@ -42,10 +42,13 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
 def check_device(config: Config, ranks: Ranks) -> None:
-    """Raises ConfigError where the run would work, but not as it is meant, or not at all; RuntimeError for flash-attn
-    asked for in vain. Looks at nothing large."""
+    """Raises ConfigError where the run would work, but not as it is meant, or not at all, as with flash-attn that
+    is not there. Looks at nothing large."""
     dtype = getattr(torch, config.dtype)
-    choose_attention(config.attention, ranks.device, dtype)
+    try:
+        choose_attention(config.attention, ranks.device, dtype)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
     if config.dtype == "float32":
         return
     if ranks.device.type == "cuda":

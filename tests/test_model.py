@@ -148,7 +148,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_run_on_the_cpu(ranks, drive
 
 def test_a_model_is_not_loaded_for_a_machine_that_will_not_do(ranks, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)
-    with pytest.raises(RuntimeError, match="attention=flash_attention_2: needs CUDA"):
+    with pytest.raises(ConfigError, match="attention=flash_attention_2: needs CUDA"):
         load_replica(Config(model="m", data="d", attention="flash_attention_2"), ranks)
 
 

@@ -43,6 +43,7 @@ def test_a_trainer_sees_one_gpu_or_none(tiny, monkeypatch, visible, given):
     assert seen == [given]
 
 
+@pytest.mark.slow
 def test_our_steps_run_in_a_process_of_their_own_and_make_the_table(tiny, monkeypatch, capsys):
     monkeypatch.setattr(peers, "TRAINERS", {"ours": peers.TRAINERS["ours"]})
     main(["trl", *SMALL])

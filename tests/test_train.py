@@ -225,6 +225,7 @@ def test_a_dry_run_of_star_tries_the_trainer_too(command, folders, tmp_path):
     assert "no group with contrast" in printed and tokens > 0
 
 
+@pytest.mark.slow
 def test_a_bad_data_file_is_one_clear_line_and_ends_all_ranks(command, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text("no json\n" * 3)

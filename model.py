@@ -25,11 +25,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from huggingface_hub.utils import enable_progress_bars
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from config import Config, ConfigError
-from engine.checks import load_tokenizer as load_tokenizer, load_whole
+from engine.checks import load_whole, usable
 from ops import SHARED, apply_liger, choose_attention, policy_forward
 from ranks import Ranks, gather
 
@@ -63,6 +63,27 @@ def check_device(config: Config, ranks: Ranks) -> None:
             f"dtype={config.dtype!r}: there is a GPU, but torch {torch.__version__} cannot use it (built for {wants}); "
             "docs/gpu.md, `On a GPU node`. CUDA_VISIBLE_DEVICES= in front of the command runs on the CPU all the same"
         )
+
+
+def load_tokenizer(config: Config):
+    """The model's tokenizer; with a chat template from a file if the config names one. Custom code is refused. Raises
+    ConfigError."""
+    with usable(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks on stdin
+    # Passages are measured before they are cut, which is no reason to warn of sequences longer than the model's
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if config.chat_template == "none":
+        tokenizer.chat_template = None
+    elif config.chat_template != "auto":
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template={config.chat_template!r}: cannot be read ({error})") from None
+        if not tokenizer.chat_template.strip("\ufeff \t\r\n"):
+            raise ConfigError(f"chat_template={config.chat_template!r}: is empty; chat_template=none for plain text")
+    if isinstance(tokenizer.chat_template, str):  # some editors put a byte order mark first
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    return tokenizer
 
 
 def load_replica(config: Config, ranks: Ranks, architecture=None) -> nn.Module:

@@ -1,1 +1,1 @@
-"""What a forker of the algorithm need not open: paged generation and how it reads its cache."""
+"""What a forker of the algorithm need not open: paged generation, how it reads its cache, checks before it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from config import Config, ConfigError
@@ -34,27 +34,6 @@ def usable(config: Config, what: str):
     finally:
         logging.set_verbosity(verbosity)
         batching.disabled = False
-
-
-def load_tokenizer(config: Config):
-    """The model's tokenizer; with a chat template from a file if the config names one. Custom code is refused. Raises
-    ConfigError."""
-    with usable(config, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks on stdin
-    # Passages are measured before they are cut, which is no reason to warn of sequences longer than the model's
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    if config.chat_template == "none":
-        tokenizer.chat_template = None
-    elif config.chat_template != "auto":
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template={config.chat_template!r}: cannot be read ({error})") from None
-        if not tokenizer.chat_template.strip("\ufeff \t\r\n"):
-            raise ConfigError(f"chat_template={config.chat_template!r}: is empty; chat_template=none for plain text")
-    if isinstance(tokenizer.chat_template, str):  # some editors put a byte order mark first
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    return tokenizer
 
 
 def load_whole(config: Config, dtype: torch.dtype, rank: int) -> nn.Module:

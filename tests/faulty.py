@@ -27,16 +27,16 @@ from transformers.generation.continuous_batching.requests import RequestState
 import checkpoint
 import grpo
 import methods
+import model
 import ranks as stopping
 import train
 import train as start
 from benchmarks import verify
-from engine import checks
 from report import card
 
 POINTS = {
     # name: (where the function is looked up, its name, the phase that ranks.py must name there, n-th call in it)
-    "set-up, tokenizer": (checks.AutoTokenizer, "from_pretrained", "set-up", 1),
+    "set-up, tokenizer": (model.AutoTokenizer, "from_pretrained", "set-up", 1),
     "propose": (methods, "rollout", "propose", 1),
     "propose, sampling": (RequestState, "update_and_check_completion", "propose", 20),
     "predict": (methods, "rollout", "predict", 1),

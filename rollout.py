@@ -61,6 +61,8 @@ class Sampler:
     frame: tuple[str, str] | None = None
     """What the chat template writes around a user turn; None: prompts are plain text."""
     pieces: dict[int, str] = field(default_factory=dict)
+    lacks: set[str] = field(default_factory=set)
+    """`graphs`, where CUDA graphs cannot be captured. A copy of the sampler knows it, too."""
 
     def piece(self, token: int) -> str:
         """The text of one token."""
@@ -127,7 +129,8 @@ def generate(
 
     Empty after a signal to stop, at once: the gather that follows raises Stopped.
     """
-    config, replica = sampler.config, sampler.replica
+    config = replace(sampler.config, use_cuda_graph=sampler.config.use_cuda_graph and not sampler.lacks)
+    replica = sampler.replica
     if not prompts:
         return []
     if not all(prompts):
@@ -180,7 +183,7 @@ def generate(
                 torch._C._cuda_clearCublasWorkspaces()  # those of this phase's streams; the update makes its own
     if not captured:
         print(f"rank {sampler.ranks.rank}: CUDA graphs cannot be captured; sampling without", file=sys.stderr)
-        sampler.config = replace(config, use_cuda_graph=False)
+        sampler.lacks.add("graphs")
         gc.collect()  # the cache, before the next one takes its share of free memory
         return generate(sampler, prompts, count, max_tokens, opening, seed, greedy, prefix, label)
     if len(results) < wanted and stop_requested():

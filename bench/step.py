@@ -222,7 +222,7 @@ def check_host(config: Config, ranks: Ranks, say=print) -> list[str]:
         note(f"{row['peak_memory_gb']:.2f} GB, {planned:.2f} by plan for a GPU")
         assert row["replica_changed"] > 0, "no weight changed"
         assert not cuda or row["peak_memory_gb"] <= 1.05 * planned, "more memory than planned"
-        assert run.sampler.config.use_cuda_graph == config.use_cuda_graph, "CUDA graphs cannot be captured"
+        assert not run.sampler.lacks, "CUDA graphs cannot be captured"
     with check("refresh") as note:  # the sampler has the new weights, and no key of the old ones
         one_step(1, note)
     with check("checkpoint"), tempfile.TemporaryDirectory(dir=".") as folder:  # as large as a run's

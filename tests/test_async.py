@@ -7,6 +7,7 @@ Streams and events are stood in for, in order, as one stream would run them; unw
 import gzip
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 from weakref import ref
@@ -187,7 +188,7 @@ def test_every_size_that_a_phase_can_meet_is_captured_before_it_decodes(tiny_bas
     captured, words = graphs(), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
     found = [[one.completion_ids for one in group] for group in rollout.generate(*words)]
     assert captured == [40, 16, 32] * 2  # and no more while it decodes; 48 responses, 40 places
-    tiny_base.config.use_cuda_graph = False
+    tiny_base.config = replace(tiny_base.config, use_cuda_graph=False)
     assert [[one.completion_ids for one in group] for group in rollout.generate(*words)] == found
     assert len(captured) == 6
 
@@ -196,8 +197,9 @@ def test_every_size_that_a_phase_can_meet_is_captured_before_it_decodes(tiny_bas
 def test_where_a_capture_fails_the_phase_is_repeated_without_graphs(tiny_base, prompts, graphs, capfd, broken):
     captured, words = graphs(broken), (tiny_base, prompts, COUNT, TOKENS, MASK_OPENING, 0)
     found = rollout.generate(*words)
-    assert len(captured) == broken and tiny_base.config.use_cuda_graph is False
-    assert rollout.generate(*words) == found and len(captured) == broken  # for the rest of the run
+    assert len(captured) == broken
+    for sampler in (tiny_base, replace(tiny_base, eos_ids=tiny_base.eos_ids)):  # and for the rest, in copies, too
+        assert rollout.generate(sampler, *words[1:]) == found and len(captured) == broken
     assert capfd.readouterr().err.count("rank 0: CUDA graphs cannot be captured; sampling without") == 1
 
 

@@ -330,16 +330,17 @@ def update(
     like pack_samples and trained_logprobs.
 
     The ratio is against the policy as it was before the first of these steps: with more than one it leaves 1, and the
-    clip acts. With nothing to train (every group dropped) no optimizer step is made: AdamW would still decay and drift.
+    clip acts. With nothing to train (every group dropped) no optimizer step is made, for AdamW would still decay and
+    drift, and nothing is measured.
     Raises FloatingPointError on every rank, before that optimizer step, if a loss or the gradient is not finite, and
     RuntimeError beyond `max_mismatch`.
     """
     rate = learning_rate(config, step)
-    metrics = {"lr": rate, "loss": 0.0, "grad_norm": 0.0, "mismatch_kl": 0.0, "mismatch_abs": 0.0, "entropy": 0.0}
-    metrics |= {"clip_fraction": 0.0, "trained_tokens": 0, "trained_responses": len(samples)}
+    metrics = {"lr": rate, "trained_tokens": 0, "trained_responses": len(samples)}
     parts = [make_micro_batches(part, config, ranks, packing) for part in mini_batches(samples, config.mini_batches)]
     if not parts:
         return metrics
+    metrics |= {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}
     given = samples[0].rollout.finish == "given"  # all or none: sft and cpt sample nothing
     temperature = 1.0 if given else config.temperature
     healthy = torch.ones((), device=ranks.device)

@@ -384,7 +384,7 @@ def step_line(row: dict, steps: int) -> str:
     """One line of the terminal, with what the step's method has to say."""
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
     if METHODS[row["method"]].predict is None:
-        parts[0] += f"  loss {row['loss']:.3f} on {row['trained_tokens']} tokens"
+        parts[0] += f"  loss {row.get('loss', 0.0):.3f} on {row['trained_tokens']} tokens"
     else:
         parts[0] += f"  reward {row['reward']:.3f}"
     if row["gen/responses"]:
@@ -396,8 +396,9 @@ def step_line(row: dict, steps: int) -> str:
         graded = sum(row["pred/accuracy_histogram"])  # rlp's thoughts are neither right nor wrong
         right = f"{row['pred/accuracy']:.3f} (0: {zero:.2f} 1: {one:.2f}) " if graded else ""
         parts.append(f"pred {right}len {length:.0f}")
-    parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
-    if not row["trained_tokens"]:
+    if row["trained_tokens"]:
+        parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
+    else:
         parts.append("NOTHING TRAINED: " + ("no group with contrast" if row["responses"] else "no valid mask"))
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 

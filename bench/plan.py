@@ -187,8 +187,8 @@ def decode_limit(shape: Shape, config: Config, gpu: Gpu, gpus: int, prompt: int,
 
 
 def ideal_seconds(shape: Shape, config: Config, work: Work, gpu: Gpu, gpus: int, kept: float = 1.0) -> dict:
-    """One step: {"seconds": {phase: s}, "responses": n, "response_tokens": n, "trained_tokens": n}. config must have
-    its gradient_checkpointing decided."""
+    """One step: {"seconds": {phase: s}, "recomputing": s, where layers are or would be, "responses": n,
+    "response_tokens": n, "trained_tokens": n}. config must have its gradient_checkpointing decided."""
     prompt, passages, method, whole = work.prompt, config.passages_per_step, METHODS[config.method], gpus * gpu.flops
     seconds, lengths, bundles = {}, [], []
     for number, (name, *size) in enumerate(phases(config)):
@@ -213,13 +213,14 @@ def ideal_seconds(shape: Shape, config: Config, work: Work, gpu: Gpu, gpus: int,
     tokens, flops = sum(prompt + sum(responses) for prompt, responses in bundles), train_flops(shape, bundles)
     rate = kept * config.updates_per_batch / whole
     seconds["update"] = rate * flops
-    if config.gradient_checkpointing:  # one more forward of the layers, without the head
-        seconds["recomputing layers"] = rate * (flops / 3 - 2 * shape.vocab * shape.hidden * tokens)
+    again = rate * (flops / 3 - 2 * shape.vocab * shape.hidden * tokens)  # one more forward of the layers, not the head
+    if config.gradient_checkpointing:
+        seconds["recomputing layers"] = again
     # AdamW reads four and writes three float32 numbers a parameter; refresh reads one and writes the replica
     masters = 0.0 if config.offload else (config.updates_per_batch * 28 + 4) / gpus
     seconds["optimizer, refresh"] = shape.parameters * (masters + value_bytes(config)) / gpu.bandwidth
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "trained_tokens": int(kept * tokens)}
-    return {"seconds": seconds} | counts
+    return {"seconds": seconds, "recomputing": again} | counts
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -305,6 +306,9 @@ def print_plan(words: list[str]) -> None:
     times["step"] = [sum(column) for column in zip(*times.values(), strict=True)]
     for name, (least, estimate) in times.items():
         print(f"  {name:30}{least:10.2f}{estimate:10.2f}")
+    if not config.gradient_checkpointing:
+        least = ideal["recomputing"]
+        print(f"  {'recomputed layers would add':30}{least:10.2f}{least / options.mfu:10.2f}")
     unit, each = ("minutes", 1 / 60) if cpu else ("GPU hours", gpus / 3600)
     whole = "".join(f"{total * config.steps * each:10.0f}" for total in times["step"])
     print(f"  {f'{unit}, {config.steps} steps':30}{whole}")

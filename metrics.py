@@ -27,7 +27,7 @@ from statistics import fmean
 
 import torch
 
-from config import Config, dump_config
+from config import Config, ConfigError, dump_config
 from engine import checks
 from engine.batching import describe_attention
 from grpo import Group, Sample, bundle, bundle_length, keep_group
@@ -155,13 +155,19 @@ def read_rows(path: Path) -> list[dict]:
 def keep_rows(path: Path, last_step: int) -> None:
     """Forget rows after `last_step`: the resumed run will make those steps again, and each step stands once.
 
-    A last line cut short by a kill is forgotten too.
+    A last line cut short by a kill is forgotten too. Raises ConfigError for a line that is no row.
     """
     if not path.exists():
         return
-    beside = path.with_name(path.name + ".part")
+    beside, number = path.with_name(path.name + ".part"), 0
     with path.open(encoding="utf-8", newline="\n") as old, beside.open("w", encoding="utf-8", newline="\n") as new:
-        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+        try:
+            for line in old:
+                number += 1
+                if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                    new.write(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{path}: no row at line {number}; mend or remove it ({error})") from None
     os.replace(beside, path)
 
 

@@ -78,6 +78,11 @@ def test_rows_after_the_checkpoint_and_a_line_cut_by_a_kill_are_forgotten(tmp_pa
     keep_rows(file, 2)
     assert read_rows(file) == [{"step": step, "text": text} for step in range(3)]
     keep_rows(tmp_path / "none.jsonl", 2)
+    for garbage in (b"\0\0\n", b"[3]\n", b'{"loss": 1}\n', b"\xff\n"):
+        file.write_bytes(b'{"step": 1}\n' + garbage)
+        with pytest.raises(ConfigError, match="metrics.jsonl: no row at line"):
+            keep_rows(file, 2)
+        assert file.read_bytes().endswith(garbage)  # nothing is lost
 
 
 # ---- whole runs

@@ -40,12 +40,16 @@ def normalise(text: str) -> str:
     '\\frac{1}{2}'
     """
     text = "".join(char for char in text if char.isascii() or unicodedata.category(char) != "Cf").strip()
-    # Word by word and at most 256 characters at a time: NFKC sorts runs of accents in quadratic time.
-    text = re.sub(r"\S{1,256}", lambda part: unicodedata.normalize("NFKC", part[0]), text)
-    text = unquote(" ".join(undo_latex(text).split()))
+    text = unify(undo_latex(unify(text)))  # again, for an accent may have stood behind a wrapper
+    text = unquote(" ".join(text.split()))
     if text and text[-1] in FINAL_STOPS:
         text = unquote(text[:-1].rstrip())  # "Paris." and "Paris". are both Paris
     return text
+
+
+def unify(text: str) -> str:
+    """NFKC, word by word and at most 256 characters at a time: it sorts runs of accents in quadratic time."""
+    return re.sub(r"\S{1,256}", lambda part: unicodedata.normalize("NFKC", part[0]), text)
 
 
 def undo_latex(text: str) -> str:

@@ -176,8 +176,7 @@ class Config:
     warmup_method_steps: int = 0
     """Steps of warmup_method; one learning-rate schedule runs over both. Paper, SmolLM3: 100."""
     steps: int = 2000
-    """Rollout batches, each followed by its updates. 0 is a dry run: probe, one step at learning rate 0, exit.
-    Paper: 2000."""
+    """Rollout batches, each followed by its updates. 0: a dry run, one step at learning rate 0. Paper: 2000."""
     seed: int = 0
     """Decides data order, sampling noise and probe masks."""
     run_dir: str = ""
@@ -192,8 +191,7 @@ class Config:
     masks_per_passage: int = 8
     """Generator responses per passage, one mask each: the generator's GRPO group. Paper: 8."""
     random_masks: int = 0
-    """`active`: random spans per passage beside the generator's masks, so that words which it leaves are trained too.
-    Paper: none."""
+    """`active`: random spans per passage beside the generator's masks, for the words that it leaves. Paper: none."""
     predictions_per_mask: int = 8
     """Predictor responses per valid mask: the predictor's GRPO group. Moving it moves the difficulty that the
     generator aims at (see rewards.py). Paper: 8."""
@@ -243,8 +241,7 @@ class Config:
     mask_content: bool = False
     """True: words of `function_words` alone are no mask. A weak model otherwise agrees with itself on "the"."""
     labels: str = ""
-    """Kinds of words in a corpus that labels its words, the hardest first: a mask that touches several counts as the
-    first."""
+    """Kinds of words in a corpus that labels them, the hardest first: a mask on several counts as the first."""
     function_words: str = FUNCTION_WORDS
     """By spaces, lower case, here English: what `mask_content` refuses, and the kind `function` of the log."""
     reward: str = "exact"

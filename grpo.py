@@ -94,6 +94,8 @@ class Sample:
     """Of its completion tokens under the frozen copy, where there is a KL penalty."""
     group: int = 0
     """Number of its GRPO group in the batch: mini-batches keep groups whole."""
+    likelihood: bool = False
+    """Cross-entropy instead of the clipped loss; all samples of a batch or none."""
 
     @property
     def tokens(self) -> int:
@@ -255,8 +257,7 @@ def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, conf
 
 
 def cross_entropy(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """For completions that were given, not sampled: mean cross-entropy. Same gradient as clipped_loss with advantage 1
-    at ratio 1, but the value is meaningful."""
+    """For samples with `likelihood`: mean cross-entropy. clipped_loss has the gradient at ratio 1, another value."""
     return -(batch.weights * batch.advantages * logprobs).sum(), torch.zeros_like(logprobs, dtype=torch.bool)
 
 
@@ -316,8 +317,8 @@ def make_micro_batches(samples: list[Sample], config: Config, ranks: Ranks, pack
 
 
 def trained_logprobs(policy: nn.Module, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor, float]:
-    """Log-probs (M,) and entropies (M,) of the trained tokens (ops.logprobs_of computes them), and what a method adds
-    to the loss: here nothing."""
+    """Log-probs (M,) and, without gradient, entropies (M,) of the trained tokens (ops.logprobs_of computes them), and
+    what a method adds to the loss: here nothing."""
     return *policy(predicts=batch.predicts, targets=batch.targets, temperature=temperature, **batch.inputs), 0.0
 
 
@@ -365,7 +366,7 @@ def update(
                 logprobs, entropy, added = forward(policy, batch, temperature)
             if number == 0:
                 old.append(logprobs.detach())
-            if given:
+            if samples[0].likelihood:
                 loss, clipped = cross_entropy(logprobs, batch)
             else:
                 loss, clipped = clipped_loss(logprobs, old[index], batch, config)
@@ -377,7 +378,7 @@ def update(
             drift = torch.where(trained & (not given), old[index] - batch.sampler_logprobs, 0.0)
             kl = torch.expm1(drift) - drift  # k3 estimate of KL(sampler || trainer), never negative
             sums = (loss.detach(), trained.sum(), drift.abs().sum(), kl.sum())
-            counts = (*sums, (entropy * trained).sum(), (clipped & trained).sum())
+            counts = (*sums, (entropy.detach() * trained).sum(), (clipped & trained).sum())
             totals += torch.stack(counts).to(totals.dtype)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
@@ -405,8 +406,7 @@ def update(
 
 def watch_gradient(policy: nn.Module, healthy: Tensor):
     """Of a forward pass inside: `healthy` becomes 0 if its backward pass ends with a gradient that is not finite, the
-    one at the embeddings, which has passed all layers and is this rank's own. What FSDP sums does not tell whose it
-    was."""
+    one at the embeddings, which has passed all layers and is this rank's own, unlike what FSDP sums."""
 
     def look(gradient: Tensor) -> None:
         healthy.mul_(gradient.isfinite().all())

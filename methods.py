@@ -202,10 +202,10 @@ def grpo_samples(run: Run, groups: list[Group], tasks: list[Task], passages: lis
 
 
 def right_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
-    """`star`: the right responses alone, cross-entropy on what the model wrote (STaR, arXiv 2203.14465, without its
-    rationalisation): no group, no advantage, nothing learnt from a wrong one."""
-    pairs = [pair for task in tasks for pair in zip(task.predictions, task.correct, strict=True)]
-    return given_samples([response for response, right in pairs if right])
+    """`star`: the responses that earned something, right ones by default, and cross-entropy on what the model wrote
+    (STaR, arXiv 2203.14465, without its rationalisation): no advantage, nothing learnt from the others."""
+    pairs = [pair for task in tasks for pair in zip(task.predictions, task.rewards, strict=True)]
+    return given_samples([response for response, earned in pairs if earned > 0])
 
 
 def answer_samples(run: Run, groups: list[Group], tasks: list[Task], passages: list[Passage]) -> list[Sample]:
@@ -230,9 +230,9 @@ def text_samples(run: Run, groups: list[Group], tasks: list[Task], passages: lis
 
 
 def given_samples(rollouts: list[Rollout]) -> list[Sample]:
-    """Advantage 1 and a weight of one over all trained tokens: the update is then plain mean cross-entropy."""
+    """Plain mean cross-entropy: advantage 1, and a weight of one over all trained tokens."""
     tokens = max(1, sum(len(rollout.completion_ids) for rollout in rollouts))
-    return [Sample(rollout, 1.0, 1 / tokens, group=number) for number, rollout in enumerate(rollouts)]
+    return [Sample(rollout, 1.0, 1 / tokens, group=number, likelihood=True) for number, rollout in enumerate(rollouts)]
 
 
 def given_rollout(prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
@@ -286,8 +286,7 @@ class Method:
 
 METHODS = {
     "active": Method(
-        "the model chose words to mask in raw text, recovered them by chain of thought, and was trained on both by "
-        "GRPO. A prediction earned 1 for an exact match; a mask 1 - accuracy of its predictions, 0 if none was right",
+        "the model chose words to mask in raw text and recovered them by chain of thought; GRPO",
         propose_masks, predict, grade_by_match, grpo_samples, generator=True,
     ),
     "random_span": Method(
@@ -367,12 +366,17 @@ def check_methods(config: Config) -> None:
     if config.reward == "prefix" and not all(method.next_token for method in methods):
         known = " and ".join(name for name, method in METHODS.items() if method.next_token)
         raise ConfigError(f"reward='prefix': for {known} only, not {names}")
-    others = [name for name, method in METHODS.items() if method.samples is not grpo_samples]
-    if config.kl and {config.method, config.warmup_method} & set(others):
+    if config.kl and not all(method.samples is grpo_samples for method in methods):
+        others = [name for name, method in METHODS.items() if method.samples is not grpo_samples]
         raise ConfigError(f"kl={config.kl}: must be 0 with {', '.join(others)}")
-    for key in ("advantage_std", "loss_mean", "mask_truncated"):
-        if getattr(config, key) != getattr(Config, key) and {config.method, config.warmup_method} - {""} <= set(others):
-            raise ConfigError(f"{key}={getattr(config, key)!r}: changes nothing with {names}")
+    for keys, reads in (
+        ("advantage_std loss_mean mask_truncated", lambda method: method.samples is grpo_samples),
+        ("generator_reward train_generator random_masks", lambda method: method.generator),
+        ("shuffle_rewards", lambda method: method.predict),
+    ):
+        for key in keys.split():
+            if getattr(config, key) != getattr(Config, key) and not any(map(reads, methods)):
+                raise ConfigError(f"{key}={getattr(config, key)!r}: changes nothing with {names}")
     if config.offload and needs_reference(config):
         raise ConfigError("offload=True: must be false with rlp, entropy_token and kl, which keep a second copy")
     if config.warmup_method and not all(method.warmup for method in methods):

@@ -285,7 +285,7 @@ def step_metrics(proposals: list[list[Task]], groups: list[Group], samples: list
     metrics |= role_metrics("gen", [group for group in groups if group.role == "gen"], sampler, MASK_OPENING)
     metrics |= role_metrics("pred", [group for group in groups if group.role == "pred"], sampler, BOXED_OPENING)
     authored = [[task for task in per_passage if task.proposal] for per_passage in proposals]
-    metrics |= mask_metrics(authored if any(authored) else proposals)  # without random masks beside the generator's
+    metrics |= mask_metrics(list(filter(None, authored)) or proposals)  # without masks by rule beside the generator's
     answers = [(last_answer(one.text, "boxed"), task.mask.target) for task in graded for one in task.predictions]
     metrics["pred/valid_rate"] = mean([answer is not None for answer, _ in answers])
     accuracies = [task.accuracy for task in graded]
@@ -405,7 +405,7 @@ def step_line(row: dict, steps: int) -> str:
     if row["trained_tokens"]:
         parts.append(f"entropy {row['entropy']:.2f} grad {row['grad_norm']:.2f} mismatch {row['mismatch_kl']:.1e}")
     else:
-        parts.append("NOTHING TRAINED: " + ("no group with contrast" if row["responses"] else "no valid mask"))
+        parts.append("NOTHING TRAINED: " + ("no contrast in rewards" if row["responses"] else "no valid mask"))
     return " | ".join([*parts, f"{row['time/step']:.1f} s"])
 
 
@@ -427,8 +427,8 @@ def summary_table(rows: list[dict]) -> str:
         lines.append(f"{'training, mean over steps':40} {span[0]:>10} {span[1]:>10}")
         wanted = ["reward", "gen/reward", "gen/valid_rate", "pred/accuracy", "pred/groups_kept", "entropy", "surprisal"]
         wanted += sorted({key for row in steps for key in row if key.startswith("gen/share_")})
-        for key in wanted:
-            values = [mean([row[key] for row in part if key in row]) for part in (early, late)]
+        for key in (key for key in wanted if any(row.get(key) for row in steps)):
+            values = [fmean([row[key] for row in part if key in row] or [float("nan")]) for part in (early, late)]
             lines.append(f"  {key:38} {values[0]:10.3f} {values[1]:10.3f}")
     return "\n".join(lines)
 

@@ -66,8 +66,7 @@ def check_device(config: Config, ranks: Ranks) -> None:
 
 
 def load_tokenizer(config: Config):
-    """The model's tokenizer; with a chat template from a file if the config names one. Custom code is refused. Raises
-    ConfigError."""
+    """The model's tokenizer, with the config's chat template. Custom code is refused. Raises ConfigError."""
     with usable(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks on stdin
     # Passages are measured before they are cut, which is no reason to warn of sequences longer than the model's

@@ -206,7 +206,7 @@ def logprobs_of(
     """Replaces the causal model's forward, so that FSDP gathers the head's weight around it and logits never exist.
 
     input_ids, position_ids (1, N) packed; predicts (M,) the positions whose next token is trained, targets (M,) those
-    tokens. Returns log-probs (M,) with gradient and entropies (M,), float32.
+    tokens. Returns log-probs (M,) with gradient and entropies (M,) without, float32.
     """
     decoder = getattr(self, self.base_model_prefix)
     hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention).last_hidden_state[0]

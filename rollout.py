@@ -110,8 +110,8 @@ def rollout(
 
     prompts: token ids, the same list on every rank. max_tokens: longest response. opening: MASK_OPENING or
     BOXED_OPENING, what `stop_at_answer` waits for, or a closing tag, which always ends a response. noise: (step,
-    phase), from which the seed is derived beside run, rank and world size. prefix: text with which the prompts open the
-    response already. Raises RuntimeError if a request fails.
+    phase), other for each call, from which the seed is derived beside run, rank and world size. prefix: text with which
+    the prompts open the response already. Raises RuntimeError if a request fails.
     """
     rank, world = sampler.ranks.rank, sampler.ranks.world
     seed = derive_seed(sampler.config.seed, *noise, rank, world)

@@ -192,7 +192,8 @@ def explain(config: Config, ranks: Ranks, say=print) -> dict:
     numbers beside the same numbers in plain arithmetic: {name: (by hand, in the code)}. Raises ConfigError."""
     required = {"method": "active", "kl": 0.0, "shuffle_rewards": False, "mask_truncated": False,
                 "train_generator": True, "generator_reward": "one_minus_accuracy", "advantage_std": True,
-                "loss_mean": "token", "warmup_method": "", "random_masks": 0}  # fmt: skip
+                "loss_mean": "token", "warmup_method": "", "random_masks": 0, "mini_batches": 1,
+                "updates_per_batch": 1}  # fmt: skip
     for key, value in required.items():
         if getattr(config, key) != value:
             raise ConfigError(f"{key}={getattr(config, key)!r}: must be {value!r} to be explained")

@@ -230,13 +230,16 @@ def test_every_number_has_a_range_and_every_default_passes():
     assert all(test(getattr(Config(), key)) for key, (_, test) in RANGES.items())
 
 
-@pytest.mark.parametrize("word", ["advantage_std=false", "loss_mean=sequence", "mask_truncated=true"])
-def test_a_key_that_a_method_does_not_read_is_refused(word):
-    """Its token weights and advantages are its own."""
-    for method in ("rlp", "star", "quiet_star", "sft", "cpt"):
+@pytest.mark.parametrize(("word", "methods"), [
+    *((word, "rlp star quiet_star sft cpt") for word in ("advantage_std=false", "loss_mean=sequence")),
+    ("mask_truncated=true", "rlp star quiet_star sft cpt"), ("shuffle_rewards=true", "sft cpt"),
+    *((word, "star sft cpt rlp") for word in ("generator_reward=variance", "train_generator=false", "random_masks=1")),
+])  # fmt: skip
+def test_a_key_that_a_method_does_not_read_is_refused(word, methods):
+    for method in methods.split():
         with pytest.raises(ConfigError, match=f"^{word.split('=')[0]}=.*: changes nothing with {method}$"):
             read_config(["configs/tiny.yaml", f"method={method}", word])
-    read_config(["configs/tiny.yaml", "method=random_span", "warmup_method=sft", "warmup_method_steps=5", word])
+    read_config(["configs/tiny.yaml", "method=active", "warmup_method=sft", "warmup_method_steps=5", word])
 
 
 @pytest.mark.parametrize(("word", "reason"), [

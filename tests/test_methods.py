@@ -366,7 +366,7 @@ def test_sft_trains_on_the_masked_words_and_the_end_after_the_prediction_prompt(
     assert sum(sample.weight * len(sample.rollout.completion_ids) for sample in samples) == pytest.approx(1)
 
 
-def test_star_trains_on_the_right_responses_alone():
+def test_star_trains_on_the_responses_that_earned_something_alone():
     """By cross-entropy: advantage 1, and a weight of one over their tokens."""
     tasks = [task("Rhine", some) for some in ([RIGHT, WRONG, RIGHT], [WRONG, WRONG])]
     tasks.append(task("Rhine", [WRONG, RIGHT], tokens=4))
@@ -374,8 +374,10 @@ def test_star_trains_on_the_right_responses_alone():
     samples = methods.right_samples(None, [], tasks, [])
     right = [tasks[0].predictions[0], tasks[0].predictions[2], tasks[2].predictions[1]]
     assert [sample.rollout for sample in samples] == right
-    assert [(sample.advantage, sample.weight) for sample in samples] == [(1.0, 1 / 8)] * 3
+    assert [(sample.advantage, sample.weight, sample.likelihood) for sample in samples] == [(1.0, 1 / 8, True)] * 3
     assert methods.right_samples(None, [], tasks[1:2], []) == []
+    tasks[0].rewards = [0.0, 0.1, 0.0]
+    assert [sample.rollout for sample in methods.right_samples(None, [], tasks[:1], [])] == [tasks[0].predictions[1]]
 
 
 def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):

@@ -89,7 +89,7 @@ def total(runs: list[dict], key: str) -> float:
 def make_tables(results: Results) -> dict[str, str]:
     """Name of a block -> its table. Every arm needs a run."""
     probes = {"fact": "facts, sampled", "greedy_fact": "facts, greedy", "template": "template"}
-    probes |= {"copy": "copies, sampled", "greedy_copy": "copies, greedy"}
+    probes |= {"copy": "copies, sampled"}
     methods = [["method", *probes.values(), "masks on a fact", "predictions", "tokens trained", "FLOPs"]]
     methods.append(["start", *(start(sum((results[arm] for arm in WIKI_ARMS), []), key) for key in probes), *[""] * 4])
     for arm in WIKI_ARMS:

@@ -12,10 +12,9 @@ from miniature.claims import CLAIMS
 from miniature.tables import fill_blocks, interval, load_results, make_tables
 
 BASE = {"fact": 0.25, "greedy_fact": 0.15, "template": 1.0, "copy": 0.9, "greedy_copy": 1.0, "noise": 0.0}
-BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2}
+BASE |= {"shown": 0.2, "greedy_shown": 0.2, "unseen": 0.2, "greedy_unseen": 0.2, "no_thought": 0.5}
 BASE |= {"hop3": 0.1, "hop4": 0.1, "no_thought_hop3": 0.0, "no_thought_hop4": 0.0, "thought_use": 0.0}
-BASE |= {"hop1": 1.0, "hop2": 0.1, "no_thought_hop2": 0.0}
-BASE |= {"all": 0.5, "greedy": 0.15, "no_thought": 0.5, "greedy_no_thought": 0.15}
+BASE |= {"hop1": 1.0, "hop2": 0.1, "no_thought_hop2": 0.0, "all": 0.5, "greedy": 0.15, "greedy_no_thought": 0.15}
 
 
 def make_run(arm: str, seed: int = 10, accuracy: float = 0.5, share: float = 0.0, shape=(), **ends) -> dict:
@@ -37,7 +36,7 @@ HOLDING = {  # one run per arm in which every claim holds
     "active, two facts": {"greedy_fact": 0.5, "greedy_shown": 0.2, "greedy_unseen": 0.1},
     "active, two facts, 200 steps": {"greedy_fact": 0.5}, "cpt, two facts": {"greedy_shown": 0.4},
     "active, 500 steps": {"fact": 0.96, "copy": 0.97, "shape": {"gen/share_copy": [0.0] * 19 + [0.3]}},
-    "random_span, 500 steps": {"fact": 0.9},
+    "random_span, 500 steps": {"fact": 0.9}, "rlp": {}, "quiet_star": {"copy": 0.65},
     "rlvr": {"accuracy": 0.5, "greedy": 0.2}, "random_span, then rlvr": {"greedy": 0.4},
     "active, then rlvr": {"accuracy": 0.8, "greedy": 0.6},
     "ladder: active": {"hop3": 0.9, "hop4": 0.9, "thought_use": 0.3, "shape": {
@@ -54,6 +53,8 @@ FAILS = {  # claim -> arm, probe or curve, and a value of it that alone makes th
     "keeps copies": [("active, 1 of 4 masks random", "copy", 0.86), ("active, 1 of 4 masks random", "fact", 0.49)],
     "comes back": [("active, 500 steps", "copy", 0.95), ("active, 500 steps", "fact", 0.9),
                    ("active, 500 steps", "gen/share_copy", 0.29), ("random_span, 500 steps", "fact", 0.92)],
+    "thoughts in the text": [("rlp", "fact", 0.4), ("rlp", "copy", 0.75), ("quiet_star", "fact", 0.5), (
+        "quiet_star", "copy", 0.75), ("rlp", "greedy_fact", 0.55), ("quiet_star", "greedy_fact", 0.55)],
     "given answers": [("sft", "greedy_fact", 0.79), ("sft", "copy", 0.86), ("cpt", "copy", 0.81)],
     "entropy": [("entropy_token, top 20 %", "fact", 0.31), ("entropy_token, top 60 %", "fact", 0.29)],
     "difficulty": [("active, G = 4", "pred/accuracy", 0.39), ("active, G = 16", "pred/accuracy", 0.41)],
@@ -124,10 +125,10 @@ def test_tables_by_hand():
     results = {"active": pair, "random_span": [make_run("random_span", 11, fact=0.4)], "active, two facts": two_facts}
     results |= {"rlvr": [make_run("rlvr", accuracy=0.5, greedy=0.2, all=0.4)], "ladder: star": thinks}
     made = make_tables(holding() | results)
-    cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11"
+    cells = "0.60 ± 1.27 | 0.15 ± 0.00 | 1.00 ± 0.00 | 0.80 ± 0.00 | 0.80 | 2.0k | 2.0k | 3.0e+11"
     for row in (
-        "| start | 0.25 | 0.15 | 1.00 | 0.90 | 1.00 |  |  |  |  |", f"| active | {cells} |",
-        "| random_span | 0.40 | 0.15 | 1.00 | 0.90 | 1.00 |  | 2.0k | 2.0k | 3.0e+11 |",
+        "| start | 0.25 | 0.15 | 1.00 | 0.90 |  |  |  |  |", f"| active | {cells} |",
+        "| random_span | 0.40 | 0.15 | 1.00 | 0.90 |  | 2.0k | 2.0k | 3.0e+11 |",
     ):
         assert row in made["methods"].split("\n")
     assert "| active - random_span | facts, sampled | 0.30 | 0.30, 0.30 |" in made["differences"]
@@ -142,7 +143,7 @@ def test_a_failed_claim_is_bold():
     assert make_tables(results)["claims"] == f"Held: {', '.join(CLAIMS)}."
     results["active"][0]["probes"][-1]["greedy_fact"] = 0.2
     line = make_tables(results)["claims"]
-    assert line.startswith("Held: finds facts, ") and line.endswith(" **Failed: learns, given answers.**")
+    assert line.startswith("Held: f") and line.endswith(" **Failed: learns, given answers, thoughts in the text.**")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

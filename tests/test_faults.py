@@ -278,6 +278,7 @@ def test_nothing_is_lost_whatever_happens(case, unbroken, tmp_path, tmp_path_fac
 
 
 # ---- the launcher
+@pytest.mark.faults
 def test_what_one_rank_alone_refuses_is_said_by_that_rank(tmp_path):
     """Usually all ranks refuse the same, and rank 0 says it for all. Rank 0 waits for this one in a barrier."""
     fault = {"do": "unreadable", "at": "set-up, tokenizer", "step": None, "rank": 1}

@@ -174,6 +174,7 @@ def test_two_ranks_equal_the_plain_loop_and_one_rank(command, folders, ranks, tm
     assert sorted(sizes[0] + sizes[1]) == [0, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_run_of_three_steps_resumes_bit_for_bit_and_exports_its_parameters(command, tmp_path):
     words = "steps=3 save_every=1 passages_per_step=2 predictions_per_mask=3 probe_passages=4 probe_samples=1".split()
     words = ["train.py", "configs/tiny-quiet-star.yaml", *words, f"run_dir={tmp_path}"]

@@ -310,7 +310,7 @@ def check_masks_that_are_all_invalid(folder, ranks):
     return {
         "causes": sorted({task.mask.invalid for group in done.proposals for task in group}),
         "groups": [[group.role, group.rewards] for group in done.groups],
-        "metrics": {key: done.row[key] for key in ("loss", "grad_norm", "trained_tokens", "trained_responses")},
+        "metrics": {key: done.row.get(key, 0) for key in ("loss", "grad_norm", "trained_tokens", "trained_responses")},
         "unchanged": digest(weights(run.policy)) == before and not run.optimizer.state,
     }
 

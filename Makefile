@@ -2,7 +2,7 @@
 # make ladder  thoughts that pay, half a minute           make real    a real 135M model on Wikipedia, 42 minutes
 #              MODEL=FOLDER DATA=FILE instead of the hub
 # make setup   .venv with requirements.txt                make base    rebuild the mini-wiki and the tiny base
-# make experiments         the runs that miniature/runs.jsonl lacks, then tables and plots (all anew: 130 runs)
+# make experiments         the runs that miniature/runs.jsonl lacks, then tables and plots (all anew: 150 runs)
 # make experiments-quick   one claim on recorded and on fresh seeds, minutes      make figures   tables and plots alone
 # A Linux laptop gets PyTorch's CUDA build by default; for the CPU build add INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3

@@ -1,11 +1,11 @@
 """What a step reports, and the run directory that keeps it. Files are written by rank 0.
 
-    config.yaml  environment.txt  prompts.txt  cache/  metrics.jsonl  samples.jsonl  probes.jsonl  checkpoints/
+    config.yaml environment.txt prompts.txt chat_template.json cache/ metrics.jsonl samples.jsonl probes.jsonl
+    checkpoints/ report.html
 
 metrics.jsonl has one JSON object per step; row 0 is before training. samples.jsonl has whole rollouts of a few passages
-per step, with title and url, as Wikipedia's licence asks; probes.jsonl, in the same form, the responses to a few fixed
-held-out masks at each probe. Names are `gen/...` for masks, whoever drew them, `pred/...` for predictions. Every rank
-computes a step's metrics from the same records, so nothing is communicated.
+per step, with title and url, as Wikipedia's licence asks; probes.jsonl the responses to a few fixed held-out masks.
+Names are `gen/...` for masks, whoever drew them, `pred/...` for predictions. Every rank computes the same metrics.
 
 Alone:  python metrics.py RUN [RUN ...]   a table of runs.
 """

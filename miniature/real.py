@@ -56,9 +56,9 @@ def of_seeds(runs: list[dict]) -> list[dict]:
 
 
 def real_tables(results: dict[str, list[dict]], interval: Callable[[list[float]], str]) -> list[list[list[str]]]:
-    """Two tables with a row an arm, means over its seeds: start and end of the probe, the first and the last five steps
-    of training. The first has the arms of the comparison, with the interval of the probe's gains where there are three
-    seeds; the second what was tried against the agreement, the arms named `active, ...`."""
+    """Two tables with a row an arm, means over its seeds: start and end of the probe; the first five and the last four
+    or five steps of training. The first has the arms of the comparison, with the interval of the probe's gains where
+    there are three seeds; the second what was tried against the agreement, the arms named `active, ...`."""
     heads = ["own masks", "function words", "top word", "held out"]
     tables = [[["run", "seeds", *heads, "greedy"]], [["`active` with", "seeds", *heads]]]
     for arm, runs in results.items():

@@ -264,6 +264,7 @@ def test_a_chunk_that_is_not_what_it_must_be_is_named(text, files, scripted, fol
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_known_by_its_commit(command, files, tmp_path, monkeypatch):
     """Out of the hub's cache, without a network."""
     commit, cached = "0123456789abcdef0123456789abcdef01234567", tmp_path / "home/hub/models--owner--tiny"

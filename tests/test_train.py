@@ -208,6 +208,7 @@ def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_the_trainer_even_where_nothing_can_be_learned(command, folders, tmp_path):
     """A base that masks nothing valid earns 0 throughout: no group would be kept, and the update would do nothing."""
     words = ["steps=0", "train_generator=false", "mask_truncated=true", f"model={folders['smollm3']}"]

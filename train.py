@@ -165,11 +165,9 @@ def dry_run(run: Run, say) -> int:
     done = step(run, 0)
     row = done.row
     if done.groups and not done.samples:  # nothing to learn from so few, but the trainer is to be tried
-        say("no group with contrast: every other response counts as right in the update below")
+        say("no group with contrast: every other response earns 1 in the update below")
         for group in done.groups:
-            group.rewards = [n % 2.0 for n in range(len(group.rewards))]
-        for task in done.tasks:
-            task.correct = [n % 2 for n in range(len(task.correct))]
+            group.rewards[:] = [n % 2.0 for n in range(len(group.rewards))]  # in place: a task holds the same list
         every = replace(run, config=replace(config, train_generator=True, mask_truncated=False))
         samples = METHODS[config.method].samples(every, done.groups, done.tasks, done.passages)
         row |= update(run.policy, run.optimizer, samples, config, run.ranks, 0)

@@ -162,10 +162,10 @@ def test_thoughts_below_the_mean_of_their_position_are_left_out(folders, ranks):
     assert sum(one.weight * 5 for one in samples) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_the_plain_loop_and_one_rank(command, folders, ranks, tmp_path):
     """Rewards, gradients and metrics; one rank has nothing to do in one of its micro-batches."""
-    ended = command([__file__, tmp_path, folders["smollm3"]], limit=120, ranks=2)
-    assert not ended.returncode, ended.stderr
+    assert not (ended := command([__file__, tmp_path, folders["smollm3"]], limit=120, ranks=2)).returncode, ended.stderr
     alone = compare(run := quiet_run(folders["smollm3"], ranks, 125), thought_tasks(run, 3))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     sizes = [result.pop("sizes") for result in (first, second)]

@@ -186,10 +186,10 @@ def test_the_order_of_passages_does_not_depend_on_the_number_of_ranks(alone, unb
     assert [row["step"] for row in read_rows(unbroken / "metrics.jsonl") if "time/save" in row] == [3]
 
 
-WARMUP = ["warmup_method=random_span", "warmup_method_steps=2"]
+WARMUP = ["warmup_method=random_span", "warmup_method_steps=2", "gradient_checkpointing=auto"]
 
 
-@pytest.mark.parametrize("keys", [["kl=0.1"], ["offload=true", "gradient_checkpointing=auto", *WARMUP]])
+@pytest.mark.parametrize("keys", [["kl=0.1"], pytest.param(["offload=true", *WARMUP], marks=pytest.mark.slow)])
 def test_a_dry_run_shows_both_roles_and_changes_nothing(command, tmp_path, keys):
     """Also those that come after a warm-up. Nor does it forget what a run of the same folder has written."""
     (tmp_path / "run").mkdir()

@@ -427,7 +427,7 @@ def summary_table(rows: list[dict]) -> str:
         lines.append(f"{'training, mean over steps':40} {span[0]:>10} {span[1]:>10}")
         wanted = ["reward", "gen/reward", "gen/valid_rate", "pred/accuracy", "pred/groups_kept", "entropy", "surprisal"]
         wanted += sorted({key for row in steps for key in row if key.startswith("gen/share_")})
-        for key in (key for key in wanted if any(row.get(key) for row in steps)):
+        for key in [key for key in wanted if any(row.get(key) for row in steps)]:
             values = [fmean([row[key] for row in part if key in row] or [float("nan")]) for part in (early, late)]
             lines.append(f"  {key:38} {values[0]:10.3f} {values[1]:10.3f}")
     return "\n".join(lines)

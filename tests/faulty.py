@@ -130,8 +130,7 @@ def nan_gradient(fault):
 
 
 def full_disk(fault):
-    """No file of this process may grow beyond `bytes` until `for` steps later. The kernel cuts writes short, as a full
-    disk does."""
+    """No file of this process may grow beyond `bytes` until `for` steps later. The kernel cuts writes short."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
     begin = train.begin_step
 

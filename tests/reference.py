@@ -53,8 +53,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(family: str, folder: Path) -> Path:
-    """A random model of this family with its tokenizer, as the hub lays them out; its weights are large enough to
-    have opinions."""
+    """A random model of this family with its tokenizer, as the hub lays them out. Its large weights have opinions."""
     tokenizer = byte_tokenizer()
     sizes = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

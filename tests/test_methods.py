@@ -391,18 +391,20 @@ def test_cpt_trains_on_every_token_but_the_first(run, bytes_run):
 
 
 @pytest.mark.parametrize("method", ["sft", "cpt"])
-@pytest.mark.parametrize("budget", [200, 10_000])
-def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budget):
-    """Loss and gradient of one batch; the sampling temperature has no say in it."""
+@pytest.mark.parametrize(("budget", "finish"), [(200, "given"), (10_000, "given"), (10_000, "eos")])
+def test_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budget, finish):
+    """Loss and gradient of one batch; given ones at temperature 1, sampled ones (`star`) at the sampler's."""
     config, passages = run.config, wiki_passages(4)
-    config.tokens_per_micro_batch, config.max_grad_norm, config.temperature = budget, 1e9, 0.5
+    config.tokens_per_micro_batch, config.max_grad_norm, config.max_mismatch = budget, 1e9, 0.0
+    config.temperature = 0.5 if finish == "given" else 1.0
     proposals = draw(run, method, passages)
     drawn = [task for group in proposals for task in group]
     assert reward(run, METHODS[method], proposals, drawn, 0) == []
     samples = METHODS[method].samples(run, [], drawn, passages)
     assert len(samples) == (4 * 2 * 3 if method == "sft" else 4)
-    plain = load_plain(TINY_BASE)
-    found, expected = CaptureGradients(run.policy), CaptureGradients(plain)
+    for sample in samples:
+        sample.rollout.finish = finish
+    found, expected = CaptureGradients(run.policy), CaptureGradients(plain := load_plain(TINY_BASE))
     metrics = update(run.policy, found, samples, config, run.ranks, 0)
     rows = [(sample.rollout.prompt_ids, sample.rollout.completion_ids) for sample in samples]
     logits = [plain(input_ids=torch.tensor([p + c]), use_cache=False).logits[0, len(p) - 1 : -1] for p, c in rows]
@@ -413,7 +415,7 @@ def test_given_answers_are_learnt_by_plain_mean_cross_entropy(run, method, budge
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert largest_error(found.gradients, expected.gradients) < 1e-4
     assert metrics["trained_tokens"] == len(targets) and metrics["trained_responses"] == len(samples)
-    assert metrics["mismatch_kl"] == metrics["mismatch_abs"] == metrics["clip_fraction"] == 0  # nobody sampled
+    assert metrics["clip_fraction"] == 0 and (metrics["mismatch_abs"] == 0) == (finish == "given")  # nobody sampled
 
 
 # ------------------------------------------------------------------------------------------------------------ questions

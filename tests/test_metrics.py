@@ -13,8 +13,8 @@ from grpo import Group, make_samples
 from masking import Mask
 from methods import Task, given_rollout, text_samples
 from metrics import (
-    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, sample_rows, step_flops,
-    step_metrics, tokens_after_answer,
+    agreement_warning, active_parameters, append_row, compare, largest_memory, peak_memory_gb, read_rows, sample_rows,
+    step_flops, step_metrics, summary_table, tokens_after_answer,
 )  # fmt: skip
 from prompts import BOXED_OPENING
 from rollout import Rollout
@@ -57,7 +57,7 @@ def step():
 def test_metrics_of_a_step_by_hand(step):
     proposals, groups = step
     sampler = stub_sampler()
-    metrics = step_metrics(proposals, groups, make_samples(groups, sampler.config), sampler)
+    metrics = step_metrics([*proposals, []], groups, make_samples(groups, sampler.config), sampler)
     expected = {
         "reward": 1.5 / 7, "surprisal": 0.5, "responses": 7, "response_tokens": 6 + 2 + 2 + 3 + 3 * 2,
         "gen/reward": 0.5 / 3, "gen/responses": 3, "gen/groups_kept": 1, "gen/valid_rate": 2 / 3, "gen/distinct": 2,
@@ -156,7 +156,7 @@ def runs(tmp_path):
         spent = {"responses": 1500, "response_tokens": 6000, "flops": 1e9}
         probed = {"probe/accuracy": 0.125, "probe/accuracy_greedy": 0.25, **labels}
         numbers = {key: 0.5 for key in ("reward", "gen/reward", "gen/valid_rate", "pred/accuracy", "entropy")}
-        numbers |= {"pred/groups_kept": 0.5, "surprisal": 0.5}
+        numbers |= {"pred/groups_kept": 0.5, "surprisal": 0.0}
         (tmp_path / name).mkdir()
         append_row(tmp_path / name / "metrics.jsonl", {"step": 0, **probed}, {"step": 1, **spent, **numbers})
         probed["probe/accuracy"] += 0.25
@@ -165,6 +165,7 @@ def runs(tmp_path):
 
 
 def test_runs_are_compared_by_what_they_spent_and_where_their_probes_ended(runs):
+    assert "surprisal" not in summary_table(read_rows(runs / "first/metrics.jsonl"))  # 0 throughout: nobody sampled
     head, start, first, second = compare([str(runs / "first"), str(runs / "second")]).splitlines()
     assert head.split()[:7] == ["run", "step", "responses", "tokens", "FLOPs", "sampled", "greedy"]
     assert start.split()[:8] == ["start", "0", "0", "0", "0", "0.125", "0.250", "0.500"]
